@@ -1,0 +1,31 @@
+// Package keep holds requirements while the packages that use them are being written. It goes away before the first release.
+package keep
+
+import (
+	_ "github.com/containernetworking/cni/libcni"
+	_ "github.com/containernetworking/cni/pkg/skel"
+	_ "github.com/containernetworking/cni/pkg/types/100"
+	_ "github.com/containernetworking/plugins/pkg/netlinksafe"
+	_ "github.com/containernetworking/plugins/pkg/ns"
+	_ "github.com/containernetworking/plugins/pkg/testutils"
+	_ "github.com/coreos/go-iptables/iptables"
+	_ "github.com/fsnotify/fsnotify"
+	_ "github.com/google/go-cmp/cmp"
+	_ "github.com/prometheus/client_golang/prometheus"
+	_ "github.com/prometheus/client_golang/prometheus/promhttp"
+	_ "github.com/spf13/cobra"
+	_ "github.com/vishvananda/netlink"
+	_ "golang.org/x/sys/unix"
+	_ "golang.zx2c4.com/wireguard/conn"
+	_ "golang.zx2c4.com/wireguard/device"
+	_ "golang.zx2c4.com/wireguard/ipc"
+	_ "golang.zx2c4.com/wireguard/tun"
+	_ "golang.zx2c4.com/wireguard/wgctrl"
+	_ "k8s.io/api/networking/v1"
+	_ "k8s.io/client-go/informers"
+	_ "k8s.io/client-go/kubernetes"
+	_ "k8s.io/client-go/rest"
+	_ "k8s.io/client-go/tools/cache"
+	_ "k8s.io/client-go/tools/clientcmd"
+	_ "sigs.k8s.io/yaml"
+)

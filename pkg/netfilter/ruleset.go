@@ -1,0 +1,121 @@
+// Package netfilter is the plan for the kernel's packet filter as a plain value: the sets, chains and hooks that Warren
+// wants to stand, and their rendering.
+//
+// Pure packages (pkg/policy, pkg/guard) make a Ruleset; pkg/firewall makes the kernel agree with it. A Ruleset holds
+// everything of Warren's in both families, sorted by table and name: what is not in it, and carries our prefix, is removed. The
+// same snapshot always gives the same Ruleset, and equal names with equal content mean that nothing has to be written.
+package netfilter
+
+import (
+	"net/netip"
+)
+
+// Prefix begins the name of every chain and set of Warren's.
+const Prefix = "WARREN"
+
+// Family is an IP family.
+type Family uint8
+
+// The families.
+const (
+	IPv4 Family = 4
+	IPv6 Family = 6
+)
+
+// Families are both families, in the order in which they are written.
+var Families = [...]Family{IPv4, IPv6} //nolint:gochecknoglobals // an array of constants
+
+// FamilyOf returns the family of an address.
+func FamilyOf(a netip.Addr) Family {
+	if a.Is4() || a.Is4In6() {
+		return IPv4
+	}
+	return IPv6
+}
+
+// String returns "ipv4" or "ipv6".
+func (f Family) String() string {
+	if f == IPv6 {
+		return "ipv6"
+	}
+	return "ipv4"
+}
+
+// Ruleset is everything that Warren wants in the kernel's packet filter.
+type Ruleset struct {
+	V4, V6 Rules
+}
+
+// Of returns the rules of one family.
+func (r *Ruleset) Of(f Family) *Rules {
+	if f == IPv6 {
+		return &r.V6
+	}
+	return &r.V4
+}
+
+// Rules is one family's half of a Ruleset.
+type Rules struct {
+	Sets   []Set
+	Chains []Chain
+	Hooks  []Hook
+}
+
+// SetType is the ipset type of a set; its members are Entries with the fields that the type asks for.
+type SetType string
+
+// The set types in use.
+const (
+	// HashIP holds addresses: Entry.Prefix is a single address.
+	HashIP SetType = "hash:ip"
+	// HashNet holds prefixes; never /0, which the kernel refuses: it is split into two /1.
+	HashNet SetType = "hash:net"
+	// HashIPPort holds address, protocol and port.
+	HashIPPort SetType = "hash:ip,port"
+	// HashNetNet holds pairs of prefixes; in use for "source and destination are the same address".
+	HashNetNet SetType = "hash:net,net"
+)
+
+// Set is an ipset. Its name tells its family, because names are shared between families.
+type Set struct {
+	Name    string
+	Type    SetType
+	Comment string
+	// Late sets open something (the start gate): what leaves them leaves before anything else of an apply, and what enters
+	// them enters last, when every rule and every other set already stands. Other programs change them too, so
+	// they are read from the kernel at every apply.
+	Late bool
+	// Entries are sorted, without duplicates.
+	Entries []Entry
+}
+
+// Entry is a member of a set.
+type Entry struct {
+	Prefix   netip.Prefix
+	Prefix2  netip.Prefix // HashNetNet only
+	Protocol string       // HashIPPort only: "tcp", "udp" or "sctp"
+	Port     uint16       // HashIPPort only
+}
+
+// Chain is a chain of ours in one table.
+type Chain struct {
+	Table string
+	Name  string
+	Rules []Rule
+}
+
+// Rule is one rule: its matches and target in the words of iptables, one argument an element, without the comment.
+type Rule struct {
+	Args []string
+	// Comment is for people who read the rules, for example "shop/api ingress 0"; may be empty.
+	Comment string
+}
+
+// Hook is a jump from a built-in chain to a chain of ours.
+type Hook struct {
+	Table   string
+	BuiltIn string
+	Chain   string
+	// Append puts the jump last; otherwise it stands first.
+	Append bool
+}
