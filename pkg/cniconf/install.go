@@ -1,0 +1,178 @@
+package cniconf
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// aside is where RemoveStale keeps a conflist of an earlier boot: its name ends in nothing that a runtime loads.
+const aside = "." + FileName + ".earlier"
+
+// markerName is the file in the run directory that says that the conflist was written in this boot.
+const markerName = "conflist-written"
+
+// Install writes the conflist to dir, keeping what other programs added to it, and reports whether it changed.
+//
+// A conflist that cannot be parsed is set aside under a name that says so, because the node would otherwise stay without
+// a network; the error that comes with changed == true names it.
+func Install(dir string, p Params) (changed bool, err error) {
+	path := filepath.Join(dir, FileName)
+	existing, err := readEither(path, filepath.Join(dir, aside))
+	if err != nil {
+		return false, err
+	}
+	data, renderErr := Render(existing, p)
+	if renderErr != nil {
+		broken := path + ".broken"
+		if err := writeFile(broken, existing, 0o600); err != nil {
+			return false, errors.Join(renderErr, err)
+		}
+		renderErr = fmt.Errorf("%w (the old file is kept as %s)", renderErr, broken)
+		if data, err = Render(nil, p); err != nil {
+			return false, errors.Join(renderErr, err)
+		}
+	}
+	current, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, fmt.Errorf("reading the conflist: %w", err)
+	}
+	if !bytes.Equal(current, data) {
+		changed = true
+		if err := writeFile(path, data, 0o644); err != nil {
+			return false, fmt.Errorf("writing the conflist: %w", err)
+		}
+	}
+	if err := os.Remove(filepath.Join(dir, aside)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return changed, fmt.Errorf("removing the conflist of an earlier boot: %w", err)
+	}
+	if err := mark(p.RunDir); err != nil {
+		return changed, err
+	}
+	return changed, renderErr
+}
+
+// mark notes in the run directory, which does not outlive a boot, that the conflist is of this boot.
+func mark(runDir string) error {
+	path := filepath.Join(runDir, markerName)
+	if _, err := os.Stat(path); err == nil {
+		return nil
+	}
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		return fmt.Errorf("noting that the conflist is of this boot: %w", err)
+	}
+	return nil
+}
+
+// RemoveStale takes away a conflist that an earlier boot left, and reports whether it did. Until the daemon has written a
+// new one the runtime starts no pod: nothing enforces policy yet, and nothing encrypts. What other programs had added is
+// kept for the next Install.
+func RemoveStale(dir, runDir string) (bool, error) {
+	_, err := os.Stat(filepath.Join(runDir, markerName))
+	if err == nil {
+		return false, nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return false, fmt.Errorf("looking whether the conflist is of this boot: %w", err)
+	}
+	err = os.Rename(filepath.Join(dir, FileName), filepath.Join(dir, aside))
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("setting the conflist of an earlier boot aside: %w", err)
+	}
+	return true, nil
+}
+
+// Remove deletes the conflist and what is kept beside it. A conflist that others have added to goes too: without our
+// entry it could not give a pod an address.
+func Remove(dir, runDir string) error {
+	var errs []error
+	for _, path := range []string{
+		filepath.Join(dir, FileName), filepath.Join(dir, aside), filepath.Join(dir, FileName+".broken"),
+		filepath.Join(runDir, markerName),
+	} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("removing the conflist: %w", err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// InstallBinaries copies every file of source to target, each atomically, so that a binary that runs is replaced and not
+// written into. It returns the names of those that changed; the other files of target are not touched.
+func InstallBinaries(source, target string) ([]string, error) {
+	files, err := os.ReadDir(source)
+	if err != nil {
+		return nil, fmt.Errorf("reading the plugin binaries: %w", err)
+	}
+	if err := os.MkdirAll(target, 0o755); err != nil { //nolint:gosec // the directory is shared with other CNIs and runtimes
+		return nil, fmt.Errorf("making the plugin directory: %w", err)
+	}
+	var changed []string
+	for _, file := range files {
+		data, err := os.ReadFile(filepath.Join(source, file.Name()))
+		if err != nil {
+			return changed, fmt.Errorf("reading plugin %s: %w", file.Name(), err)
+		}
+		path := filepath.Join(target, file.Name())
+		current, err := os.ReadFile(path)
+		if err == nil && bytes.Equal(current, data) {
+			continue
+		}
+		if err := writeFile(path, data, 0o755); err != nil {
+			return changed, fmt.Errorf("installing plugin %s: %w", file.Name(), err)
+		}
+		changed = append(changed, file.Name())
+	}
+	return changed, nil
+}
+
+// readEither returns the content of the first file that exists, nil where none does.
+func readEither(paths ...string) ([]byte, error) {
+	for _, path := range paths {
+		data, err := os.ReadFile(path)
+		if err == nil {
+			return data, nil
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("reading the conflist: %w", err)
+		}
+	}
+	return nil, nil
+}
+
+// writeFile replaces path atomically: whoever reads it sees the old content or the whole new one, also after a crash.
+func writeFile(path string, data []byte, mode fs.FileMode) error {
+	file, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".tmp*")
+	if err != nil {
+		return err
+	}
+	if err := fill(file, data, mode); err != nil {
+		return errors.Join(err, os.Remove(file.Name()))
+	}
+	if err := os.Rename(file.Name(), path); err != nil {
+		return errors.Join(err, os.Remove(file.Name()))
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
+}
+
+// fill writes a temporary file to the disk and closes it.
+func fill(file *os.File, data []byte, mode fs.FileMode) error {
+	_, err := file.Write(data)
+	if err == nil {
+		err = file.Chmod(mode)
+	}
+	if err == nil {
+		err = file.Sync()
+	}
+	return errors.Join(err, file.Close())
+}

@@ -1,0 +1,104 @@
+// Package reconcile is the one loop of the daemon: it runs a step whenever something changed, again from time to time,
+// and again with growing pauses after an error.
+//
+// One goroutine owns all state: the step runs nowhere else and never twice at a time. Signals that arrive while it
+// runs are coalesced into one further run. An idle loop starts the step at once.
+package reconcile
+
+import (
+	"context"
+	"time"
+)
+
+// The pause after the first failed step, and the longest.
+const (
+	minBackoff = 200 * time.Millisecond
+	maxBackoff = 10 * time.Second
+)
+
+// Loop runs a step. Make it with New.
+type Loop struct {
+	step    func(ctx context.Context, full bool) error
+	resync  time.Duration
+	trigger chan struct{}
+	waiters chan chan<- error
+}
+
+// New returns a loop around step, which runs with full == true at the first time, after an error, and every resync: then
+// it trusts nothing that it remembers.
+func New(step func(ctx context.Context, full bool) error, resync time.Duration) *Loop {
+	return &Loop{step: step, resync: resync, trigger: make(chan struct{}, 1), waiters: make(chan chan<- error)}
+}
+
+// Trigger asks for a run of the step and returns at once.
+func (l *Loop) Trigger() {
+	select {
+	case l.trigger <- struct{}{}:
+	default: // a run is asked for already
+	}
+}
+
+// Sync waits for a run of the step that starts after the call, and returns that run's error.
+func (l *Loop) Sync(ctx context.Context) error {
+	done := make(chan error, 1)
+	select {
+	case l.waiters <- done:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Run runs the loop until the context ends.
+func (l *Loop) Run(ctx context.Context) {
+	audit := time.NewTicker(l.resync)
+	defer audit.Stop()
+	retry := time.NewTimer(0) // the first run
+	defer retry.Stop()
+	backoff := minBackoff
+	for {
+		var waiting []chan<- error
+		full := false
+		select {
+		case <-ctx.Done():
+			return
+		case <-audit.C:
+			full = true
+		case <-retry.C:
+			full = true
+		case <-l.trigger:
+		case w := <-l.waiters:
+			waiting = append(waiting, w)
+		}
+		waiting = l.collect(waiting)
+
+		err := l.step(ctx, full)
+		for _, w := range waiting {
+			w <- err
+		}
+		if err == nil {
+			backoff = minBackoff
+			continue
+		}
+		retry.Reset(backoff)
+		backoff = min(2*backoff, maxBackoff)
+	}
+}
+
+// collect takes every signal that has arrived by now: the run that starts next serves them all.
+func (l *Loop) collect(waiting []chan<- error) []chan<- error {
+	for {
+		select {
+		case w := <-l.waiters:
+			waiting = append(waiting, w)
+		case <-l.trigger:
+		default:
+			return waiting
+		}
+	}
+}

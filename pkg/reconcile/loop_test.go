@@ -1,0 +1,157 @@
+package reconcile_test
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/warren-cni/warren/pkg/reconcile"
+)
+
+var errBroken = errors.New("broken")
+
+// recorder counts runs and answers what it is told to.
+type recorder struct {
+	mu    sync.Mutex
+	fulls []bool
+	err   error
+	delay time.Duration
+}
+
+func (r *recorder) step(ctx context.Context, full bool) error {
+	r.mu.Lock()
+	r.fulls = append(r.fulls, full)
+	err, delay := r.err, r.delay
+	r.mu.Unlock()
+	select {
+	case <-time.After(delay):
+	case <-ctx.Done():
+	}
+	return err
+}
+
+func (r *recorder) set(err error, delay time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.err, r.delay = err, delay
+}
+
+func (r *recorder) runs() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.fulls)
+}
+
+func (r *recorder) lastFull() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.fulls[len(r.fulls)-1]
+}
+
+// bubble runs the loop with fake time.
+func bubble(t *testing.T, r *recorder, test func(t *testing.T, ctx context.Context, l *reconcile.Loop)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		l := reconcile.New(r.step, time.Minute)
+		go l.Run(ctx)
+		synctest.Wait()
+		test(t, ctx, l)
+	})
+}
+
+func TestRunsAtOnceAndAudits(t *testing.T) {
+	r := &recorder{}
+	bubble(t, r, func(t *testing.T, _ context.Context, l *reconcile.Loop) {
+		if r.runs() != 1 || !r.lastFull() {
+			t.Fatalf("%d runs at the start, want one full run", r.runs())
+		}
+		l.Trigger()
+		synctest.Wait()
+		if r.runs() != 2 || r.lastFull() {
+			t.Fatalf("%d runs after a trigger, want 2, the last not full", r.runs())
+		}
+		time.Sleep(61 * time.Second)
+		synctest.Wait()
+		if r.runs() != 3 || !r.lastFull() {
+			t.Fatalf("%d runs after a minute, want 3, the last full", r.runs())
+		}
+	})
+}
+
+func TestCoalescesWhileTheStepRuns(t *testing.T) {
+	r := &recorder{}
+	bubble(t, r, func(t *testing.T, _ context.Context, l *reconcile.Loop) {
+		r.set(nil, time.Second)
+		for range 100 {
+			l.Trigger()
+			time.Sleep(time.Millisecond)
+		}
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		if r.runs() != 3 { // the first, the one that the first trigger started, one for all the others
+			t.Fatalf("%d runs, want 3", r.runs())
+		}
+	})
+}
+
+func TestSyncWaitsForARunThatStartsAfterIt(t *testing.T) {
+	r := &recorder{}
+	bubble(t, r, func(t *testing.T, ctx context.Context, l *reconcile.Loop) {
+		r.set(nil, time.Second)
+		l.Trigger()
+		synctest.Wait() // a run is under way, and must not count
+		start, before := time.Now(), r.runs()
+		if err := l.Sync(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if r.runs() != before+1 || time.Since(start) < 2*time.Second {
+			t.Fatalf("%d runs in %v, want one whole run after the one under way", r.runs()-before, time.Since(start))
+		}
+		r.set(errBroken, 0)
+		if err := l.Sync(ctx); !errors.Is(err, errBroken) {
+			t.Fatalf("got %v, want the step's error", err)
+		}
+	})
+}
+
+func TestBacksOffAndRecovers(t *testing.T) {
+	r := &recorder{err: errBroken}
+	bubble(t, r, func(t *testing.T, _ context.Context, _ *reconcile.Loop) {
+		time.Sleep(30 * time.Second)
+		synctest.Wait()
+		if n := r.runs(); n < 6 || n > 10 { // 0.2 + 0.4 + ... + 6.4, then 10 s each
+			t.Fatalf("%d runs in 30 s, want about 8", n)
+		}
+		if !r.lastFull() {
+			t.Fatal("a retry must not trust what it remembers")
+		}
+		r.set(nil, 0)
+		time.Sleep(11 * time.Second)
+		synctest.Wait()
+		n := r.runs()
+		time.Sleep(15 * time.Second)
+		synctest.Wait()
+		if r.runs() > n+1 { // at most the audit
+			t.Fatalf("still retrying after success: %d more runs", r.runs()-n)
+		}
+	})
+}
+
+func TestSyncEndsWithItsContext(t *testing.T) {
+	r := &recorder{}
+	bubble(t, r, func(t *testing.T, ctx context.Context, l *reconcile.Loop) {
+		r.set(nil, time.Hour)
+		l.Trigger()
+		synctest.Wait()
+		short, cancel := context.WithTimeout(ctx, time.Second)
+		defer cancel()
+		if err := l.Sync(short); !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("got %v", err)
+		}
+	})
+}
