@@ -1,0 +1,120 @@
+package agentapi
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+)
+
+// requestTimeout is how long a client may take to send its request.
+const requestTimeout = 5 * time.Second
+
+// codeTryAgainLater is the CNI error code for what passes by itself.
+const codeTryAgainLater = 11
+
+// Handler answers one request of a known version. Its context ends when the client leaves or the server stops. The server
+// fills in the response's version.
+type Handler func(ctx context.Context, req Request) Response
+
+// Listen makes the socket, which only its owner may open, from its first moment on. A socket file that a dead daemon left
+// is replaced.
+//
+// It is made in a directory that nobody else may enter and then renamed into its place, so that there is neither a
+// moment with wider rights nor one without a socket. The file stays when the listener closes: by then it may be that
+// of the next daemon, and a socket without a listener refuses every connection.
+func Listen(socket string) (net.Listener, error) {
+	dir, err := os.MkdirTemp(filepath.Dir(socket), ".s")
+	if err != nil {
+		return nil, fmt.Errorf("making a directory for the socket %s: %w", socket, err)
+	}
+	l, err := listenIn(dir, socket)
+	if rmErr := os.RemoveAll(dir); err == nil && rmErr != nil {
+		return nil, errors.Join(fmt.Errorf("removing the directory of the socket: %w", rmErr), l.Close())
+	}
+	return l, err
+}
+
+// listenIn listens on a socket made in dir and moves it into its place.
+func listenIn(dir, socket string) (net.Listener, error) {
+	made := filepath.Join(dir, "s")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: made, Net: "unix"})
+	if err != nil {
+		return nil, fmt.Errorf("listening for %s: %w", socket, err)
+	}
+	l.SetUnlinkOnClose(false)
+	if err = errors.Join(os.Chmod(made, 0o600), os.Rename(made, socket)); err != nil {
+		return nil, errors.Join(fmt.Errorf("moving the socket to %s: %w", socket, err), l.Close())
+	}
+	return l, nil
+}
+
+// Serve answers the requests that come to the listener until ctx ends, and returns when every handler has. It closes the
+// listener. The error is nil when ctx ended it.
+func Serve(ctx context.Context, l net.Listener, handle Handler) error {
+	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
+	defer stop()
+	var handlers sync.WaitGroup
+	defer handlers.Wait()
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			return errors.Join(fmt.Errorf("accepting on %s: %w", l.Addr(), err), l.Close())
+		}
+		handlers.Go(func() { serve(ctx, conn, handle) })
+	}
+}
+
+// serve reads one request from the connection and writes its response. Nothing is reported where that fails: the client
+// knows, or has left.
+func serve(ctx context.Context, conn net.Conn, handle Handler) {
+	var watcher sync.WaitGroup
+	defer watcher.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	context.AfterFunc(ctx, func() { _ = conn.Close() })
+	defer cancel()
+
+	req, err := readRequest(ctx, conn)
+	if err != nil {
+		_ = writeMessage(conn, refusal(err.Error()))
+		return
+	}
+	if req.Version != Version {
+		_ = writeMessage(conn, refusal(fmt.Sprintf("the program that asks speaks version %d of the protocol, this daemon version %d: update the older of both",
+			req.Version, Version)))
+		return
+	}
+	watcher.Go(func() {
+		// A client sends nothing after its request, so that whatever ends this read says that it has left.
+		_, _ = conn.Read(make([]byte, 1))
+		cancel()
+	})
+	resp := handle(ctx, req)
+	resp.Version = Version
+	_ = writeMessage(conn, resp)
+}
+
+// readRequest reads the request, for no longer than requestTimeout.
+func readRequest(ctx context.Context, conn net.Conn) (Request, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	var req Request
+	if err := readMessage(conn, maxRequest, &req); err != nil {
+		return Request{}, fmt.Errorf("reading the request: %w", err)
+	}
+	return req, nil
+}
+
+// refusal is the answer to a request that no handler saw.
+func refusal(message string) Response {
+	return Response{Version: Version, Error: &Error{Code: codeTryAgainLater, Message: message}}
+}
