@@ -34,7 +34,7 @@ func start(t *testing.T, socket string, handle agentapi.Handler) (stop func()) {
 	}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	done := make(chan error, 1)
-	go func() { done <- agentapi.Serve(ctx, l, handle) }()
+	go func() { done <- agentapi.ServeOn(ctx, l, handle) }()
 	var stopped bool
 	stop = func() {
 		cancel()

@@ -21,13 +21,23 @@ const codeTryAgainLater = 11
 // fills in the response's version.
 type Handler func(ctx context.Context, req Request) Response
 
-// Listen makes the socket, which only its owner may open, from its first moment on. A socket file that a dead daemon left
+// Serve listens on the unix socket and answers requests until ctx ends, and returns when every handler has. The error is nil
+// when ctx ended it.
+func Serve(ctx context.Context, socket string, handle Handler) error {
+	l, err := listen(socket)
+	if err != nil {
+		return err
+	}
+	return serve(ctx, l, handle)
+}
+
+// listen makes the socket, which only its owner may open, from its first moment on. A socket file that a dead daemon left
 // is replaced.
 //
 // It is made in a directory that nobody else may enter and then renamed into its place, so that there is neither a
 // moment with wider rights nor one without a socket. The file stays when the listener closes: by then it may be that
 // of the next daemon, and a socket without a listener refuses every connection.
-func Listen(socket string) (net.Listener, error) {
+func listen(socket string) (net.Listener, error) {
 	dir, err := os.MkdirTemp(filepath.Dir(socket), ".s")
 	if err != nil {
 		return nil, fmt.Errorf("making a directory for the socket %s: %w", socket, err)
@@ -53,9 +63,8 @@ func listenIn(dir, socket string) (net.Listener, error) {
 	return l, nil
 }
 
-// Serve answers the requests that come to the listener until ctx ends, and returns when every handler has. It closes the
-// listener. The error is nil when ctx ended it.
-func Serve(ctx context.Context, l net.Listener, handle Handler) error {
+// serve answers what comes to the listener, and closes it in the end.
+func serve(ctx context.Context, l net.Listener, handle Handler) error {
 	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
 	defer stop()
 	var handlers sync.WaitGroup
@@ -68,13 +77,13 @@ func Serve(ctx context.Context, l net.Listener, handle Handler) error {
 			}
 			return errors.Join(fmt.Errorf("accepting on %s: %w", l.Addr(), err), l.Close())
 		}
-		handlers.Go(func() { serve(ctx, conn, handle) })
+		handlers.Go(func() { answer(ctx, conn, handle) })
 	}
 }
 
-// serve reads one request from the connection and writes its response. Nothing is reported where that fails: the client
+// answer reads one request from the connection and writes its response. Nothing is reported where that fails: the client
 // knows, or has left.
-func serve(ctx context.Context, conn net.Conn, handle Handler) {
+func answer(ctx context.Context, conn net.Conn, handle Handler) {
 	var watcher sync.WaitGroup
 	defer watcher.Wait()
 	ctx, cancel := context.WithCancel(ctx)
