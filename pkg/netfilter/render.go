@@ -89,16 +89,24 @@ func (d Delta) Render() string {
 	return b.String()
 }
 
-// Render returns everything as text for people and for golden files: the sets in ipset's words, the tables in
-// iptables-restore's, the hooks as the commands that make them.
-func (r *Rules) Render() string {
+// Render returns both families as text, each under a heading.
+func (r Ruleset) Render() string {
+	var b strings.Builder
+	for _, f := range Families {
+		fmt.Fprintf(&b, "# %s\n%s", f, r.Of(f).Render(f))
+	}
+	return b.String()
+}
+
+// Render returns one family as text for people and for golden files: the sets as input of "ipset restore", the tables as
+// input of "iptables-restore --noflush", and a line for each hook.
+func (r *Rules) Render(f Family) string {
 	var b strings.Builder
 	for _, s := range r.Sets {
-		fmt.Fprintf(&b, "create %s %s", s.Name, s.Type)
 		if s.Comment != "" {
-			fmt.Fprintf(&b, " # %s", s.Comment)
+			fmt.Fprintf(&b, "# %s\n", s.Comment)
 		}
-		b.WriteByte('\n')
+		fmt.Fprintf(&b, "create %s %s family %s\n", s.Name, s.Type, f.inet())
 		for _, e := range s.Entries {
 			fmt.Fprintf(&b, "add %s %s\n", s.Name, e)
 		}
@@ -132,25 +140,16 @@ func (e Entry) String() string {
 	if e.Prefix.IsSingleIP() {
 		first = e.Prefix.Addr().String()
 	}
-	switch {
-	case e.Protocol != "":
+	if e.Protocol != "" {
 		return fmt.Sprintf("%s,%s:%d", first, e.Protocol, e.Port)
-	case e.Prefix2.IsValid():
-		second := e.Prefix2.String()
-		if e.Prefix2.IsSingleIP() {
-			second = e.Prefix2.Addr().String()
-		}
-		return first + "," + second
-	default:
-		return first
 	}
+	return first
 }
 
 // Compare orders entries.
 func (e Entry) Compare(o Entry) int {
 	return cmp.Or(
 		e.Prefix.Addr().Compare(o.Prefix.Addr()), cmp.Compare(e.Prefix.Bits(), o.Prefix.Bits()),
-		e.Prefix2.Addr().Compare(o.Prefix2.Addr()), cmp.Compare(e.Prefix2.Bits(), o.Prefix2.Bits()),
 		cmp.Compare(e.Protocol, o.Protocol), cmp.Compare(e.Port, o.Port))
 }
 

@@ -8,6 +8,7 @@ package netfilter
 
 import (
 	"net/netip"
+	"slices"
 )
 
 // Prefix begins the name of every chain and set of Warren's.
@@ -41,6 +42,14 @@ func (f Family) String() string {
 	return "ipv4"
 }
 
+// inet returns the family's name in ipset's words.
+func (f Family) inet() string {
+	if f == IPv6 {
+		return "inet6"
+	}
+	return "inet"
+}
+
 // Ruleset is everything that Warren wants in the kernel's packet filter.
 type Ruleset struct {
 	V4, V6 Rules
@@ -72,8 +81,6 @@ const (
 	HashNet SetType = "hash:net"
 	// HashIPPort holds address, protocol and port.
 	HashIPPort SetType = "hash:ip,port"
-	// HashNetNet holds pairs of prefixes; in use for "source and destination are the same address".
-	HashNetNet SetType = "hash:net,net"
 )
 
 // Set is an ipset. Its name tells its family, because names are shared between families.
@@ -92,9 +99,19 @@ type Set struct {
 // Entry is a member of a set.
 type Entry struct {
 	Prefix   netip.Prefix
-	Prefix2  netip.Prefix // HashNetNet only
 	Protocol string       // HashIPPort only: "tcp", "udp" or "sctp"
 	Port     uint16       // HashIPPort only
+}
+
+// Address returns the entry of a single address.
+func Address(a netip.Addr) Entry {
+	return Entry{Prefix: netip.PrefixFrom(a, a.BitLen())}
+}
+
+// Entries returns the entries sorted and without duplicates, as a Set wants them. It sorts in place.
+func Entries(entries []Entry) []Entry {
+	slices.SortFunc(entries, Entry.Compare)
+	return slices.Compact(entries)
 }
 
 // Chain is a chain of ours in one table.
