@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# Builds third-party tools from the Go module proxy into build/tools/, at the versions pinned in scripts/tools/*/go.mod.
+# Usage: scripts/tools/build.sh TOOL|GROUP...
+#   tools:  golangci-lint etcd kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubeadm kubectl
+#           kind coredns agnhost pause e2e.test
+#   groups: lint, apiserver (an API server alone), cluster (kind and what its node image holds), suite (the upstream e2e suite)
+# A tool is built again only when its pinned versions, flags or Go itself change.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+root=$PWD
+out=$root/build/tools
+
+# member prints the tools that a name stands for.
+members() {
+  case "$1" in
+    lint)      echo golangci-lint ;;
+    apiserver) echo kube-apiserver etcd ;;
+    cluster)   echo kube-apiserver etcd kubeadm kubelet kubectl kube-controller-manager kube-scheduler kube-proxy \
+                 kind coredns agnhost pause ;;
+    suite)     echo e2e.test ;;
+    *)         echo "$1" ;;
+  esac
+}
+
+# source_of prints the nested module and the package of a tool.
+source_of() {
+  case "$1" in
+    golangci-lint) echo lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint ;;
+    etcd)          echo etcd go.etcd.io/etcd/server/v3 ;;
+    coredns)       echo coredns github.com/coredns/coredns ;;
+    kind)          echo kind sigs.k8s.io/kind ;;
+    kube-apiserver | kube-controller-manager | kube-scheduler | kube-proxy | kubelet | kubeadm | kubectl)
+                   echo kubernetes "k8s.io/kubernetes/cmd/$1" ;;
+    agnhost)       echo kubernetes k8s.io/kubernetes/test/images/agnhost ;;
+    e2e.test)      echo kubernetes k8s.io/kubernetes/test/e2e ;;
+    pause)         echo pause . ;;
+    *) echo "build.sh: unknown tool '$1'" >&2; return 2 ;;
+  esac
+}
+
+# linker_flags prints the flags of a module's tools. Clients refuse a Kubernetes without a version.
+linker_flags() {
+  local flags="-s -w" version package
+  if [ "$1" = kubernetes ]; then
+    version=$(awk '$1 == "k8s.io/kubernetes" { print $2; exit }' scripts/tools/kubernetes/go.mod)
+    IFS=. read -r major minor _ <<<"${version#v}"
+    for package in k8s.io/component-base/version k8s.io/client-go/pkg/version; do
+      flags+=" -X $package.gitVersion=$version -X $package.gitMajor=$major -X $package.gitMinor=$minor"
+    done
+  fi
+  echo "$flags"
+}
+
+# build makes one tool, statically linked, so that it runs in an image that holds nothing else.
+build() {
+  local tool=$1 module package flags stamp started
+  read -r module package <<<"$(source_of "$tool")"
+  flags=$(linker_flags "$module")
+  stamp=$(cat "scripts/tools/$module/"* <(echo "$package $flags") <(go version) | sha256sum | cut -c1-64)
+  if [ -x "$out/$tool" ] && [ "$(cat "$out/.stamps/$tool" 2>/dev/null)" = "$stamp" ]; then
+    return 0
+  fi
+  echo "build.sh: building $tool" >&2
+  started=$SECONDS
+  local command=(go build)
+  [ "$tool" != e2e.test ] || command=(go test -c)
+  (cd "scripts/tools/$module" && CGO_ENABLED=0 nice -n 10 "${command[@]}" -trimpath -ldflags "$flags" -o "$out/$tool" "$package")
+  echo "$stamp" >"$out/.stamps/$tool"
+  echo "build.sh: built $tool in $((SECONDS - started)) s" >&2
+}
+
+[ $# -gt 0 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
+for name in "$@"; do
+  for tool in $(members "$name"); do source_of "$tool" >/dev/null; done
+done
+mkdir -p "$out/.stamps"
+for name in "$@"; do
+  for tool in $(members "$name"); do
+    # One build at a time: two at once would do the same work twice. The lock is per tool, so that a finished one is not waited for.
+    exec 9>"$out/.stamps/$tool.lock"
+    flock 9
+    build "$tool"
+    exec 9>&-
+  done
+done
