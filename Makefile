@@ -1,0 +1,57 @@
+# Warren. `make help` lists the targets; `make demo` and `make test` set up what they need on a fresh Debian machine.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+GO_BUILD := CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
+
+.PHONY: help build test test-vm lint demo bench image manifests kind kind-down e2e clean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## Build build/warren (the CNI plugin) and build/warrend (the daemon)
+	@scripts/deps.sh build
+	$(GO_BUILD) -o build/warren ./plugin
+	$(GO_BUILD) -o build/warrend ./daemon
+
+demo: build ## Three nodes in namespaces: who reaches whom, and what the wire shows
+	@scripts/deps.sh test
+	go run ./scripts/demo
+
+test: build ## Run all tests: units, network namespaces, a real API server, and kernel WireGuard under QEMU
+	@scripts/deps.sh test
+	scripts/tools/build.sh kube-apiserver etcd
+	go test -timeout 20m ./...
+	$(MAKE) --no-print-directory test-vm
+
+test-vm: ## Run the mesh's tests on kernel WireGuard in a QEMU guest
+	@scripts/deps.sh test vm
+	scripts/vm/run.sh
+
+lint: ## Run the linters and check that generated files are current
+	@scripts/deps.sh build
+	scripts/tools/build.sh golangci-lint
+	build/tools/golangci-lint run ./...
+
+bench: build ## Measure against peers in one run; a table, and a JSON line a benchmark
+	@scripts/deps.sh test
+	go run ./scripts/bench
+
+image: build ## Write build/warren-image.tar, which ctr, docker and kind load
+	@scripts/deps.sh build image
+	scripts/image/build.sh
+
+kind: image ## Create a kind cluster on Warren (options: scripts/kind/up.sh --help)
+	@scripts/deps.sh kind
+	scripts/kind/up.sh
+
+kind-down: ## Remove the kind cluster and everything that `make kind` started
+	scripts/kind/down.sh
+
+e2e: image ## Test on a real two-node kind cluster
+	@scripts/deps.sh kind test
+	scripts/kind/e2e.sh
+
+clean: ## Remove build outputs (caches too)
+	rm -rf build

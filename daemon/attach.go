@@ -1,0 +1,112 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/types"
+
+	"github.com/warren-cni/warren/pkg/agentapi"
+)
+
+// attachPatience is how long an attach waits for its pod to become known before the runtime is told to come again.
+const attachPatience = 5 * time.Second
+
+// handle answers one request of the plugin or of the operator's command.
+func (n *node) handle(ctx context.Context, request agentapi.Request) agentapi.Response {
+	switch request.Op {
+	case agentapi.OpAttach, agentapi.OpCheck:
+		if request.Pod == nil || len(request.Pod.Addresses) == 0 {
+			return refuse(types.ErrDecodingFailure, errors.New("the request names no pod or no address"))
+		}
+		if request.Op == agentapi.OpAttach {
+			return n.attach(ctx, *request.Pod)
+		}
+		return n.check(*request.Pod)
+	case agentapi.OpReady:
+		if o := n.outcomeNow(); !o.ready {
+			return refuse(types.ErrTryAgainLater, errNotReady(o))
+		}
+		return agentapi.Response{}
+	case agentapi.OpStatus:
+		status := n.status()
+		return agentapi.Response{Status: &status}
+	default:
+		return refuse(types.ErrDecodingFailure, fmt.Errorf("unknown operation %q", request.Op))
+	}
+}
+
+// attach puts a pod's policies into the kernel and opens the start gate for it; it succeeds only when both were seen
+// done. Everything else is "try again later": the runtime retries, and the pod stays closed.
+func (n *node) attach(ctx context.Context, pod agentapi.Pod) agentapi.Response {
+	ctx, cancel := context.WithTimeout(ctx, attachPatience)
+	defer cancel()
+	if o := n.outcomeNow(); !o.ready {
+		return refuse(types.ErrTryAgainLater, errNotReady(o))
+	}
+	fetchErr := n.fetch(ctx, pod)
+	for {
+		next := n.nextStep()
+		if err := n.loop.Sync(ctx); err != nil && ctx.Err() == nil {
+			return refuse(types.ErrTryAgainLater, fmt.Errorf("programming pod %s/%s: %w", pod.Namespace, pod.Name, err))
+		}
+		if n.isOpen(pod) {
+			return agentapi.Response{}
+		}
+		select {
+		case <-next:
+		case <-ctx.Done():
+			err := fmt.Errorf("pod %s/%s (uid %s) is not known to the daemon after %v", pod.Namespace, pod.Name, pod.UID, attachPatience)
+			return refuse(types.ErrTryAgainLater, errors.Join(err, fetchErr))
+		}
+	}
+}
+
+// fetch reads the pod from the source if the watch has not brought it yet.
+func (n *node) fetch(ctx context.Context, pod agentapi.Pod) error {
+	snapshot, _ := n.source.Snapshot()
+	for _, known := range snapshot.Pods {
+		if known.Namespace == pod.Namespace && known.Name == pod.Name && (known.UID == pod.UID || known.StaticUID == pod.UID) {
+			return nil
+		}
+	}
+	return n.source.FetchPod(ctx, pod.Namespace, pod.Name, pod.UID)
+}
+
+// check says whether the gate is open for the pod.
+func (n *node) check(pod agentapi.Pod) agentapi.Response {
+	if !n.isOpen(pod) {
+		return refuse(types.ErrInternal, fmt.Errorf("the start gate is closed for pod %s/%s with addresses %v: its policies are not programmed on this node",
+			pod.Namespace, pod.Name, pod.Addresses))
+	}
+	return agentapi.Response{}
+}
+
+// isOpen says whether the last step opened the gate for all of the pod's addresses.
+func (n *node) isOpen(pod agentapi.Pod) bool {
+	o := n.outcomeNow()
+	for _, address := range pod.Addresses {
+		if !o.open[address] {
+			return false
+		}
+	}
+	return true
+}
+
+// errNotReady says why pods cannot be attached yet.
+func errNotReady(o outcome) error {
+	if !o.synced {
+		return errors.New("warrend has not read the cluster's objects yet")
+	}
+	if len(o.problems) > 0 {
+		return fmt.Errorf("warrend is not ready: %s", o.problems[0])
+	}
+	return errors.New("warrend is not ready: policy and mesh are being applied for the first time")
+}
+
+// refuse makes an error response.
+func refuse(code uint, err error) agentapi.Response {
+	return agentapi.Response{Error: &agentapi.Error{Code: code, Message: err.Error()}}
+}

@@ -1,0 +1,98 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/warren-cni/warren/pkg/agentapi"
+	"github.com/warren-cni/warren/pkg/cniconf"
+	"github.com/warren-cni/warren/pkg/firewall"
+	"github.com/warren-cni/warren/pkg/podlink"
+	"github.com/warren-cni/warren/pkg/wgdevice"
+)
+
+// cleanupCommand removes Warren from the node.
+func cleanupCommand() *cobra.Command {
+	var p paths
+	var logging logOptions
+	var keepKey bool
+	cmd := &cobra.Command{
+		Use:   "cleanup",
+		Short: "Remove everything of Warren's from this node",
+		Long: `Remove everything of Warren's from this node: the conflist, the links of pods, the tunnel, routes, rules, sets, leases
+and the node's key. Pods of this node lose their network; nothing that is not Warren's is touched.
+
+It goes on after an error, and says at the end what is left. Stop the daemon first.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			log, err := logging.logger(os.Stderr)
+			if err != nil {
+				return err
+			}
+			return cleanup(cmd.Context(), p, keepKey, log)
+		},
+	}
+	p.add(cmd.Flags())
+	logging.add(cmd.Flags())
+	cmd.Flags().BoolVar(&keepKey, "keep-key", false, "keep the node's WireGuard key")
+	return cmd
+}
+
+// cleanup removes the conflist first, so that no pod starts meanwhile, and the guards last.
+func cleanup(ctx context.Context, p paths, keepKey bool, log *slog.Logger) error {
+	if daemonAnswers(ctx, p.socket()) {
+		return fmt.Errorf("warrend runs on this node and would undo the cleanup: stop it first (kubectl -n warren-system delete daemonset warren)")
+	}
+	var errs []error
+	do := func(what string, err error) {
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", what, err))
+			return
+		}
+		log.Info("removed", "what", what)
+	}
+	do("conflist", cniconf.Remove(p.cniConfDir, p.runDir))
+	do("links of pods", podlink.RemoveAll())
+	device, err := wgdevice.New(wgdevice.Options{Log: log, Mode: wgdevice.ModeAuto})
+	if err == nil {
+		err = device.Cleanup(ctx)
+	}
+	do("tunnel and routes", err)
+	do("rules and sets", firewall.Cleanup(ctx, log))
+	do("leases and runtime state", removeContents(p.runDir))
+	if !keepKey {
+		do("key", removeContents(p.stateDir))
+	}
+	return errors.Join(errs...)
+}
+
+// daemonAnswers says whether a daemon runs.
+func daemonAnswers(ctx context.Context, socket string) bool {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	_, err := agentapi.Call(ctx, socket, agentapi.Request{Op: agentapi.OpStatus})
+	return err == nil
+}
+
+// removeContents empties a directory and removes it where it can be (a mount point stays).
+func removeContents(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, entry := range entries {
+		errs = append(errs, os.RemoveAll(dir+"/"+entry.Name()))
+	}
+	_ = os.Remove(dir) // a mount point cannot be removed, and an empty directory does no harm
+	return errors.Join(errs...)
+}

@@ -1,0 +1,166 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/warren-cni/warren/pkg/agentapi"
+	"github.com/warren-cni/warren/pkg/cluster"
+	"github.com/warren-cni/warren/pkg/firewall"
+	"github.com/warren-cni/warren/pkg/ipam"
+	"github.com/warren-cni/warren/pkg/mesh"
+	"github.com/warren-cni/warren/pkg/netfilter"
+	"github.com/warren-cni/warren/pkg/reconcile"
+	"github.com/warren-cni/warren/pkg/wgdevice"
+)
+
+// source is where the cluster's objects come from: an API server or a directory.
+type source interface {
+	Run(ctx context.Context) error
+	Changed() <-chan struct{}
+	WaitForSync(ctx context.Context) error
+	Snapshot() (cluster.Snapshot, []cluster.Problem)
+	FetchPod(ctx context.Context, namespace, name, uid string) error
+	Publish(ctx context.Context, annotations map[string]string) error
+}
+
+// filter is the packet filter of the kernel.
+type filter interface {
+	Apply(ctx context.Context, rules netfilter.Ruleset) (firewall.Changes, error)
+	Forget()
+}
+
+// tunnel is the WireGuard link, its peers and the routes.
+type tunnel interface {
+	Apply(ctx context.Context, config mesh.Config, key wgdevice.Key) (wgdevice.Changes, error)
+	Status() (wgdevice.Status, error)
+}
+
+// node is the daemon: what it reads from, what it applies to, and what the last step came to.
+type node struct {
+	options   runOptions
+	log       *slog.Logger
+	clock     func() time.Time
+	source    source
+	filter    filter
+	tunnel    tunnel
+	leases    *ipam.Store
+	key       wgdevice.Key
+	uplinkMTU func(netip.Addr) (int, error)
+	loop      *reconcile.Loop
+
+	mu      sync.Mutex
+	last    outcome
+	stepped chan struct{} // closed at the end of the next step
+}
+
+// outcome is what a step came to. It is replaced as a whole and never changed.
+type outcome struct {
+	// synced is true once there was a first step, that is once the source was complete.
+	synced bool
+	// ready is true once policy and mesh were applied and the conflist stands. It stays: later errors are problems.
+	ready    bool
+	plan     plan
+	problems []cluster.Problem
+	// open are the addresses that the start gate lets pass.
+	open      map[netip.Addr]bool
+	applied   time.Time
+	mtu       int
+	guardDone bool
+}
+
+// outcomeNow returns the last step's outcome.
+func (n *node) outcomeNow() outcome {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.last
+}
+
+// nextStep returns a channel that is closed when the step after now has ended.
+func (n *node) nextStep() <-chan struct{} {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.stepped
+}
+
+// record makes a step's outcome the last one and wakes those who wait for it.
+func (n *node) record(o outcome) {
+	n.mu.Lock()
+	before := n.last.problems
+	n.last = o
+	close(n.stepped)
+	n.stepped = make(chan struct{})
+	n.mu.Unlock()
+	n.logProblems(before, o.problems)
+}
+
+// logProblems logs the problems that came and those that went, once each.
+func (n *node) logProblems(before, now []cluster.Problem) {
+	had := make(map[cluster.Problem]bool, len(before))
+	for _, p := range before {
+		had[p] = true
+	}
+	for _, p := range now {
+		if !had[p] {
+			n.log.Warn("problem", "code", p.Code, "object", p.Object, "field", p.Field, "message", p.Message, "remedy", p.Remedy)
+		}
+		delete(had, p)
+	}
+	for _, p := range before {
+		if had[p] {
+			n.log.Info("problem resolved", "code", p.Code, "object", p.Object, "field", p.Field)
+		}
+	}
+}
+
+// serve runs the node until the context ends. What is in the kernel stays as it is.
+func (n *node) serve(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var running sync.WaitGroup
+	start := func(what string, run func(context.Context) error) {
+		running.Go(func() {
+			if err := run(ctx); err != nil && ctx.Err() == nil {
+				cancel(fmt.Errorf("%s: %w", what, err))
+			}
+		})
+	}
+	start("reading the cluster", n.source.Run)
+	start("answering on the socket", func(ctx context.Context) error {
+		return agentapi.Serve(ctx, n.options.socket(), n.handle)
+	})
+	start("serving metrics", n.serveMetrics)
+	start("reconciling", n.reconcile)
+	<-ctx.Done()
+	running.Wait()
+	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	n.log.Info("stopping; the kernel keeps enforcing what was applied")
+	return nil
+}
+
+// reconcile runs the loop once the source is complete: a partial view would take away what others still need.
+func (n *node) reconcile(ctx context.Context) error {
+	if err := n.source.WaitForSync(ctx); err != nil {
+		return err
+	}
+	changed := n.source.Changed()
+	go func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-changed:
+				n.loop.Trigger()
+			}
+		}
+	}()
+	n.loop.Run(ctx)
+	return nil
+}

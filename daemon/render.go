@@ -1,0 +1,133 @@
+package main
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/warren-cni/warren/pkg/cluster"
+	"github.com/warren-cni/warren/pkg/kube"
+	"github.com/warren-cni/warren/pkg/mesh"
+	"github.com/warren-cni/warren/pkg/netfilter"
+)
+
+// renderCommand shows a plan without applying it.
+func renderCommand() *cobra.Command {
+	var p planning
+	var uplinkMTU int
+	cmd := &cobra.Command{
+		Use:   "render",
+		Short: "Print the rules, sets and mesh that a node would apply, touching nothing",
+		Long: `Print the rules, sets and mesh that a node would apply, touching nothing.
+
+Addresses of pods come from their status. The exit status is 1 when an object has a problem; what does not
+depend on it is printed all the same.`,
+		Example: "  warrend render --objects ./objects --node worker-1",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if p.objects == "" || p.nodeName == "" {
+				return errors.New("render needs --objects DIR and --node NAME")
+			}
+			if err := p.validate(); err != nil {
+				return err
+			}
+			snapshot, problems, err := readOnce(cmd.Context(), p)
+			if err != nil {
+				return err
+			}
+			if _, ok := snapshot.Node(p.nodeName); !ok {
+				return fmt.Errorf("no Node %s in %s", p.nodeName, p.objects)
+			}
+			wanted := makePlan(snapshot, localAddresses(snapshot), p, uplinkMTU)
+			if err := printPlan(cmd.OutOrStdout(), wanted); err != nil {
+				return err
+			}
+			problems = cluster.SortProblems(append(problems, wanted.problems...))
+			for _, problem := range problems {
+				fmt.Fprintln(cmd.ErrOrStderr(), problem)
+			}
+			if len(problems) > 0 {
+				return fmt.Errorf("%d problem(s)", len(problems))
+			}
+			return nil
+		},
+	}
+	p.add(cmd.Flags())
+	cmd.Flags().StringVar(&p.nodeName, "node", "", "name of the node to render for (required)")
+	cmd.Flags().IntVar(&uplinkMTU, "uplink-mtu", 1500, "MTU of the node's uplink, from which that of the tunnel follows")
+	return cmd
+}
+
+// readOnce reads the directory of objects once.
+func readOnce(ctx context.Context, p planning) (cluster.Snapshot, []cluster.Problem, error) {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	directory, err := kube.NewDirectory(p.objects, p.nodeName, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError})))
+	if err != nil {
+		return cluster.Snapshot{}, nil, err
+	}
+	done := make(chan error, 1)
+	go func() { done <- directory.Run(ctx) }()
+	if err := directory.WaitForSync(ctx); err != nil {
+		return cluster.Snapshot{}, nil, err
+	}
+	snapshot, problems := directory.Snapshot()
+	cancel()
+	return snapshot, problems, <-done
+}
+
+// localAddresses returns the addresses of the pods of the own node, as their status has them.
+func localAddresses(s cluster.Snapshot) []netip.Addr {
+	var addresses []netip.Addr
+	for _, pod := range s.Pods {
+		if pod.Node == s.Self && !pod.HostNetwork && !pod.Finished {
+			addresses = append(addresses, pod.Addresses...)
+		}
+	}
+	return addresses
+}
+
+// printPlan prints a plan for people.
+func printPlan(w io.Writer, p plan) error {
+	var b strings.Builder
+	for _, family := range netfilter.Families {
+		fmt.Fprintf(&b, "# %s\n%s\n", family, p.rules.Of(family).Render())
+	}
+	printMesh(&b, p.mesh)
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// printMesh prints the mesh in the words of ip and wg.
+func printMesh(b *strings.Builder, c mesh.Config) {
+	b.WriteString("# mesh\n")
+	if c.Encrypted {
+		fmt.Fprintf(b, "link %s mtu %d port %d\n", mesh.Link, c.MTU, c.ListenPort)
+	}
+	for _, a := range c.Addresses {
+		fmt.Fprintf(b, "address %s\n", a)
+	}
+	for _, p := range c.Peers {
+		fmt.Fprintf(b, "peer %s endpoint %s allowed-ips %s # %s\n",
+			base64.StdEncoding.EncodeToString(p.PublicKey[:]), p.Endpoint, strings.Join(texts(p.AllowedIPs), ","), p.Node)
+	}
+	for _, r := range c.Routes {
+		if r.Via.IsValid() {
+			fmt.Fprintf(b, "route %s via %s\n", r.Destination, r.Via)
+			continue
+		}
+		fmt.Fprintf(b, "route %s dev %s src %s\n", r.Destination, mesh.Link, r.Source)
+	}
+	for _, u := range c.Unreachable {
+		fmt.Fprintf(b, "route unreachable %s\n", u)
+	}
+}

@@ -1,0 +1,87 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"time"
+
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/warren-cni/warren/pkg/firewall"
+	"github.com/warren-cni/warren/pkg/ipam"
+	"github.com/warren-cni/warren/pkg/kube"
+	"github.com/warren-cni/warren/pkg/reconcile"
+	"github.com/warren-cni/warren/pkg/wgdevice"
+)
+
+// resync is how often the daemon reads the kernel again and repairs what others changed.
+const resync = 10 * time.Second
+
+// run makes the node's parts, connects them and serves until the context ends.
+func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger) error {
+	for _, dir := range []string{o.runDir, o.stateDir} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return fmt.Errorf("making a directory of the daemon: %w", err)
+		}
+	}
+	key, err := wgdevice.LoadOrCreateKey(o.stateDir)
+	if err != nil {
+		return err
+	}
+	leases, err := ipam.Open(o.leases())
+	if err != nil {
+		return err
+	}
+	objects, err := newSource(o, log)
+	if err != nil {
+		return err
+	}
+	packetFilter, err := firewall.New(firewall.Options{Log: log})
+	if err != nil {
+		return err
+	}
+	device, err := wgdevice.New(wgdevice.Options{Log: log, Mode: mode})
+	if err != nil {
+		return err
+	}
+	n := &node{
+		options: o, log: log, clock: time.Now,
+		source: objects, filter: packetFilter, tunnel: device, leases: leases, key: key,
+		uplinkMTU: wgdevice.UplinkMTU,
+		stepped:   make(chan struct{}),
+	}
+	n.loop = reconcile.New(n.step, resync)
+	log.Info("starting", "version", version, "node", o.nodeName, "encryption", o.encryption, "public_key", key.Public())
+	return n.serve(ctx)
+}
+
+// newSource connects to the API server, or opens the directory.
+func newSource(o runOptions, log *slog.Logger) (source, error) {
+	if o.objects != "" {
+		return kube.NewDirectory(o.objects, o.nodeName, log)
+	}
+	config, err := restConfig(o.kubeconfig)
+	if err != nil {
+		return nil, err
+	}
+	return kube.NewAPI(config, o.nodeName, log)
+}
+
+// restConfig finds the API server.
+func restConfig(kubeconfig string) (*rest.Config, error) {
+	if kubeconfig == "" {
+		config, err := rest.InClusterConfig()
+		if err != nil {
+			return nil, fmt.Errorf("finding the API server (outside a cluster, say --kubeconfig FILE or --objects DIR): %w", err)
+		}
+		return config, nil
+	}
+	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
+	if err != nil {
+		return nil, fmt.Errorf("reading --kubeconfig=%s: %w", kubeconfig, err)
+	}
+	return config, nil
+}

@@ -1,0 +1,212 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+
+	"github.com/warren-cni/warren/pkg/cluster"
+	"github.com/warren-cni/warren/pkg/cniconf"
+	"github.com/warren-cni/warren/pkg/guard"
+	"github.com/warren-cni/warren/pkg/ipam"
+	"github.com/warren-cni/warren/pkg/kube"
+	"github.com/warren-cni/warren/pkg/mesh"
+	"github.com/warren-cni/warren/pkg/netfilter"
+	"github.com/warren-cni/warren/pkg/policy"
+)
+
+// plan is everything that a node wants, computed from one snapshot.
+type plan struct {
+	podCIDRs []netip.Prefix
+	rules    netfilter.Ruleset
+	mesh     mesh.Config
+	// open are the addresses whose policies are in rules.
+	open     []netip.Addr
+	counts   counts
+	problems []cluster.Problem
+}
+
+// counts are for the status.
+type counts struct {
+	policies, pods, isolated int
+}
+
+// makePlan plans from a snapshot whose local pods have their leased addresses. It is pure.
+func makePlan(snapshot cluster.Snapshot, open []netip.Addr, p planning, uplinkMTU int) plan {
+	config, meshProblems := mesh.Plan(snapshot, mesh.Options{
+		ClusterCIDRs: p.parsedCluster,
+		Port:         p.port,
+		UplinkMTU:    uplinkMTU,
+		MTU:          p.mtu,
+		Encrypted:    p.encryptionMode,
+	})
+	policyRules, policyProblems := policy.Compile(snapshot)
+	self, _ := snapshot.Node(snapshot.Self)
+	var known []netip.Prefix
+	for _, node := range snapshot.Nodes {
+		known = append(known, node.PodCIDRs...)
+	}
+	base := guard.Compile(guard.Config{
+		PodCIDRs:      self.PodCIDRs,
+		KnownPodCIDRs: known,
+		ClusterCIDRs:  p.parsedCluster,
+		NonMasquerade: p.parsedNonMasq,
+		Encrypted:     p.encryptionMode,
+		Ready:         open,
+	})
+	local := 0
+	for _, pod := range snapshot.Pods {
+		if pod.Node == snapshot.Self && len(pod.Addresses) > 0 {
+			local++
+		}
+	}
+	return plan{
+		podCIDRs: self.PodCIDRs,
+		rules:    netfilter.Merge(base, policyRules),
+		mesh:     config,
+		open:     open,
+		counts:   counts{policies: len(snapshot.Policies), pods: local},
+		problems: slices.Concat(meshProblems, policyProblems),
+	}
+}
+
+// step reads, plans and applies. With full it trusts nothing that it remembers of the kernel.
+func (n *node) step(ctx context.Context, full bool) error {
+	before := n.outcomeNow()
+	if full {
+		n.filter.Forget()
+	}
+	snapshot, problems := n.source.Snapshot()
+	leases, leaseProblems := n.readLeases()
+	bound, open := snapshot.Bind(leases)
+
+	now := outcome{synced: true, ready: before.ready, applied: before.applied, mtu: before.mtu, guardDone: before.guardDone}
+	if full || now.mtu == 0 {
+		now.mtu = n.readMTU(snapshot, before.mtu)
+	}
+	now.plan = makePlan(bound, open, n.options.planning, now.mtu)
+	err := n.apply(ctx, &now)
+	now.problems = cluster.SortProblems(slices.Concat(problems, leaseProblems, now.plan.problems, now.problems))
+	if err == nil {
+		now.applied = n.clock()
+	}
+	n.record(now)
+	return err
+}
+
+// apply makes the kernel agree with the plan: packet filter first, so that the guards stand before anything can be sent,
+// then the mesh, then the annotations that other nodes need, and the conflist when all of it was well.
+func (n *node) apply(ctx context.Context, o *outcome) error {
+	changes, filterErr := n.filter.Apply(ctx, o.plan.rules)
+	if filterErr != nil {
+		filterErr = fmt.Errorf("applying the packet filter: %w", filterErr)
+		o.problems = append(o.problems, applyProblem("FirewallApplyFailed", "Node "+n.options.nodeName, filterErr,
+			"pods that this concerns stay closed; the daemon retries"))
+	} else {
+		o.guardDone = true
+		o.open = make(map[netip.Addr]bool, len(o.plan.open))
+		for _, address := range o.plan.open {
+			o.open[address] = true
+		}
+	}
+	if !o.guardDone {
+		return filterErr // without the guards there must be no tunnel and no route
+	}
+	if len(o.plan.podCIDRs) == 0 {
+		return filterErr // pkg/mesh has reported it; the Node's next event starts the next step
+	}
+
+	meshChanges, meshErr := n.tunnel.Apply(ctx, o.plan.mesh, n.key)
+	if meshErr != nil {
+		meshErr = fmt.Errorf("applying the mesh: %w", meshErr)
+		o.problems = append(o.problems, meshProblem(n.options.nodeName, meshErr))
+	}
+	publishErr := n.publish(ctx)
+	if publishErr != nil {
+		o.problems = append(o.problems, applyProblem("PublishFailed", "Node "+n.options.nodeName, publishErr,
+			"other nodes cannot reach this one until it succeeds; check the daemon's access to the API server"))
+	}
+	n.log.Debug("applied", "set_operations", changes.SetOps, "rule_bytes", changes.RuleBytes, "mesh", meshChanges)
+	err := errors.Join(filterErr, meshErr, publishErr)
+	if err != nil {
+		return err
+	}
+	return n.installConflist(o)
+}
+
+// installConflist tells the container runtime that the node has a network.
+func (n *node) installConflist(o *outcome) error {
+	changed, err := cniconf.Install(n.options.cniConfDir, cniconf.Params{
+		RunDir: n.options.runDir, Ranges: o.plan.podCIDRs, MTU: o.plan.mesh.MTU,
+	})
+	if changed {
+		n.log.Info("conflist written", "directory", n.options.cniConfDir, "pod_cidrs", o.plan.podCIDRs, "mtu", o.plan.mesh.MTU)
+	}
+	if err != nil {
+		o.problems = append(o.problems, applyProblem("ConflistFailed", n.options.cniConfDir, err,
+			"mend or remove the file named, then the daemon writes the conflist"))
+		if !changed {
+			return err
+		}
+	}
+	o.ready = true
+	return nil
+}
+
+// publish puts the public key and port on the own Node. With encryption off there is nothing to publish.
+func (n *node) publish(ctx context.Context) error {
+	if !n.options.encryptionMode {
+		return nil
+	}
+	return n.source.Publish(ctx, map[string]string{
+		kube.AnnotationPublicKey: n.key.Public().String(),
+		kube.AnnotationPort:      strconv.Itoa(int(n.options.port)),
+	})
+}
+
+// readLeases returns the addresses that pods of this node hold.
+func (n *node) readLeases() ([]cluster.Attachment, []cluster.Problem) {
+	leases, err := n.leases.List()
+	var problems []cluster.Problem
+	if err != nil {
+		problems = append(problems, applyProblem("LeaseUnreadable", n.options.leases(), err,
+			"the pod that holds the address stays closed; delete it, or the file if no pod holds the address"))
+	}
+	byInterface := map[ipam.Owner]int{}
+	var attachments []cluster.Attachment
+	for _, l := range leases {
+		i, ok := byInterface[l.Owner]
+		if !ok {
+			i = len(attachments)
+			byInterface[l.Owner] = i
+			attachments = append(attachments, cluster.Attachment{
+				ContainerID: l.Owner.ContainerID, Interface: l.Owner.Interface,
+				Namespace: l.Owner.Namespace, Name: l.Owner.Name, UID: l.Owner.UID,
+			})
+		}
+		attachments[i].Addresses = append(attachments[i].Addresses, l.Address)
+	}
+	return attachments, problems
+}
+
+// readMTU returns the MTU of the link that holds the node's own address, or what it was when it cannot be read.
+func (n *node) readMTU(snapshot cluster.Snapshot, before int) int {
+	var address netip.Addr
+	if self, ok := snapshot.Node(snapshot.Self); ok && len(self.Addresses) > 0 {
+		address = self.Addresses[0]
+	}
+	mtu, err := n.uplinkMTU(address)
+	if err != nil {
+		n.log.Warn("reading the uplink's MTU", "address", address, "error", err)
+		return before
+	}
+	return mtu
+}
+
+// applyProblem describes an error of applying.
+func applyProblem(code, object string, err error, remedy string) cluster.Problem {
+	return cluster.Problem{Code: code, Object: object, Message: err.Error(), Remedy: remedy}
+}
