@@ -1,0 +1,385 @@
+package mesh_test
+
+import (
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/warren-cni/warren/pkg/cluster"
+	"github.com/warren-cni/warren/pkg/mesh"
+)
+
+var byValue = cmp.Options{cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{}, netip.Prefix{}), cmpopts.EquateEmpty()}
+
+// node returns a dual-stack node whose age, addresses and key follow from its number.
+func node(number byte, change ...func(*cluster.Node)) cluster.Node {
+	n := cluster.Node{
+		Name:      "node-" + string('0'+rune(number)),
+		Created:   time.Unix(int64(number), 0),
+		PodCIDRs:  []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 244, number, 0}), 24), prefix6(number)},
+		Addresses: []netip.Addr{netip.AddrFrom4([4]byte{192, 0, 2, number}), address6(number)},
+		WireGuard: &cluster.WireGuard{PublicKey: [32]byte{number}, Port: 51820},
+	}
+	for _, f := range change {
+		f(&n)
+	}
+	return n
+}
+
+func address6(number byte) netip.Addr {
+	return netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 15: number})
+}
+
+func prefix6(number byte) netip.Prefix {
+	return netip.PrefixFrom(netip.AddrFrom16([16]byte{0xfd, 0, 0, 0, 0, 0, 0, number}), 64)
+}
+
+func podCIDRs(text ...string) func(*cluster.Node) {
+	return func(n *cluster.Node) { n.PodCIDRs = prefixes(text...) }
+}
+
+func addresses(text ...string) func(*cluster.Node) {
+	return func(n *cluster.Node) {
+		n.Addresses = nil
+		for _, t := range text {
+			n.Addresses = append(n.Addresses, netip.MustParseAddr(t))
+		}
+	}
+}
+
+func prefixes(text ...string) []netip.Prefix {
+	var list []netip.Prefix
+	for _, t := range text {
+		list = append(list, netip.MustParsePrefix(t))
+	}
+	return list
+}
+
+func snapshot(nodes ...cluster.Node) cluster.Snapshot {
+	return cluster.Snapshot{Self: "node-1", Nodes: nodes}
+}
+
+func options(change ...func(*mesh.Options)) mesh.Options {
+	o := mesh.Options{
+		ClusterCIDRs: prefixes("10.244.0.0/16", "fd00::/48"),
+		ListenPort:   51820,
+		UplinkMTU:    1500,
+		Encrypted:    true,
+	}
+	for _, f := range change {
+		f(&o)
+	}
+	return o
+}
+
+func noClusterCIDR(o *mesh.Options) { o.ClusterCIDRs = nil }
+
+func TestPlanDualStack(t *testing.T) {
+	got, problems := mesh.Plan(snapshot(node(1), node(2)), options())
+	if len(problems) > 0 {
+		t.Errorf("problems: %v", problems)
+	}
+	want := mesh.Config{
+		Encrypted:  true,
+		ListenPort: 51820,
+		MTU:        1440,
+		Addresses:  prefixes("10.244.1.1/32", "fd00:0:0:1::1/128"),
+		Peers: []mesh.Peer{{
+			Node:       "node-2",
+			PublicKey:  [32]byte{2},
+			Endpoint:   netip.MustParseAddrPort("192.0.2.2:51820"),
+			AllowedIPs: prefixes("10.244.2.0/24", "fd00:0:0:2::/64"),
+		}},
+		Routes: []mesh.Route{
+			{Destination: netip.MustParsePrefix("10.244.2.0/24"), Source: netip.MustParseAddr("10.244.1.1")},
+			{Destination: netip.MustParsePrefix("fd00:0:0:2::/64"), Source: netip.MustParseAddr("fd00:0:0:1::1")},
+		},
+		Unreachable: prefixes("10.244.0.0/16", "fd00::/48"),
+	}
+	if diff := cmp.Diff(want, got, byValue); diff != "" {
+		t.Errorf("config (-want +got):\n%s", diff)
+	}
+}
+
+func TestPlanWithoutEncryption(t *testing.T) {
+	nodes := snapshot(node(1), node(2, func(n *cluster.Node) { n.WireGuard = nil }), node(3, addresses("192.0.2.3")))
+	got, problems := mesh.Plan(nodes, options(func(o *mesh.Options) { o.Encrypted = false }))
+	want := mesh.Config{
+		MTU: 1500,
+		Routes: []mesh.Route{
+			{Destination: netip.MustParsePrefix("10.244.2.0/24"), Via: netip.MustParseAddr("192.0.2.2")},
+			{Destination: netip.MustParsePrefix("10.244.3.0/24"), Via: netip.MustParseAddr("192.0.2.3")},
+			{Destination: netip.MustParsePrefix("fd00:0:0:2::/64"), Via: address6(2)},
+		},
+	}
+	if diff := cmp.Diff(want, got, byValue); diff != "" {
+		t.Errorf("config (-want +got):\n%s", diff)
+	}
+	wantProblems(t, problems, "NodeWithoutAddress Node node-3 fd00:0:0:3::/64")
+}
+
+// TestPlanRefuses shows for each wrong claim what is reported, and that node-2, which is right, keeps all of its own.
+func TestPlanRefuses(t *testing.T) {
+	for name, test := range map[string]struct {
+		bad      cluster.Node
+		options  mesh.Options
+		peers    []string // beside node-2
+		problems []string
+	}{
+		"no podCIDR": {
+			bad: node(3, podCIDRs()), options: options(), problems: []string{"NodeWithoutPodCIDR Node node-3"},
+		},
+		"no address": {
+			bad: node(3, addresses()), options: options(), problems: []string{"NodeWithoutAddress Node node-3"},
+		},
+		"no key": {
+			bad: node(3, func(n *cluster.Node) { n.WireGuard = nil }), options: options(), problems: []string{"NodeWithoutKey Node node-3"},
+		},
+		"key of zeros": {
+			bad: node(3, func(n *cluster.Node) { n.WireGuard = &cluster.WireGuard{Port: 51820} }), options: options(),
+			problems: []string{"NodeWithoutKey Node node-3"},
+		},
+		"key of another node": {
+			bad: node(3, func(n *cluster.Node) { n.WireGuard.PublicKey = [32]byte{2} }), options: options(),
+			problems: []string{"NodeKeyDuplicate Node node-3 node-2"},
+		},
+		"own key, from an older node": {
+			bad:      node(3, func(n *cluster.Node) { n.WireGuard.PublicKey, n.Created = [32]byte{1}, time.Time{} }),
+			options:  options(),
+			problems: []string{"NodeKeyDuplicate Node node-3 node-1"},
+		},
+		"own address, from an older node": {
+			bad:     node(3, addresses("192.0.2.1"), func(n *cluster.Node) { n.Created = time.Time{} }),
+			options: options(), problems: []string{"NodeAddressRefused Node node-3 192.0.2.1"},
+		},
+		"address of another node, as IPv4 in IPv6": {
+			bad: node(3, addresses("::ffff:192.0.2.2")), options: options(), problems: []string{"NodeAddressRefused Node node-3 192.0.2.2"},
+		},
+		"address among the pods": {
+			bad: node(3, addresses("10.244.2.9")), options: options(), problems: []string{"NodeAddressRefused Node node-3 10.244.0.0/16"},
+		},
+		"address in another's podCIDR, cluster CIDR unknown": {
+			bad: node(3, addresses("10.244.2.9")), options: options(noClusterCIDR),
+			problems: []string{"NodeAddressRefused Node node-3 10.244.2.0/24"},
+		},
+		"loopback address": {
+			bad: node(3, addresses("127.0.0.1")), options: options(), problems: []string{"NodeAddressRefused Node node-3 127.0.0.1"},
+		},
+		"one bad address of two": {
+			bad: node(3, addresses("127.0.0.1", "192.0.2.3")), options: options(), peers: []string{"node-3"},
+			problems: []string{"NodeAddressRefused Node node-3 127.0.0.1"},
+		},
+		"podCIDR of another node": {
+			bad: node(3, podCIDRs("10.244.2.0/24")), options: options(), problems: []string{"PodCIDROverlap Node node-3 node-2"},
+		},
+		"podCIDR around another's": {
+			bad: node(3, podCIDRs("10.244.0.0/16")), options: options(), problems: []string{"PodCIDROverlap Node node-3 node-1"},
+		},
+		"podCIDR inside the own": {
+			bad: node(3, podCIDRs("10.244.1.64/26")), options: options(), problems: []string{"PodCIDROverlap Node node-3 node-1"},
+		},
+		"one podCIDR of two": {
+			bad: node(3, podCIDRs("10.244.2.128/25", "fd00:0:0:3::/64")), options: options(), peers: []string{"node-3"},
+			problems: []string{"PodCIDROverlap Node node-3 node-2"},
+		},
+		"podCIDR outside": {
+			bad: node(3, podCIDRs("10.96.0.0/24")), options: options(), problems: []string{"PodCIDROutsideClusterCIDR Node node-3 10.96.0.0/24"},
+		},
+		"podCIDR wider than the cluster's": {
+			bad: node(3, podCIDRs("10.0.0.0/8")), options: options(), problems: []string{"PodCIDROutsideClusterCIDR Node node-3 10.0.0.0/8"},
+		},
+		"podCIDR that holds a node": {
+			bad: node(3, podCIDRs("192.0.2.0/28")), options: options(noClusterCIDR),
+			problems: []string{"PodCIDRContainsNode Node node-3 192.0.2.1"},
+		},
+		"podCIDR that holds everything": {
+			bad: node(3, podCIDRs("::/0", "0.0.0.0/0")), options: options(noClusterCIDR),
+			problems: []string{"PodCIDRRefused Node node-3 ::/0", "PodCIDRRefused Node node-3 0.0.0.0/0"},
+		},
+		"podCIDR of one address": {
+			bad: node(3, podCIDRs("10.244.3.1/32")), options: options(), problems: []string{"PodCIDRRefused Node node-3 10.244.3.1/32"},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			alone, _ := mesh.Plan(snapshot(node(1), node(2)), test.options)
+			got, problems := mesh.Plan(snapshot(node(1), node(2), test.bad), test.options)
+			wantProblems(t, problems, test.problems...)
+			var names []string
+			for _, p := range got.Peers {
+				if p.Node != "node-2" {
+					names = append(names, p.Node)
+				} else if diff := cmp.Diff(alone.Peers[0], p, byValue); diff != "" {
+					t.Errorf("node-2 changed (-alone +got):\n%s", diff)
+				}
+			}
+			if !slices.Equal(names, test.peers) || len(got.Peers) != len(test.peers)+1 {
+				t.Errorf("peers beside node-2: %v, want %v (%d in all)", names, test.peers, len(got.Peers))
+			}
+			if diff := cmp.Diff(alone.Addresses, got.Addresses, byValue); diff != "" {
+				t.Errorf("own addresses changed:\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestPlanOwnNode(t *testing.T) {
+	got, problems := mesh.Plan(snapshot(node(1, podCIDRs()), node(2)), options())
+	wantProblems(t, problems, "NodeWithoutPodCIDR Node node-1")
+	if len(got.Addresses) > 0 || len(got.Routes) > 0 || len(got.Peers) != 1 || len(got.Unreachable) != 2 {
+		t.Errorf("without own podCIDR: %+v", got)
+	}
+
+	got, problems = mesh.Plan(snapshot(node(2)), options())
+	wantProblems(t, problems, "NodeUnknown Node node-1")
+	if len(got.Peers) != 1 {
+		t.Errorf("without own Node: peers %+v", got.Peers)
+	}
+
+	// An own key that is not published yet keeps nothing from starting.
+	unpublished := node(1, func(n *cluster.Node) { n.WireGuard = nil })
+	if _, problems = mesh.Plan(snapshot(unpublished, node(2)), options()); len(problems) > 0 {
+		t.Errorf("without a published key: %v", problems)
+	}
+
+	// A family in which the node has no address has no route, and what is sent there is unreachable.
+	got, _ = mesh.Plan(snapshot(node(1, podCIDRs("10.244.1.0/24")), node(2)), options())
+	if len(got.Routes) != 1 || !got.Routes[0].Destination.Addr().Is4() {
+		t.Errorf("IPv4 only: routes %v", got.Routes)
+	}
+}
+
+func TestPlanEndpointsAndMTU(t *testing.T) {
+	for name, test := range map[string]struct {
+		own, peer cluster.Node
+		change    func(*mesh.Options)
+		endpoint  string
+		mtu       int
+	}{
+		"both dual":             {node(1), node(2), nil, "192.0.2.2:51820", 1440},
+		"peer lists IPv6 first": {node(1), node(2, addresses("2001:db8::2", "192.0.2.2")), nil, "192.0.2.2:51820", 1440},
+		"own IPv6 only":         {node(1, addresses("2001:db8::1")), node(2), nil, "[2001:db8::2]:51820", 1420},
+		"peer IPv6 only":        {node(1), node(2, addresses("2001:db8::2")), nil, "[2001:db8::2]:51820", 1420},
+		"published port": {
+			node(1), node(2, func(n *cluster.Node) { n.WireGuard.Port = 4500 }), func(o *mesh.Options) { o.UplinkMTU = 9001 }, "192.0.2.2:4500", 8941,
+		},
+		"override": {node(1), node(2), func(o *mesh.Options) { o.MTU = 1300 }, "192.0.2.2:51820", 1300},
+	} {
+		t.Run(name, func(t *testing.T) {
+			o := options()
+			if test.change != nil {
+				test.change(&o)
+			}
+			got, problems := mesh.Plan(snapshot(test.own, test.peer), o)
+			wantProblems(t, problems)
+			if got.Peers[0].Endpoint.String() != test.endpoint || got.MTU != test.mtu {
+				t.Errorf("endpoint %s, MTU %d, want %s, %d", got.Peers[0].Endpoint, got.MTU, test.endpoint, test.mtu)
+			}
+		})
+	}
+	_, problems := mesh.Plan(snapshot(node(1)), options(func(o *mesh.Options) { o.UplinkMTU = 1300 }))
+	wantProblems(t, problems, "MTUTooSmall Node node-1 1240")
+	if got, _ := mesh.Plan(snapshot(node(1, addresses("2001:db8::1"))), options()); got.MTU != 1420 {
+		t.Errorf("IPv6 node alone: MTU %d, want 1420", got.MTU)
+	}
+}
+
+func TestPlanUnreachableWithoutClusterCIDR(t *testing.T) {
+	keyless := node(3, func(n *cluster.Node) { n.WireGuard = nil })
+	got, _ := mesh.Plan(snapshot(node(1), node(2), keyless), options(noClusterCIDR))
+	want := prefixes("10.244.1.0/24", "10.244.2.0/24", "10.244.3.0/24", "fd00:0:0:1::/64", "fd00:0:0:2::/64", "fd00:0:0:3::/64")
+	if diff := cmp.Diff(want, got.Unreachable, byValue); diff != "" {
+		t.Errorf("unreachable (-want +got):\n%s", diff)
+	}
+}
+
+// TestPlanNeverShares plans for random clusters of nodes that lie: whatever they claim, no prefix, endpoint or key is in
+// the Config twice, the order of the nodes does not matter, and every node agrees about who owns a podCIDR.
+func TestPlanNeverShares(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	pick := func(choices ...string) string { return choices[random.IntN(len(choices))] }
+	for range 2000 {
+		s := snapshot()
+		for number := range byte(4) {
+			s.Nodes = append(s.Nodes, node(number+1,
+				podCIDRs(pick("10.244.1.0/24", "10.244.2.0/24", "10.244.0.0/16", "10.244.2.0/25", "192.0.2.0/24"), pick("fd00:0:0:1::/64", "fd00::/60", "2001:db8::/64")),
+				addresses(pick("192.0.2.1", "192.0.2.2", "10.244.2.3"), pick("2001:db8::1", "2001:db8::2", "fe80::1")),
+				func(n *cluster.Node) {
+					n.Created = time.Unix(int64(random.IntN(2)), 0)
+					n.WireGuard.PublicKey = [32]byte{byte(random.IntN(3))}
+				}))
+		}
+		o := options()
+		if random.IntN(2) == 0 {
+			noClusterCIDR(&o)
+		}
+		got, problems := mesh.Plan(s, o)
+		shared(t, s, got)
+		slices.Reverse(s.Nodes)
+		again, problemsAgain := mesh.Plan(s, o)
+		if diff := cmp.Diff(got, again, byValue); diff != "" {
+			t.Fatalf("another order of the nodes gives another mesh:\n%s", diff)
+		}
+		if diff := cmp.Diff(problems, problemsAgain); diff != "" {
+			t.Fatalf("another order of the nodes gives other problems:\n%s", diff)
+		}
+	}
+}
+
+// shared fails the test where two peers, or a peer and the node itself, have something in common.
+func shared(t *testing.T, s cluster.Snapshot, c mesh.Config) {
+	t.Helper()
+	self, _ := s.Node(s.Self)
+	taken := slices.Clone(c.Addresses)
+	endpoints := map[netip.Addr]bool{}
+	keys := map[[32]byte]bool{self.WireGuard.PublicKey: true}
+	for _, a := range self.Addresses {
+		endpoints[a] = true
+		taken = append(taken, netip.PrefixFrom(a, a.BitLen()))
+	}
+	for _, p := range c.Peers {
+		if keys[p.PublicKey] || endpoints[p.Endpoint.Addr()] {
+			t.Fatalf("shared key or endpoint: %+v\nof %+v", p, s.Nodes)
+		}
+		keys[p.PublicKey], endpoints[p.Endpoint.Addr()] = true, true
+		for _, allowed := range p.AllowedIPs {
+			for _, other := range taken {
+				if allowed.Overlaps(other) {
+					t.Fatalf("%s of %s overlaps %s\nof %+v", allowed, p.Node, other, s.Nodes)
+				}
+			}
+			taken = append(taken, allowed)
+		}
+	}
+}
+
+// wantProblems compares problems with lines of code, object, and a text that the message must hold.
+func wantProblems(t *testing.T, got []cluster.Problem, want ...string) {
+	t.Helper()
+	missing := slices.Clone(want)
+	for _, p := range got {
+		matches := func(line string) bool {
+			words := append(strings.Fields(line), "")
+			return words[0] == p.Code && strings.Join(words[1:3], " ") == p.Object && strings.Contains(p.Message, words[3])
+		}
+		i := slices.IndexFunc(missing, matches)
+		if i < 0 {
+			t.Errorf("problem not wanted: %s", p)
+			continue
+		}
+		missing = slices.Delete(missing, i, i+1)
+		if p.Remedy == "" || p.Message == "" {
+			t.Errorf("problem without remedy or message: %s", p)
+		}
+	}
+	for _, line := range missing {
+		t.Errorf("no problem %q", line)
+	}
+}
