@@ -1,0 +1,52 @@
+package ipam
+
+import (
+	"net/netip"
+
+	"github.com/warren-cni/warren/pkg/podcidr"
+)
+
+// span returns the first and the last address of a range that may be leased: not the network address, not the node's
+// own, not IPv4's broadcast address. ok is false where nothing is left between them.
+func span(r netip.Prefix) (first, last netip.Addr, ok bool) {
+	node := podcidr.NodeAddress(r)
+	if !node.IsValid() {
+		return first, last, false
+	}
+	first, last = node.Next(), lastOf(r)
+	if last.Is4() {
+		last = last.Prev()
+	}
+	return first, last, r.Contains(first) && first.Compare(last) <= 0
+}
+
+// lastOf returns the last address of a prefix.
+func lastOf(r netip.Prefix) netip.Addr {
+	b := r.Addr().AsSlice()
+	for bit := r.Bits(); bit < 8*len(b); bit++ {
+		b[bit/8] |= 0x80 >> (bit % 8)
+	}
+	last, _ := netip.AddrFromSlice(b)
+	return last
+}
+
+// pick returns the first address behind the cursor that is not taken, round about: an address that was just released is
+// the last to be leased again. ok is false when all are taken. It looks at no more addresses than are taken, however
+// large the span.
+func pick(first, last, cursor netip.Addr, taken func(netip.Addr) bool) (address netip.Addr, ok bool) {
+	after := func(a netip.Addr) netip.Addr {
+		if !a.IsValid() || a.Compare(first) < 0 || a.Compare(last) >= 0 {
+			return first
+		}
+		return a.Next()
+	}
+	start := after(cursor)
+	for a := start; ; {
+		if !taken(a) {
+			return a, true
+		}
+		if a = after(a); a == start {
+			return netip.Addr{}, false
+		}
+	}
+}
