@@ -1,0 +1,83 @@
+package kube
+
+import (
+	"fmt"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/transport"
+)
+
+// requestsPerSecond bounds what a node asks of the API server. It only has to cover a burst of new pods that the
+// informer has not seen yet; client-go's default of 5 would make them wait.
+const requestsPerSecond = 50
+
+// LoadConfig reads a kubeconfig file; with an empty path it uses the ServiceAccount of the pod that the process runs in.
+func LoadConfig(kubeconfig string) (*rest.Config, error) {
+	if kubeconfig == "" {
+		config, err := rest.InClusterConfig()
+		if err != nil {
+			return nil, fmt.Errorf("reading the pod's ServiceAccount (outside of a cluster, name a kubeconfig or a directory of objects): %w", err)
+		}
+		return config, nil
+	}
+	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
+	if err != nil {
+		return nil, fmt.Errorf("reading kubeconfig %s: %w", kubeconfig, err)
+	}
+	return config, nil
+}
+
+// clients are the clients of the two API groups that Warren reads.
+type clients struct {
+	core       *rest.RESTClient
+	networking *rest.RESTClient
+}
+
+// newClients makes clients that share one connection, wrapped. They know two API groups and no more: the whole clientset
+// would link the types of every group into the daemon.
+func newClients(config *rest.Config, wrap transport.WrapperFunc) (clients, error) {
+	scheme, err := newScheme()
+	if err != nil {
+		return clients{}, err
+	}
+	config = rest.CopyConfig(config)
+	config.Wrap(wrap)
+	config.QPS, config.Burst = requestsPerSecond, 2*requestsPerSecond
+	config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
+	config.ContentType = runtime.ContentTypeProtobuf
+	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
+	httpClient, err := rest.HTTPClientFor(config)
+	if err != nil {
+		return clients{}, fmt.Errorf("making a client of the API server: %w", err)
+	}
+	group := func(path string, version schema.GroupVersion) (*rest.RESTClient, error) {
+		c := rest.CopyConfig(config)
+		c.APIPath, c.GroupVersion = path, &version
+		return rest.RESTClientForConfigAndClient(c, httpClient)
+	}
+	core, err := group("/api", corev1.SchemeGroupVersion)
+	if err != nil {
+		return clients{}, fmt.Errorf("making a client of the core API: %w", err)
+	}
+	networking, err := group("/apis", networkingv1.SchemeGroupVersion)
+	if err != nil {
+		return clients{}, fmt.Errorf("making a client of the networking API: %w", err)
+	}
+	return clients{core: core, networking: networking}, nil
+}
+
+func newScheme() (*runtime.Scheme, error) {
+	scheme := runtime.NewScheme()
+	for _, add := range []func(*runtime.Scheme) error{corev1.AddToScheme, networkingv1.AddToScheme} {
+		if err := add(scheme); err != nil {
+			return nil, fmt.Errorf("registering the API types: %w", err)
+		}
+	}
+	return scheme, nil
+}

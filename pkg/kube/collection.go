@@ -1,0 +1,67 @@
+package kube
+
+import (
+	"fmt"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+
+	"github.com/warren-cni/warren/pkg/cluster"
+)
+
+// collection converts the objects of several files into one snapshot.
+type collection struct {
+	nodes      table[cluster.Node]
+	namespaces table[cluster.Namespace]
+	pods       table[cluster.Pod]
+	policies   table[cluster.Policy]
+	files      map[object]string
+	problems   []cluster.Problem
+}
+
+func newCollection() *collection {
+	return &collection{
+		nodes: newTable(nodeKey), namespaces: newTable(namespaceKey), pods: newTable(podKey), policies: newTable(policyKey),
+		files: make(map[object]string),
+	}
+}
+
+// add converts an object of a file, unless an earlier file has one with that name.
+func (c *collection) add(file string, o apiObject) {
+	switch o := o.(type) {
+	case *corev1.Node:
+		collect(c, file, kind[*corev1.Node, cluster.Node]{resource: resourceNodes, table: &c.nodes, convert: convertNode}, o)
+	case *corev1.Namespace:
+		collect(c, file, kind[*corev1.Namespace, cluster.Namespace]{
+			resource: resourceNamespaces, table: &c.namespaces, convert: convertNamespace,
+		}, o)
+	case *corev1.Pod:
+		collect(c, file, kind[*corev1.Pod, cluster.Pod]{resource: resourcePods, table: &c.pods, convert: convertPod}, o)
+	case *networkingv1.NetworkPolicy:
+		collect(c, file, kind[*networkingv1.NetworkPolicy, cluster.Policy]{
+			resource: resourcePolicies, table: &c.policies, convert: convertPolicy,
+		}, o)
+	}
+}
+
+func collect[O apiObject, T any](c *collection, file string, k kind[O, T], o O) {
+	name := object{k.resource, key{o.GetNamespace(), o.GetName()}}
+	if first, ok := c.files[name]; ok {
+		c.problems = append(c.problems, cluster.Problem{
+			Code: codeDuplicate, Object: name.String(),
+			Message: fmt.Sprintf("it is in %s and again in %s: the first counts", first, file),
+			Remedy:  "delete one of the two",
+		})
+		return
+	}
+	c.files[name] = file
+	value, problems := k.convert(o)
+	k.table.set(value)
+	c.problems = append(c.problems, problems...)
+}
+
+func (c *collection) snapshot(self string) cluster.Snapshot {
+	return cluster.Snapshot{
+		Self: self, Nodes: c.nodes.list(), Namespaces: c.namespaces.list(), Pods: c.pods.list(), Policies: c.policies.list(),
+	}
+}

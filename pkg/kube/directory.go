@@ -1,0 +1,217 @@
+package kube
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+
+	"github.com/warren-cni/warren/pkg/cluster"
+)
+
+// settleTime is how long the directory has to be quiet before it is read: programs that write a file in several steps are
+// not read in the middle.
+const settleTime = 50 * time.Millisecond
+
+// Directory follows the objects in the *.yaml, *.yml and *.json files of a directory, not of the directories below.
+//
+// A file that becomes unreadable, or empty, keeps the objects that it had until it is corrected or deleted. A file that is
+// unreadable from the start gives the objects that can be read, and a policy in it that is recognisable but broken
+// isolates its namespace.
+type Directory struct {
+	signals
+	path    string
+	self    string
+	decoder decoder
+
+	mu       sync.Mutex
+	files    map[string]*file
+	snapshot cluster.Snapshot
+	problems []cluster.Problem
+}
+
+// file is what is known of one file.
+type file struct {
+	data []byte
+	content
+	// complete is true once the file was readable as a whole.
+	complete bool
+}
+
+// NewDirectory returns the source of the node called self. Nothing is read before Run.
+func NewDirectory(path, self string) (*Directory, error) {
+	decoder, err := newDecoder()
+	if err != nil {
+		return nil, err
+	}
+	return &Directory{
+		signals: newSignals(), path: path, self: self, decoder: decoder,
+		files: make(map[string]*file), snapshot: cluster.Snapshot{Self: self},
+	}, nil
+}
+
+// Load reads a directory once, as the node called self sees it.
+func Load(path, self string) (cluster.Snapshot, []cluster.Problem, error) {
+	d, err := NewDirectory(path, self)
+	if err != nil {
+		return cluster.Snapshot{}, nil, err
+	}
+	if err := d.load(); err != nil {
+		return cluster.Snapshot{}, nil, err
+	}
+	snapshot, problems := d.Snapshot()
+	return snapshot, problems, nil
+}
+
+// Run reads the directory and follows its changes until the context ends.
+func (d *Directory) Run(ctx context.Context) error {
+	watcher, err := fsnotify.NewWatcher()
+	if err != nil {
+		return fmt.Errorf("following directory %s: %w", d.path, err)
+	}
+	if err := watcher.Add(d.path); err != nil {
+		return errors.Join(fmt.Errorf("following directory %s: %w", d.path, err), watcher.Close())
+	}
+	if err := d.load(); err != nil {
+		return errors.Join(err, watcher.Close())
+	}
+	close(d.synced)
+	return errors.Join(d.watch(ctx, watcher), watcher.Close())
+}
+
+func (d *Directory) watch(ctx context.Context, watcher *fsnotify.Watcher) error {
+	var settled <-chan time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case event := <-watcher.Events:
+			if event.Has(fsnotify.Remove) && event.Name == filepath.Clean(d.path) {
+				return fmt.Errorf("following directory %s: it was deleted", d.path)
+			}
+			settled = time.After(settleTime)
+		// The kernel's queue overflowed: some events are lost, and reading everything makes up for them.
+		case <-watcher.Errors:
+			settled = time.After(settleTime)
+		case <-settled:
+			if err := d.load(); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// Snapshot returns the objects of all files and what could not be understood in them.
+func (d *Directory) Snapshot() (cluster.Snapshot, []cluster.Problem) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.snapshot, slices.Clone(d.problems)
+}
+
+// FetchPod reads the directory again when the pod is not known.
+func (d *Directory) FetchPod(_ context.Context, namespace, name, uid string) error {
+	if d.knows(namespace, name, uid) {
+		return nil
+	}
+	if err := d.load(); err != nil {
+		return err
+	}
+	if !d.knows(namespace, name, uid) {
+		return fmt.Errorf("looking for pod %s/%s with uid %q in %s: %w", namespace, name, uid, d.path, ErrPodUnknown)
+	}
+	return nil
+}
+
+func (d *Directory) knows(namespace, name, uid string) bool {
+	snapshot, _ := d.Snapshot()
+	return slices.ContainsFunc(snapshot.Pods, func(p cluster.Pod) bool {
+		return p.Namespace == namespace && p.Name == name && isPod(p, uid)
+	})
+}
+
+// load reads every file that is new or changed, and makes the snapshot of all.
+func (d *Directory) load() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	entries, err := os.ReadDir(d.path)
+	if err != nil {
+		return fmt.Errorf("reading directory %s: %w", d.path, err)
+	}
+	before := d.files
+	d.files = make(map[string]*file, len(entries))
+	for _, entry := range entries {
+		if name := entry.Name(); isObjectFile(entry) {
+			if f := d.read(name, before[name]); f != nil {
+				d.files[name] = f
+			}
+		}
+	}
+	d.assemble()
+	return nil
+}
+
+// isObjectFile leaves out hidden files: editors and Publish write there first.
+func isObjectFile(entry fs.DirEntry) bool {
+	name := entry.Name()
+	return !entry.IsDir() && !strings.HasPrefix(name, ".") &&
+		slices.Contains([]string{".yaml", ".yml", ".json"}, filepath.Ext(name))
+}
+
+// read returns the file's new state, which is the old one as long as it cannot be read; nil where there is no file.
+func (d *Directory) read(name string, before *file) *file {
+	data, err := os.ReadFile(filepath.Join(d.path, name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	now := &file{data: data}
+	switch {
+	case err != nil:
+		now.fail(name, "", err)
+	case before != nil && bytes.Equal(before.data, data):
+		return before
+	case before != nil && len(before.objects) > 0 && len(bytes.TrimSpace(data)) == 0:
+		now.fail(name, "", errors.New("the file is empty; delete it if its objects shall go"))
+	default:
+		now.content = d.decoder.file(name, data)
+	}
+	now.complete = len(now.problems) == 0
+	if now.complete || before == nil || !before.complete {
+		return now
+	}
+	for i := range now.problems {
+		now.problems[i].Message += ": the objects of the file stay as they were"
+	}
+	now.objects, now.broken, now.complete = before.objects, nil, true
+	return now
+}
+
+// assemble makes the snapshot of all files. The first of two objects with one name counts, in the order of file names.
+func (d *Directory) assemble() {
+	collected := newCollection()
+	for _, name := range slices.Sorted(maps.Keys(d.files)) {
+		f := d.files[name]
+		collected.problems = append(collected.problems, f.problems...)
+		for _, o := range f.objects {
+			collected.add(name, o)
+		}
+		for _, p := range f.broken {
+			collected.add(name, p)
+		}
+	}
+	snapshot, problems := collected.snapshot(d.self), cluster.SortProblems(collected.problems)
+	if !reflect.DeepEqual(snapshot, d.snapshot) || !slices.Equal(problems, d.problems) {
+		d.snapshot, d.problems = snapshot, problems
+		d.notify()
+	}
+}
