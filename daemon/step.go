@@ -11,7 +11,6 @@ import (
 	"github.com/warren-cni/warren/pkg/cluster"
 	"github.com/warren-cni/warren/pkg/cniconf"
 	"github.com/warren-cni/warren/pkg/guard"
-	"github.com/warren-cni/warren/pkg/ipam"
 	"github.com/warren-cni/warren/pkg/kube"
 	"github.com/warren-cni/warren/pkg/mesh"
 	"github.com/warren-cni/warren/pkg/netfilter"
@@ -175,19 +174,12 @@ func (n *node) readLeases() ([]cluster.Attachment, []cluster.Problem) {
 		problems = append(problems, applyProblem("LeaseUnreadable", n.options.leases(), err,
 			"the pod that holds the address stays closed; delete it, or the file if no pod holds the address"))
 	}
-	byInterface := map[ipam.Owner]int{}
-	var attachments []cluster.Attachment
+	attachments := make([]cluster.Attachment, 0, len(leases))
 	for _, l := range leases {
-		i, ok := byInterface[l.Owner]
-		if !ok {
-			i = len(attachments)
-			byInterface[l.Owner] = i
-			attachments = append(attachments, cluster.Attachment{
-				ContainerID: l.Owner.ContainerID, Interface: l.Owner.Interface,
-				Namespace: l.Owner.Namespace, Name: l.Owner.Name, UID: l.Owner.UID,
-			})
-		}
-		attachments[i].Addresses = append(attachments[i].Addresses, l.Address)
+		attachments = append(attachments, cluster.Attachment{
+			ContainerID: l.ContainerID, Interface: l.Interface,
+			Namespace: l.Namespace, Name: l.Name, UID: l.UID, Addresses: l.Addresses,
+		})
 	}
 	return attachments, problems
 }
