@@ -99,8 +99,8 @@ type Set struct {
 // Entry is a member of a set.
 type Entry struct {
 	Prefix   netip.Prefix
-	Protocol string       // HashIPPort only: "tcp", "udp" or "sctp"
-	Port     uint16       // HashIPPort only
+	Protocol string // HashIPPort only: "tcp", "udp" or "sctp"
+	Port     uint16 // HashIPPort only
 }
 
 // Address returns the entry of a single address.

@@ -1,0 +1,137 @@
+package guard
+
+import (
+	"net/netip"
+	"strings"
+
+	"github.com/warren-cni/warren/pkg/netfilter"
+)
+
+// plan is the input of the rules in one family.
+type plan struct {
+	family    netfilter.Family
+	own       []netip.Prefix
+	outside   []netip.Prefix
+	fence     []fence
+	encrypted bool
+}
+
+// rule makes a rule of words separated by blanks.
+func rule(comment, words string) netfilter.Rule {
+	return netfilter.Rule{Args: strings.Fields(words), Comment: comment}
+}
+
+// matching makes a rule of a match and a target.
+func matching(comment string, match []string, target string) netfilter.Rule {
+	return netfilter.Rule{Args: append(match, strings.Fields(target)...), Comment: comment}
+}
+
+// raw judges packets as they come in, before conntrack: a source address must be where it can only be.
+func (p plan) raw() []netfilter.Rule {
+	loopback := "127.0.0.0/8"
+	if p.family == netfilter.IPv6 {
+		loopback = "::1/128"
+	}
+	rules := []netfilter.Rule{
+		rule("a pod sends from its own address only", "-i wrn+ -m rpfilter --invert -j DROP"),
+		// kube-proxy and portmap may set route_localnet, and then a pod reaches servers on the node's loopback.
+		rule("the node's loopback is not for pods", "-i wrn+ -d "+loopback+" -j DROP"),
+	}
+	if !p.encrypted {
+		return rules
+	}
+	rules = append(rules,
+		rule("checked above", "-i wrn+ -j RETURN"),
+		rule("checked by the peer's allowed addresses", "-i "+link+" -j RETURN"),
+		rule("the node to itself", "-i lo -j RETURN"))
+	for _, f := range p.fence {
+		rules = append(rules, matching("a pod's address comes by the tunnel only", f.match("src"), "-j DROP"))
+	}
+	return rules
+}
+
+// forward judges what is routed from or to pods. It stands in mangle, after DNAT and before SNAT, where no other
+// program's ACCEPT goes round it.
+func (p plan) forward() []netfilter.Rule {
+	var rules []netfilter.Rule
+	if p.encrypted {
+		// Ahead of ESTABLISHED, because the answer to a SYN is.
+		clamp := " -p tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu"
+		rules = append(rules,
+			rule("segments that fit the tunnel", "-o "+link+clamp),
+			rule("segments that fit the tunnel", "-i "+link+clamp))
+	}
+	ready := netfilter.ReadySet(p.family)
+	return append(rules,
+		rule("not a pod's traffic", "! -i wrn+ ! -o wrn+ -j RETURN"),
+		rule("start gate", "-i wrn+ -m set ! --match-set "+ready+" src -j DROP"),
+		rule("start gate", "-o wrn+ -m set ! --match-set "+ready+" dst -j DROP"),
+		// They would not be translated, and leave with the pod's address.
+		rule("no connection to judge by", "-i wrn+ -m conntrack --ctstate INVALID,UNTRACKED -j DROP"),
+		rule("allowed when it began", "-m conntrack --ctstate ESTABLISHED,RELATED -j RETURN"),
+		rule("new connections", "-j "+netfilter.PolicyChain))
+}
+
+// guard is the last look at a packet: forwarded, made by the node or translated, what is for a pod leaves by the tunnel
+// or by the pod's link, or not at all. It judges by destination, because after SNAT no hook sees a pod's source.
+func (p plan) guard() []netfilter.Rule {
+	var rules []netfilter.Rule
+	if p.encrypted {
+		rules = append(rules, rule("encrypted", "-o "+link+" -j RETURN"))
+	}
+	rules = append(rules,
+		rule("to a pod of this node", "-o wrn+ -j RETURN"),
+		rule("to the node itself", "-o lo -j RETURN"))
+	fences := p.fence
+	if !p.encrypted {
+		fences = literal(p.own) // remote pods are behind the uplink then, addresses that no local pod has are not
+	}
+	for _, f := range fences {
+		rules = append(rules, matching("never in clear", f.match("dst"), "-j DROP"))
+	}
+	return rules
+}
+
+// nat gives packets that leave the pods' world the node's address, and the node's packets to remote pods an address that
+// the tunnel carries. It never accepts, so that kube-proxy's masquerade by mark still sees what is returned.
+func (p plan) nat() []netfilter.Rule {
+	rules := []netfilter.Rule{rule("to a pod of this node", "-o wrn+ -j RETURN")}
+	if p.encrypted {
+		for _, own := range p.own {
+			rules = append(rules, rule("between pods", "-o "+link+" -s "+own.String()+" -j RETURN"))
+		}
+		for _, a := range nodeAddresses(p.own) {
+			// SNAT, because entries of MASQUERADE are flushed when the link goes down. Only the node's own packets and
+			// those of a Service: another host that routes through this node must not look like the node.
+			source := " -j SNAT --to-source " + a.String()
+			rules = append(rules,
+				rule("the node to a remote pod", "-o "+link+" -m addrtype --src-type LOCAL"+source),
+				rule("a Service's remote pod", "-o "+link+" -m conntrack --ctstate DNAT"+source))
+		}
+	}
+	for _, f := range p.fence {
+		rules = append(rules, matching("between pods", f.match("dst"), "-j RETURN"))
+	}
+	for _, prefix := range p.outside {
+		rules = append(rules, rule("keeps the pod's address", "-d "+prefix.String()+" -j RETURN"))
+	}
+	for _, own := range p.own {
+		rules = append(rules, rule("out of the cluster", "-s "+own.String()+" -j MASQUERADE --random-fully"))
+	}
+	return rules
+}
+
+// accept lets what mangle has judged pass on nodes whose FORWARD policy is DROP. Appended, it comes after kube-proxy's
+// own rejects.
+func (p plan) accept() []netfilter.Rule {
+	rules := []netfilter.Rule{
+		rule("judged in mangle", "-i wrn+ -j ACCEPT"),
+		rule("judged in mangle", "-o wrn+ -j ACCEPT"),
+	}
+	if p.encrypted {
+		rules = append(rules,
+			rule("a Service's remote pod", "-o "+link+" -m conntrack --ctstate DNAT -j ACCEPT"),
+			rule("a Service's remote pod", "-i "+link+" -m conntrack --ctstate DNAT -j ACCEPT"))
+	}
+	return rules
+}
