@@ -1,0 +1,153 @@
+package firewall
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"regexp"
+	"strconv"
+	"strings"
+
+	"github.com/coreos/go-iptables/iptables"
+
+	"github.com/warren-cni/warren/pkg/netfilter"
+)
+
+// lockWait is how many seconds a program waits for the xtables lock before it gives up; the next Apply tries again.
+const lockWait = 10
+
+// execer finds and runs programs.
+type execer interface {
+	LookPath(file string) (string, error)
+	// Run returns what the program wrote to its two outputs, also when it failed.
+	Run(ctx context.Context, stdin, path string, args ...string) (stdout, stderr string, err error)
+}
+
+// jumper changes single rules: a go-iptables handle of one family.
+type jumper interface {
+	Insert(table, chain string, pos int, rulespec ...string) error
+	Append(table, chain string, rulespec ...string) error
+	Delete(table, chain string, rulespec ...string) error
+}
+
+// programs runs the real programs.
+type programs struct{}
+
+// LookPath implements execer.
+func (programs) LookPath(file string) (string, error) { return exec.LookPath(file) }
+
+// Run implements execer.
+func (programs) Run(ctx context.Context, stdin, path string, args ...string) (stdout, stderr string, err error) {
+	var out, errs bytes.Buffer
+	cmd := exec.CommandContext(ctx, path, args...) //nolint:gosec // paths that LookPath found for names of ours
+	cmd.Stdin = strings.NewReader(stdin)
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err = cmd.Run()
+	return out.String(), errs.String(), err
+}
+
+// tools are the programs for one family.
+type tools struct {
+	exec          execer
+	restore, save string
+	jumps         jumper
+}
+
+// errWarned marks a change that a program made with a warning: what stands now may not be what was asked for.
+var errWarned = errors.New("unexpected warning")
+
+// failedLine finds the line of the input that a program complains about: "line 3 failed", "line 3: RULE_APPEND failed",
+// "Error occurred at line: 3".
+var failedLine = regexp.MustCompile(`\bline:? (\d+)`)
+
+// ruleLine takes a rule of rendered input apart: chain, comment after the hash, and what the rule does.
+var ruleLine = regexp.MustCompile(`^-A (\S+) -m comment --comment "\S+ ?([^"]*)" (.*)$`)
+
+// findTools finds the programs of one family. The backend is "", which takes what the node's iptables is, "nft" or "legacy".
+func findTools(x execer, f netfilter.Family, backend string) (*tools, error) {
+	name, proto := "iptables", iptables.ProtocolIPv4
+	if f == netfilter.IPv6 {
+		name, proto = "ip6tables", iptables.ProtocolIPv6
+	}
+	if backend != "" {
+		name += "-" + backend
+	}
+	t := &tools{exec: x}
+	var jumps string
+	for suffix, path := range map[string]*string{"": &jumps, "-restore": &t.restore, "-save": &t.save} {
+		found, err := x.LookPath(name + suffix)
+		if err != nil {
+			return nil, fmt.Errorf("finding %s (install the package iptables): %w", name+suffix, err)
+		}
+		*path = found
+	}
+	handle, err := iptables.New(iptables.IPFamily(proto), iptables.Path(jumps), iptables.Timeout(lockWait))
+	if err != nil {
+		return nil, fmt.Errorf("asking %s for its version: %w", jumps, err)
+	}
+	t.jumps = handle
+	return t, nil
+}
+
+// read returns a table as iptables-save writes it.
+func (t *tools) read(ctx context.Context, table string) (string, error) {
+	return t.run(ctx, "", t.save, "-t", table)
+}
+
+// write makes the change that the rendered delta says: all of it or nothing.
+func (t *tools) write(ctx context.Context, text string) error {
+	_, err := t.run(ctx, text, t.restore, "--noflush", "-w", strconv.Itoa(lockWait))
+	return err
+}
+
+// run runs a program. Words on its error output are a failure, whatever its status: iptables-restore leaves out a match
+// that the kernel does not have with a warning and status 0, and a rule without its match may allow anything.
+func (t *tools) run(ctx context.Context, stdin, path string, args ...string) (string, error) {
+	stdout, stderr, err := t.exec.Run(ctx, stdin, path, args...)
+	words := complaint(stderr)
+	switch {
+	case err != nil:
+		return "", fmt.Errorf("%s%w: %s", culprit(stdin, stderr), err, words)
+	case words != "":
+		return "", fmt.Errorf("%s%w: %s", culprit(stdin, stderr), errWarned, words)
+	case strings.Contains(stdout, "is incompatible, use 'nft' tool"):
+		return "", errors.New("the table has rules made by nft that iptables cannot read")
+	}
+	return stdout, nil
+}
+
+// complaint returns the lines of an error output that mean something, as one line.
+func complaint(stderr string) string {
+	var lines []string
+	for line := range strings.Lines(stderr) {
+		line = strings.TrimSpace(line)
+		switch {
+		case line == "", strings.HasPrefix(line, "Try `"):
+		case strings.HasPrefix(line, "# Warning: ") && strings.Contains(line, "tables present, use"):
+			// Rules of the other backend stand too. Nothing is wrong with ours.
+		default:
+			lines = append(lines, line)
+		}
+	}
+	return strings.Join(lines, "; ")
+}
+
+// culprit names the rule of the input that an error output complains about, or returns "".
+func culprit(input, stderr string) string {
+	m := failedLine.FindStringSubmatch(stderr)
+	if m == nil {
+		return ""
+	}
+	n, err := strconv.Atoi(m[1])
+	lines := strings.Split(input, "\n")
+	if err != nil || n < 1 || n > len(lines) {
+		return ""
+	}
+	rule := ruleLine.FindStringSubmatch(lines[n-1])
+	if rule == nil {
+		return ""
+	}
+	return fmt.Sprintf("rule %q in chain %s (%s): ", rule[2], rule[1], rule[3])
+}

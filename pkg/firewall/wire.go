@@ -1,0 +1,163 @@
+package firewall
+
+import (
+	"encoding/binary"
+	"fmt"
+	"iter"
+	"net/netip"
+	"strconv"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"github.com/warren-cni/warren/pkg/netfilter"
+)
+
+// The flags of an attribute's type (linux/netlink.h).
+const (
+	nested     = uint16(unix.NLA_F_NESTED)
+	bigEndian  = uint16(unix.NLA_F_NET_BYTEORDER)
+	typeMask   = ^(nested | bigEndian)
+	attrHeader = 4
+)
+
+// maxBatch is how many members one message carries: the largest, an IPv6 address with a port, takes 44 bytes, and all of them
+// stand in one attribute of at most 65535 bytes.
+const maxBatch = 1000
+
+// appendAttr appends a netlink attribute, padded to 4 bytes.
+func appendAttr(b []byte, typ uint16, value []byte) []byte {
+	b = binary.NativeEndian.AppendUint16(b, uint16(attrHeader+len(value))) //nolint:gosec // bounded by maxBatch
+	b = binary.NativeEndian.AppendUint16(b, typ)
+	b = append(b, value...)
+	for len(b)%4 != 0 {
+		b = append(b, 0)
+	}
+	return b
+}
+
+// appendString appends an attribute that is a string as C knows it.
+func appendString(b []byte, typ uint16, s string) []byte {
+	return appendAttr(b, typ, append([]byte(s), 0))
+}
+
+// appendUint32 appends an attribute that is a number in network byte order.
+func appendUint32(b []byte, typ uint16, v uint32) []byte {
+	return appendAttr(b, typ|bigEndian, binary.BigEndian.AppendUint32(nil, v))
+}
+
+// attributes yields the attributes of a message without the flags of their types. It ends at the first that is cut short.
+func attributes(b []byte) iter.Seq2[uint16, []byte] {
+	return func(yield func(uint16, []byte) bool) {
+		for len(b) >= attrHeader {
+			n := int(binary.NativeEndian.Uint16(b))
+			if n < attrHeader || n > len(b) {
+				return
+			}
+			if !yield(binary.NativeEndian.Uint16(b[2:])&typeMask, b[attrHeader:n]) {
+				return
+			}
+			b = b[min((n+3)&^3, len(b)):]
+		}
+	}
+}
+
+// encodeMember returns a member as the kernel's attributes (IPSET_ATTR_DATA without its header). The prefix lengths always
+// go along: the kernel reads a missing one as a single address.
+func encodeMember(typ netfilter.SetType, e netfilter.Entry) ([]byte, error) {
+	if e.Prefix != e.Prefix.Masked() {
+		return nil, fmt.Errorf("member %s has bits after its prefix", e)
+	}
+	b := appendAddr(nil, nl.IPSET_ATTR_IP, e.Prefix.Addr())
+	if typ == netfilter.HashNet {
+		return appendAttr(b, nl.IPSET_ATTR_CIDR, []byte{byte(e.Prefix.Bits())}), nil
+	}
+	if !e.Prefix.IsSingleIP() {
+		return nil, fmt.Errorf("member %s of a %s is not a single address", e, typ)
+	}
+	if typ == netfilter.HashIP {
+		return b, nil
+	}
+	proto, err := protocolNumber(e.Protocol)
+	if err != nil {
+		return nil, err
+	}
+	b = appendAttr(b, nl.IPSET_ATTR_PORT|bigEndian, binary.BigEndian.AppendUint16(nil, e.Port))
+	return appendAttr(b, nl.IPSET_ATTR_PROTO, []byte{proto}), nil
+}
+
+// appendAddr appends an address, which ipset wants in an attribute of its own within typ.
+func appendAddr(b []byte, typ uint16, a netip.Addr) []byte {
+	inner := uint16(nl.IPSET_ATTR_IPADDR_IPV6)
+	if a.Is4() {
+		inner = nl.IPSET_ATTR_IPADDR_IPV4
+	}
+	return appendAttr(b, typ|nested, appendAttr(nil, inner|bigEndian, a.AsSlice()))
+}
+
+// decodeMember is the reverse of encodeMember, for members of any type.
+func decodeMember(b []byte) (netfilter.Entry, error) {
+	var e netfilter.Entry
+	var addr netip.Addr
+	bits := -1
+	for typ, v := range attributes(b) {
+		switch typ {
+		case nl.IPSET_ATTR_IP:
+			addr = decodeAddr(v)
+		case nl.IPSET_ATTR_CIDR:
+			bits = int(v[0])
+		case nl.IPSET_ATTR_PORT:
+			e.Port = binary.BigEndian.Uint16(v)
+		case nl.IPSET_ATTR_PROTO:
+			e.Protocol = protocolName(v[0])
+		}
+	}
+	if !addr.IsValid() {
+		return e, fmt.Errorf("decoding a set's member % x: no address", b)
+	}
+	if bits < 0 {
+		bits = addr.BitLen()
+	}
+	e.Prefix = netip.PrefixFrom(addr, bits)
+	return e, nil
+}
+
+// decodeAddr returns the address in an IPSET_ATTR_IP.
+func decodeAddr(b []byte) netip.Addr {
+	for _, v := range attributes(b) {
+		if a, ok := netip.AddrFromSlice(v); ok {
+			return a
+		}
+	}
+	return netip.Addr{}
+}
+
+// protocolNumber returns the number of a protocol, also of one that protocolName has no name for.
+func protocolNumber(name string) (byte, error) {
+	switch name {
+	case "tcp":
+		return unix.IPPROTO_TCP, nil
+	case "udp":
+		return unix.IPPROTO_UDP, nil
+	case "sctp":
+		return unix.IPPROTO_SCTP, nil
+	}
+	n, err := strconv.ParseUint(name, 10, 8)
+	if err != nil {
+		return 0, fmt.Errorf("protocol %q is not tcp, udp or sctp", name)
+	}
+	return byte(n), nil
+}
+
+// protocolName is the reverse of protocolNumber.
+func protocolName(n byte) string {
+	switch n {
+	case unix.IPPROTO_TCP:
+		return "tcp"
+	case unix.IPPROTO_UDP:
+		return "udp"
+	case unix.IPPROTO_SCTP:
+		return "sctp"
+	}
+	return strconv.Itoa(int(n))
+}
