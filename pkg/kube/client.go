@@ -9,29 +9,12 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/transport"
 )
 
 // requestsPerSecond bounds what a node asks of the API server. It only has to cover a burst of new pods that the
 // informer has not seen yet; client-go's default of 5 would make them wait.
 const requestsPerSecond = 50
-
-// LoadConfig reads a kubeconfig file; with an empty path it uses the ServiceAccount of the pod that the process runs in.
-func LoadConfig(kubeconfig string) (*rest.Config, error) {
-	if kubeconfig == "" {
-		config, err := rest.InClusterConfig()
-		if err != nil {
-			return nil, fmt.Errorf("reading the pod's ServiceAccount (outside of a cluster, name a kubeconfig or a directory of objects): %w", err)
-		}
-		return config, nil
-	}
-	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
-	if err != nil {
-		return nil, fmt.Errorf("reading kubeconfig %s: %w", kubeconfig, err)
-	}
-	return config, nil
-}
 
 // clients are the clients of the two API groups that Warren reads.
 type clients struct {

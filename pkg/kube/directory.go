@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
@@ -33,6 +34,7 @@ type Directory struct {
 	signals
 	path    string
 	self    string
+	log     *slog.Logger
 	decoder decoder
 
 	mu       sync.Mutex
@@ -50,20 +52,20 @@ type file struct {
 }
 
 // NewDirectory returns the source of the node called self. Nothing is read before Run.
-func NewDirectory(path, self string) (*Directory, error) {
+func NewDirectory(path, self string, log *slog.Logger) (*Directory, error) {
 	decoder, err := newDecoder()
 	if err != nil {
 		return nil, err
 	}
 	return &Directory{
-		signals: newSignals(), path: path, self: self, decoder: decoder,
+		signals: newSignals(), path: path, self: self, log: log, decoder: decoder,
 		files: make(map[string]*file), snapshot: cluster.Snapshot{Self: self},
 	}, nil
 }
 
 // Load reads a directory once, as the node called self sees it.
 func Load(path, self string) (cluster.Snapshot, []cluster.Problem, error) {
-	d, err := NewDirectory(path, self)
+	d, err := NewDirectory(path, self, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return cluster.Snapshot{}, nil, err
 	}
@@ -101,8 +103,8 @@ func (d *Directory) watch(ctx context.Context, watcher *fsnotify.Watcher) error 
 				return fmt.Errorf("following directory %s: it was deleted", d.path)
 			}
 			settled = time.After(settleTime)
-		// The kernel's queue overflowed: some events are lost, and reading everything makes up for them.
-		case <-watcher.Errors:
+		case err := <-watcher.Errors:
+			d.log.Warn("reading the whole directory, since events were lost", "directory", d.path, "error", err)
 			settled = time.After(settleTime)
 		case <-settled:
 			if err := d.load(); err != nil {
@@ -170,7 +172,7 @@ func isObjectFile(entry fs.DirEntry) bool {
 
 // read returns the file's new state, which is the old one as long as it cannot be read; nil where there is no file.
 func (d *Directory) read(name string, before *file) *file {
-	data, err := os.ReadFile(filepath.Join(d.path, name))
+	data, err := fs.ReadFile(os.DirFS(d.path), name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -212,6 +214,7 @@ func (d *Directory) assemble() {
 	snapshot, problems := collected.snapshot(d.self), cluster.SortProblems(collected.problems)
 	if !reflect.DeepEqual(snapshot, d.snapshot) || !slices.Equal(problems, d.problems) {
 		d.snapshot, d.problems = snapshot, problems
+		d.log.Debug("objects changed", "directory", d.path, "files", len(d.files), "problems", len(problems))
 		d.notify()
 	}
 }

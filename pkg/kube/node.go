@@ -12,20 +12,16 @@ import (
 	"github.com/warren-cni/warren/pkg/cluster"
 )
 
+// annotationPrefix is that of all annotations of Warren's.
+const annotationPrefix = "warren.cni/"
+
 // Annotations of a Node with which it publishes its tunnel.
 const (
-	annotationPrefix    = "warren.cni/"
-	annotationPublicKey = annotationPrefix + "wireguard-public-key"
-	annotationPort      = annotationPrefix + "wireguard-port"
+	// AnnotationPublicKey holds the public key, 32 bytes in base64.
+	AnnotationPublicKey = annotationPrefix + "wireguard-public-key"
+	// AnnotationPort holds the UDP port, in decimal.
+	AnnotationPort = annotationPrefix + "wireguard-port"
 )
-
-// WireGuardAnnotations returns the annotations that publish a node's tunnel.
-func WireGuardAnnotations(w cluster.WireGuard) map[string]string {
-	return map[string]string{
-		annotationPublicKey: base64.StdEncoding.EncodeToString(w.PublicKey[:]),
-		annotationPort:      strconv.Itoa(int(w.Port)),
-	}
-}
 
 func convertNode(n *corev1.Node) (cluster.Node, []cluster.Problem) {
 	found := &findings{code: codeNode, object: "Node " + n.Name, remedy: "correct the Node object"}
@@ -88,19 +84,19 @@ func internalIPs(status corev1.NodeStatus, found *findings) []netip.Addr {
 // there is no peer, and traffic to that node is dropped rather than sent in clear.
 func wireGuard(annotations map[string]string, found *findings) *cluster.WireGuard {
 	path := field.NewPath("metadata", "annotations")
-	keyText, hasKey := annotations[annotationPublicKey]
-	portText, hasPort := annotations[annotationPort]
+	keyText, hasKey := annotations[AnnotationPublicKey]
+	portText, hasPort := annotations[AnnotationPort]
 	if !hasKey && !hasPort {
 		return nil
 	}
 	key, err := parseKey(keyText)
 	if err != nil {
-		found.add(path.Key(annotationPublicKey), "%v: there is no tunnel to this node", err)
+		found.add(path.Key(AnnotationPublicKey), "%v: there is no tunnel to this node", err)
 		return nil
 	}
 	port, err := strconv.ParseUint(portText, 10, 16)
 	if err != nil || port == 0 {
-		found.add(path.Key(annotationPort), "%q is not a port: there is no tunnel to this node", portText)
+		found.add(path.Key(AnnotationPort), "%q is not a port: there is no tunnel to this node", portText)
 		return nil
 	}
 	return &cluster.WireGuard{PublicKey: key, Port: uint16(port)}

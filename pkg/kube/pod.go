@@ -80,11 +80,12 @@ func containerPorts(path *field.Path, containers []corev1.Container, found *find
 				found.add(where.Child("protocol"), "%q is not a protocol: no rule matches this port by its name", p.Protocol)
 				continue
 			}
-			if p.ContainerPort < 1 || p.ContainerPort > maxPort {
+			number, ok := portNumber(p.ContainerPort)
+			if !ok {
 				found.add(where.Child("containerPort"), "%d is not a port: no rule matches it by its name", p.ContainerPort)
 				continue
 			}
-			ports = append(ports, cluster.NamedPort{Name: p.Name, Protocol: protocol, Port: uint16(p.ContainerPort)})
+			ports = append(ports, cluster.NamedPort{Name: p.Name, Protocol: protocol, Port: number})
 		}
 	}
 	return ports

@@ -1,6 +1,8 @@
 package kube
 
 import (
+	"math"
+
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -11,8 +13,6 @@ import (
 
 	"github.com/warren-cni/warren/pkg/cluster"
 )
-
-const maxPort = 65535
 
 // convertPolicy applies the API's defaults and drops what it does not understand, so that it allows nothing: a bad peer
 // or port is absent, a rule without any good peer or port is absent, and a policy whose podSelector is bad isolates every
@@ -192,17 +192,26 @@ func (r ruleReader) portName(path *field.Path, p *networkingv1.NetworkPolicyPort
 }
 
 func (r ruleReader) portRange(path *field.Path, p *networkingv1.NetworkPolicyPort) (first, last uint16, ok bool) {
-	if p.Port.IntVal < 1 || p.Port.IntVal > maxPort {
+	first, ok = portNumber(p.Port.IntVal)
+	if !ok {
 		r.found.add(path.Child("port"), "%d is not a port: this port is not allowed", p.Port.IntVal)
 		return 0, 0, false
 	}
-	first = uint16(p.Port.IntVal)
 	if p.EndPort == nil {
 		return first, first, true
 	}
-	if *p.EndPort < p.Port.IntVal || *p.EndPort > maxPort {
+	last, ok = portNumber(*p.EndPort)
+	if !ok || last < first {
 		r.found.add(path.Child("endPort"), "%d does not end a range that begins at %d: this port is not allowed", *p.EndPort, first)
 		return 0, 0, false
 	}
-	return first, uint16(*p.EndPort), true
+	return first, last, true
+}
+
+// portNumber reports whether the number is a port.
+func portNumber(n int32) (uint16, bool) {
+	if n < 1 || n > math.MaxUint16 {
+		return 0, false
+	}
+	return uint16(n), true
 }

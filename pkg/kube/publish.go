@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -37,7 +38,7 @@ func (d *Directory) publish(annotations map[string]string) error {
 		return fmt.Errorf("no file in %s holds the node", d.path)
 	}
 	path := filepath.Join(d.path, name)
-	data, err := os.ReadFile(path)
+	data, err := fs.ReadFile(os.DirFS(d.path), name)
 	if err != nil {
 		return err
 	}
@@ -72,7 +73,7 @@ func (d *Directory) ownFile() (string, bool) {
 
 // lockDirectory keeps the daemons of other nodes out, which may edit the same file.
 func lockDirectory(path string) (unlock func() error, err error) {
-	dir, err := os.Open(path)
+	dir, err := os.Open(path) //nolint:gosec // the operator names the directory
 	if err != nil {
 		return nil, fmt.Errorf("locking directory %s: %w", path, err)
 	}

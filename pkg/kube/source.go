@@ -10,8 +10,6 @@ package kube
 import (
 	"context"
 	"errors"
-
-	"github.com/warren-cni/warren/pkg/cluster"
 )
 
 // Codes of the problems that this package reports.
@@ -27,31 +25,7 @@ const (
 // ErrPodUnknown says that a pod with that namespace, name and uid does not exist.
 var ErrPodUnknown = errors.New("the pod is not known")
 
-// Source is where the objects come from: an API or a Directory.
-type Source interface {
-	// Run follows the objects until the context ends. It returns nil then, and an error when it cannot follow them at all.
-	Run(ctx context.Context) error
-	// Synced is true once a snapshot holds everything that there was when Run began.
-	Synced() bool
-	// WaitForSync returns when Synced is true, or with the context's error.
-	WaitForSync(ctx context.Context) error
-	// Changed receives a value after a snapshot or its problems changed; several changes may give one value.
-	Changed() <-chan struct{}
-	// Snapshot returns the state of the cluster and what could not be understood in it. The caller must not change it.
-	Snapshot() (cluster.Snapshot, []cluster.Problem)
-	// FetchPod makes sure that the snapshot holds the pod, reading it from the source when it has not arrived yet. An
-	// error that is ErrPodUnknown means that there is no such pod.
-	FetchPod(ctx context.Context, namespace, name, uid string) error
-	// Publish sets annotations on the own Node, and writes only where they differ.
-	Publish(ctx context.Context, annotations map[string]string) error
-}
-
-var (
-	_ Source = (*API)(nil)
-	_ Source = (*Directory)(nil)
-)
-
-// signals is the half of a Source that tells others of its state.
+// signals is what an API and a Directory have in common: they tell others of their state.
 type signals struct {
 	changed chan struct{}
 	synced  chan struct{}
@@ -61,20 +35,10 @@ func newSignals() signals {
 	return signals{changed: make(chan struct{}, 1), synced: make(chan struct{})}
 }
 
-// Changed receives a value after something changed.
+// Changed receives a value after the snapshot or its problems changed; several changes may give one value.
 func (s signals) Changed() <-chan struct{} { return s.changed }
 
-// Synced is true once everything that there was at the start has arrived.
-func (s signals) Synced() bool {
-	select {
-	case <-s.synced:
-		return true
-	default:
-		return false
-	}
-}
-
-// WaitForSync returns when Synced is true, or with the context's error.
+// WaitForSync returns once a snapshot holds everything that there was when Run began, or with the context's error.
 func (s signals) WaitForSync(ctx context.Context) error {
 	select {
 	case <-s.synced:

@@ -87,7 +87,8 @@ func (t *table[T]) list() []T {
 			merged = append(merged, *value)
 		}
 	}
-	t.sorted = append(merged, rest...)
+	merged = append(merged, rest...)
+	t.sorted = merged
 	clear(t.pending)
 	return t.sorted
 }
