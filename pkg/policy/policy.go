@@ -198,7 +198,11 @@ func (b *builder) groupRules(d direction, g group) []netfilter.Rule {
 	var rules []netfilter.Rule
 	for _, p := range g.policies {
 		for _, r := range d.rules(p) {
-			rules = append(rules, b.allow(d, p, r)...)
+			lines := b.allow(d, p, r)
+			if r.AnyPeer && r.AnyPort {
+				return append(rules, lines...) // nothing comes past it
+			}
+			rules = append(rules, lines...)
 		}
 	}
 	return append(rules, words("isolated by "+strings.Join(g.names(), " "), "-j", "DROP"))

@@ -1,0 +1,162 @@
+package policy_test
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"testing"
+
+	"github.com/warren-cni/warren/pkg/cluster"
+	"github.com/warren-cni/warren/pkg/guard"
+	"github.com/warren-cni/warren/pkg/internal/oracle"
+	"github.com/warren-cni/warren/pkg/internal/trace"
+	"github.com/warren-cni/warren/pkg/internal/world"
+	"github.com/warren-cni/warren/pkg/netfilter"
+	"github.com/warren-cni/warren/pkg/policy"
+)
+
+// worlds is how many random clusters a test run judges.
+const worlds = 500
+
+func TestAgreesWithOracle(t *testing.T) {
+	seed := rand.Uint64()
+	allowed, denied := 0, 0
+	for i := range worlds {
+		r := rand.New(rand.NewPCG(seed, uint64(i)))
+		a, d := judge(t, r)
+		allowed, denied = allowed+a, denied+d
+		if t.Failed() {
+			t.Fatalf("in world %d of seed %d", i, seed)
+		}
+	}
+	t.Logf("seed %d: %d connections allowed, %d denied", seed, allowed, denied)
+	if allowed < worlds || denied < worlds {
+		t.Errorf("seed %d: %d allowed and %d denied is too little of one kind to prove anything", seed, allowed, denied)
+	}
+}
+
+func FuzzAgreesWithOracle(f *testing.F) {
+	f.Add([]byte{})
+	f.Add([]byte("policies in a small world"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		judge(t, rand.New(world.Steered(data)))
+	})
+}
+
+// judge compares the tracer's verdict on a random world's rules with the oracle's, for every connection that this node
+// enforces something on, and counts them.
+func judge(t *testing.T, r *rand.Rand) (allowed, denied int) {
+	t.Helper()
+	s := world.New(r)
+	var ready []netip.Addr
+	places := map[netip.Addr]string{} // the interface behind which an address is
+	for i, pod := range s.Pods {
+		if pod.HostNetwork || pod.Finished {
+			continue
+		}
+		for _, a := range pod.Addresses {
+			places[a] = "warren0"
+			if pod.Node == s.Self {
+				places[a] = fmt.Sprintf("wrn%d", i)
+				ready = append(ready, a)
+			}
+		}
+	}
+	for _, a := range world.Outside() {
+		places[a] = "eth0"
+	}
+	if len(ready) > 0 && r.IntN(4) == 0 {
+		ready = ready[1:]
+	}
+	filters := load(t, s, ready)
+	for _, f := range flows(s, places) {
+		verdict, err := filters[netfilter.FamilyOf(f.Src)].Walk("mangle", "FORWARD", trace.Packet{
+			In: places[f.Src], Out: places[f.Dst], Src: f.Src, Dst: f.Dst, DstPort: f.Port,
+			Protocol: map[cluster.Protocol]string{"TCP": "tcp", "UDP": "udp", "SCTP": "sctp", "ICMP": "icmp"}[f.Protocol],
+			State:    "NEW", Flags: "S",
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := oracle.Allowed(s, f) && open(ready, places, f.Src) && open(ready, places, f.Dst)
+		if got := verdict.Target == ""; got != want {
+			t.Errorf("%s %s -> %s port %d: allowed is %v, the oracle says %v; by %q", f.Protocol, f.Src, f.Dst, f.Port, got, want, verdict.Trail)
+		}
+		if want {
+			allowed++
+		} else {
+			denied++
+		}
+	}
+	if t.Failed() {
+		rules, problems := policy.Compile(s)
+		t.Logf("%s\n%v\n%s", describe(s), problems, rules.Render())
+	}
+	return allowed, denied
+}
+
+// load renders the rules of a world and reads the text back.
+func load(t *testing.T, s cluster.Snapshot, ready []netip.Addr) map[netfilter.Family]*trace.Filter {
+	t.Helper()
+	base := guard.Compile(guard.Config{PodCIDRs: s.Nodes[0].PodCIDRs, Encrypted: true, Ready: ready})
+	rules, _ := policy.Compile(s)
+	all := netfilter.Merge(base, rules)
+	filters := map[netfilter.Family]*trace.Filter{}
+	for _, f := range netfilter.Families {
+		filter, err := trace.Parse(all.Of(f).Render(f))
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = filter.Lint()
+		if err != nil {
+			t.Errorf("lint of %s: %v", f, err)
+		}
+		filters[f] = filter
+	}
+	return filters
+}
+
+// open tells whether the start gate lets an address pass: it is no local pod's, or ready.
+func open(ready []netip.Addr, places map[netip.Addr]string, a netip.Addr) bool {
+	return places[a][:3] != "wrn" || slices.Contains(ready, a)
+}
+
+// flows are the connections between all addresses that begin or end at a local pod.
+func flows(s cluster.Snapshot, places map[netip.Addr]string) []oracle.Flow {
+	var addresses []netip.Addr
+	for a := range places {
+		addresses = append(addresses, a)
+	}
+	slices.SortFunc(addresses, netip.Addr.Compare)
+	var list []oracle.Flow
+	for _, src := range addresses {
+		for _, dst := range addresses {
+			if src.Is4() != dst.Is4() || places[src][:3] != "wrn" && places[dst][:3] != "wrn" {
+				continue
+			}
+			list = append(list, oracle.Flow{Src: src, Dst: dst, Protocol: oracle.ICMP})
+			for _, protocol := range []cluster.Protocol{cluster.TCP, cluster.UDP, cluster.SCTP} {
+				for _, port := range append(world.Ports(), 60) {
+					list = append(list, oracle.Flow{Src: src, Dst: dst, Protocol: protocol, Port: port})
+				}
+			}
+		}
+	}
+	return list
+}
+
+// describe writes what a failed world consists of.
+func describe(s cluster.Snapshot) string {
+	text := ""
+	for _, ns := range s.Namespaces {
+		text += fmt.Sprintf("namespace %s %v\n", ns.Name, ns.Labels)
+	}
+	for _, p := range s.Pods {
+		text += fmt.Sprintf("pod %+v\n", p)
+	}
+	for _, p := range s.Policies {
+		text += fmt.Sprintf("policy %+v\n", p)
+	}
+	return text
+}
