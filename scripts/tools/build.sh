@@ -4,6 +4,7 @@
 #   tools:  golangci-lint etcd kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubeadm kubectl
 #           kind coredns agnhost pause e2e.test
 #   groups: lint, apiserver (an API server alone), cluster (kind and what its node image holds), suite (the upstream e2e suite)
+# With --stamps first it builds nothing and prints what the named tools were built from, as one hash each.
 # A tool is built again only when its pinned versions, flags or Go itself change.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -69,10 +70,14 @@ build() {
   echo "build.sh: built $tool in $((SECONDS - started)) s" >&2
 }
 
-[ $# -gt 0 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
-for name in "$@"; do
-  for tool in $(members "$name"); do source_of "$tool" >/dev/null; done
-done
+[ $# -gt 0 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; }
+if [ "$1" = --stamps ]; then
+  shift
+  for name in "$@"; do
+    for tool in $(members "$name"); do cat "$out/.stamps/$tool"; done
+  done
+  exit
+fi
 mkdir -p "$out/.stamps"
 for name in "$@"; do
   for tool in $(members "$name"); do

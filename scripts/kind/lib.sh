@@ -1,0 +1,37 @@
+# What the scripts of this folder share; to be sourced.
+# shellcheck shell=bash
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+root=$PWD
+tools=$root/build/tools
+cache=$root/build/cache/kind         # kept: the node image, and the data of our own dockerd
+state=$root/build/kind               # of the clusters that run: kubeconfigs, rendered manifests
+run=/run/warren-kind                 # of our own dockerd while it runs
+socket=$run/docker.sock
+name=${NAME:-warren}
+export KUBECONFIG=$state/$name.kubeconfig
+
+say() { echo "kind: $*" >&2; }
+die() { say "$*"; exit 1; }
+
+# docker_is_up tells whether some dockerd answers, and points docker's clients to our own where that one runs.
+docker_is_up() {
+  if [ -S "$socket" ]; then
+    export DOCKER_HOST=unix://$socket
+  fi
+  command -v docker >/dev/null && timeout 20 docker info >/dev/null 2>&1
+}
+
+# kind_cmd runs kind on docker, whatever other runtime it would find.
+kind_cmd() { KIND_EXPERIMENTAL_PROVIDER=docker "$tools/kind" "$@"; }
+
+# wait_until COMMAND... polls a command until it succeeds, half a minute at most.
+wait_until() {
+  local tries
+  for ((tries = 0; tries < 300; tries++)); do
+    "$@" >/dev/null 2>&1 && return 0
+    sleep 0.1
+  done
+  return 1
+}

@@ -1,0 +1,150 @@
+#!/usr/bin/env bash
+# Makes kind's node image without a registry, from Debian's packages, the base files that kind's own module carries, and
+# the Kubernetes that scripts/tools/build.sh built; loads it into docker and prints its tag. Needs root.
+# What was made before is used again while nothing that it is made of changes.
+. "$(dirname "$0")/lib.sh"
+. scripts/kind/archive.sh
+
+suite=bookworm # the last Debian whose systemd boots on cgroup v1
+node_packages=systemd,dbus,containerd,runc,iptables,nftables,ipset,conntrack,iproute2,ethtool,socat,kmod,jq,procps
+node_packages+=,util-linux,mount,ca-certificates,busybox-static,iputils-ping,tcpdump,hostname
+# What kube-proxy runs, with all libraries; files of these packages go into its image.
+proxy_packages=(iptables libxtables12 libip4tc2 libip6tc2 libnftnl11 libmnl0 libnfnetlink0 libnetfilter-conntrack3
+  nftables libnftables1 libedit2 libjansson4 libgmp10 libbsd0 libmd0 libtinfo6 conntrack kmod liblzma5 libzstd1
+  libssl3 netbase libc6)
+kubernetes=(kube-apiserver kube-controller-manager kube-scheduler kube-proxy)
+
+scripts/deps.sh kind
+scripts/tools/build.sh cluster
+version=$("$tools/kubeadm" version -o short)
+base_files=$(cd scripts/tools/kind && go list -m -f '{{.Dir}}' sigs.k8s.io/kind)/images/base/files
+mkdir -p "$cache"
+
+# image_of prints the tag that kubeadm gives a component, as its registry has it.
+image_of() { "$tools/kubeadm" config images list --kubernetes-version "$version" | grep "/$1:"; }
+
+# make_base FILE: a Debian with the packages above, as a tar.
+make_base() {
+  local work
+  say "debootstrap $suite (about a minute)"
+  work=$(mktemp -d "$cache/base.XXXXXX")
+  debootstrap --variant=minbase --include="$node_packages,netbase" "$suite" "$work" >"$cache/debootstrap.log" 2>&1 ||
+    { tail -n 20 "$cache/debootstrap.log" >&2; die "debootstrap did not succeed (log: $cache/debootstrap.log)"; }
+  tar --create --file "$1.part" --directory "$work" --numeric-owner --xattrs --exclude='./dev/*' .
+  mv "$1.part" "$1"
+  rm -r "$work"
+}
+
+# prepare_node FOLDER: what kind's Dockerfile does to the base, and what an older containerd and a root without
+# CAP_SYS_RESOURCE need beyond it.
+prepare_node() {
+  local node=$1 units=$1/etc/systemd/system tool
+  cp -r "$base_files/." "$node/"
+  chmod -R u=rwX,go=rX "$node/kind" "$node/etc/containerd" "$units"
+  chmod 0755 "$node/kind/bin/"* "$node/usr/local/bin/"*
+  for tool in containerd ctr containerd-shim-runc-v2; do ln -s "/usr/bin/$tool" "$node/usr/local/bin/$tool"; done
+  ln -s /usr/sbin/runc "$node/usr/local/sbin/runc"
+  rm -f "$node/lib/systemd/system/sysinit.target.wants/systemd-tmpfiles-setup.service" \
+    "$node/lib/systemd/system/"{multi-user,local-fs,basic}.target.wants/* "$units/"*.wants/* \
+    "$node/lib/systemd/system/sockets.target.wants/"*{udev,initctl}*
+  echo ReadKMsg=no >>"$node/etc/systemd/journald.conf"
+  ln -sf /lib/systemd/systemd "$node/sbin/init"
+  chroot "$node" systemctl enable kubelet.service containerd.service undo-mount-hacks.service 2>/dev/null
+  chroot "$node" systemctl mask systemd-binfmt.service 2>/dev/null
+  sed -i -e '/^OOMScoreAdjust=/d' -e '/^Limit/d' "$units/containerd.service"
+  sed -i -e "s|sandbox_image = .*|sandbox_image = \"$(image_of pause)\"|" \
+    -e 's/restrict_oom_score_adj = false/restrict_oom_score_adj = true/' "$node/etc/containerd/config.toml"
+  chroot "$node" ctr oci spec | jq 'del(.process.rlimits)
+    | .hooks.createContainer += [{path: "/kind/bin/mount-product-files.sh"}]' >"$node/etc/containerd/cri-base.json"
+  mkdir -p "$node/etc/kubernetes/manifests" "$node/opt/cni/bin"
+  install -m 0755 "$tools/"{kubelet,kubeadm,kubectl} "$node/usr/bin/"
+  echo "$version" >"$node/kind/version"
+}
+
+# make_images BASE FOLDER: the images of the control plane, the sandbox and the test suite, each as an archive.
+make_images() {
+  local base=$1 out=$2 rootfs=$2/rootfs component package
+  add() { # add TOOL PATH: a fresh root file system with one program
+    rm -rf "$rootfs"
+    install -D -m 0755 "$tools/$1" "$rootfs/$2"
+  }
+  for component in "${kubernetes[@]}"; do
+    add "$component" "usr/local/bin/$component"
+    if [ "$component" = kube-proxy ]; then
+      ln -s usr/{bin,sbin,lib,lib64} "$rootfs/"
+      mkdir -p "$rootfs/"{tmp,run,usr/{bin,sbin,lib,lib64}}
+      for package in "${proxy_packages[@]}"; do
+        dpkg -x "$base/var/cache/apt/archives/${package}_"*.deb "$rootfs"
+      done
+      ln -s xtables-nft-multi "$rootfs/usr/sbin/iptables"
+      for package in iptables-save iptables-restore ip6tables ip6tables-save ip6tables-restore; do
+        ln -s xtables-nft-multi "$rootfs/usr/sbin/$package"
+      done
+    fi
+    archive "$rootfs" "$(image_of "$component")" "$out/$component.tar"
+  done
+  add etcd usr/local/bin/etcd
+  archive "$rootfs" "$(image_of etcd)" "$out/etcd.tar"
+  add coredns coredns
+  archive "$rootfs" "$(image_of coredns/coredns)" "$out/coredns.tar" '{"Entrypoint": ["/coredns"]}'
+  add pause pause
+  archive "$rootfs" "$(image_of pause)" "$out/pause.tar" '{"Entrypoint": ["/pause"]}'
+  add agnhost agnhost
+  ln -s agnhost "$rootfs/agnhost-2"
+  mkdir -p "$rootfs/"{bin,tmp,uploads,etc}
+  cp "$base/bin/busybox" "$rootfs/bin/"
+  for component in $("$base/bin/busybox" --list); do ln -s busybox "$rootfs/bin/$component" 2>/dev/null || true; done
+  archive "$rootfs" "$agnhost_image" "$out/agnhost.tar" '{"Entrypoint": ["/agnhost"], "Cmd": ["pause"]}'
+  rm -rf "$rootfs"
+}
+
+# import_images NODE FOLDER: puts the archives into the content store of the node's containerd.
+import_images() {
+  unshare --mount --pid --fork --kill-child bash -euc '
+    node=$1 images=$2
+    mount --bind "$node" "$node"
+    mount -t proc proc "$node/proc"
+    mount -t tmpfs tmpfs "$node/run"
+    mount -t tmpfs tmpfs "$node/tmp"
+    mount --bind /dev "$node/dev"
+    mkdir "$node/tmp/images"
+    mount --bind "$images" "$node/tmp/images"
+    printf "version = 2\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n" >"$node/tmp/config.toml"
+    chroot "$node" containerd --config /tmp/config.toml >"$images/containerd.log" 2>&1 &
+    for ((i = 0; i < 100; i++)); do
+      chroot "$node" ctr version >/dev/null 2>&1 && break
+      sleep 0.1
+    done
+    for image in "$images"/*.tar; do
+      chroot "$node" ctr --namespace k8s.io images import --no-unpack "/tmp/images/${image##*/}" >/dev/null
+    done
+    chroot "$node" ctr --namespace k8s.io images ls -q >"$images/list"
+    kill %1 && wait %1 || true
+  ' - "$1" "$2"
+}
+
+agnhost_image=registry.k8s.io/e2e-test-images/agnhost:$(
+  cat "$(cd scripts/tools/kubernetes && go list -m -f '{{.Dir}}' k8s.io/kubernetes)/test/images/agnhost/VERSION")
+base=$cache/base-$(sha256sum <<<"$suite $node_packages" | cut -c1-12).tar
+made_of=$(scripts/tools/build.sh --stamps cluster | cat - scripts/kind/{node-image,archive}.sh | sha256sum | cut -c1-12)
+tag=warren-kind-node:$made_of
+file=$cache/node.tar
+
+if [ "$(cat "$file.tag" 2>/dev/null)" != "$tag" ]; then
+  [ -f "$base" ] || make_base "$base"
+  say "making the node image (about a minute)"
+  work=$(mktemp -d "$cache/node.XXXXXX")
+  trap 'rm -rf "$work"' EXIT
+  mkdir "$work/node" "$work/images"
+  tar --extract --file "$base" --directory "$work/node" --numeric-owner --xattrs
+  make_images "$work/node" "$work/images"
+  prepare_node "$work/node"
+  rm -rf "$work/node/var/cache/apt/archives/"*.deb "$work/node/var/lib/apt/lists/"* "$work/node/usr/share/"{doc,man,locale}
+  import_images "$work/node" "$work/images"
+  archive "$work/node" "$tag" "$file" \
+    '{"Entrypoint": ["/usr/local/bin/entrypoint", "/sbin/init"], "Env": ["container=docker",
+      "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"], "StopSignal": "SIGRTMIN+3"}'
+  echo "$tag" >"$file.tag"
+fi
+docker image inspect "$tag" >/dev/null 2>&1 || { say "loading the node image into docker"; docker load --quiet --input "$file" >&2; }
+echo "$tag"

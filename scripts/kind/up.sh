@@ -1,0 +1,140 @@
+#!/usr/bin/env bash
+# Creates a kind cluster whose network is Warren. Options are environment variables:
+#   NAME=warren                  the cluster's name
+#   WORKERS=1                    nodes beside the control plane
+#   IP_FAMILY=ipv4               ipv4, ipv6 or dual
+#   KUBE_PROXY_MODE=iptables     iptables or nftables
+#   ENCRYPTION=on                on or off
+#   NODE_IMAGE=                  kind's node image; "local" makes one here; unset: kind's own where a registry answers, else local
+#   SKIP_WARREN=                 set: leave the cluster without a network
+# Docker is started by the script (as root) where none answers; scripts/kind/down.sh takes all of it away again.
+. "$(dirname "$0")/lib.sh"
+
+image_archive=$root/build/warren-image.tar
+overlay=$state/$name
+
+# check_options refuses what kind or Warren would refuse only after minutes.
+check_options() {
+  case "${IP_FAMILY:=ipv4}" in ipv4 | ipv6 | dual) ;; *) die "IP_FAMILY=$IP_FAMILY: want ipv4, ipv6 or dual" ;; esac
+  case "${KUBE_PROXY_MODE:=iptables}" in
+    iptables | nftables) ;; *) die "KUBE_PROXY_MODE=$KUBE_PROXY_MODE: want iptables or nftables" ;;
+  esac
+  case "${ENCRYPTION:=on}" in on | off) ;; *) die "ENCRYPTION=$ENCRYPTION: want on or off" ;; esac
+  [[ "${WORKERS:=1}" =~ ^[0-9]+$ ]] || die "WORKERS=$WORKERS: want a number"
+  [ -n "${SKIP_WARREN:-}" ] || [ -f "$image_archive" ] || die "$image_archive is missing: run make image"
+  case "$IP_FAMILY" in
+    ipv4) cluster_cidr=10.244.0.0/16 service_cidr=10.96.0.0/16 ;;
+    ipv6) cluster_cidr=fd00:10:244::/56 service_cidr=fd00:10:96::/112 ;;
+    dual) cluster_cidr=10.244.0.0/16,fd00:10:244::/56 service_cidr=10.96.0.0/16,fd00:10:96::/112 ;;
+  esac
+}
+
+# choose_image prints the node image: the one that was asked for, kind's own, or one that is made here.
+choose_image() {
+  local published
+  published=$(strings_of_kind)
+  if [ "${NODE_IMAGE:-}" = local ]; then
+    scripts/kind/node-image.sh
+  elif [ -n "${NODE_IMAGE:-}" ]; then
+    echo "$NODE_IMAGE"
+  elif docker image inspect "$published" >/dev/null 2>&1 || timeout 20 docker manifest inspect "$published" >/dev/null 2>&1; then
+    echo "$published"
+  else
+    say "no registry answers: the node image is made here"
+    scripts/kind/node-image.sh
+  fi
+}
+
+# strings_of_kind prints the node image that this release of kind is tested with.
+strings_of_kind() {
+  local source
+  source=$(cd scripts/tools/kind && go list -m -f '{{.Dir}}' sigs.k8s.io/kind)
+  sed -n 's/^const Image = "\(.*\)"$/\1/p' "$source/pkg/apis/config/defaults/image.go"
+}
+
+# kind_config prints the cluster. The kubelet's patch admits hosts that still run cgroup v1.
+kind_config() {
+  local i
+  cat <<END
+kind: Cluster
+apiVersion: kind.x-k8s.io/v1alpha4
+networking:
+  disableDefaultCNI: true
+  ipFamily: $IP_FAMILY
+  podSubnet: "$cluster_cidr"
+  serviceSubnet: "$service_cidr"
+  kubeProxyMode: $KUBE_PROXY_MODE
+kubeadmConfigPatches:
+  - |
+    kind: KubeletConfiguration
+    failCgroupV1: false
+nodes:
+  - role: control-plane
+END
+  for ((i = 0; i < WORKERS; i++)); do echo "  - role: worker"; done
+}
+
+# lacks_wireguard tells whether the nodes' kernel has no WireGuard of its own.
+lacks_wireguard() {
+  ! docker exec "$name-control-plane" unshare --net ip link add warren-probe type wireguard 2>/dev/null
+}
+
+# install_warren applies the one-file install with the options of this cluster.
+install_warren() {
+  local files=(warren.yaml)
+  say "loading $image_archive"
+  kind_cmd load image-archive --name "$name" "$image_archive"
+  if [ "$ENCRYPTION" = on ] && lacks_wireguard; then
+    say "the kernel has no WireGuard: its user-space tunnel is installed too"
+    files+=(userspace-tunnel.yaml)
+  fi
+  rm -rf "$overlay"
+  mkdir -p "$overlay"
+  cp "${files[@]/#/manifests/}" "$overlay/"
+  {
+    echo "resources: [$(IFS=,; echo "${files[*]}")]"
+    cat <<END
+patches:
+  - target: {kind: DaemonSet, name: warren, namespace: warren-system}
+    patch: |
+      apiVersion: apps/v1
+      kind: DaemonSet
+      metadata: {name: warren, namespace: warren-system}
+      spec:
+        template:
+          spec:
+            containers:
+              - name: warrend
+                env:
+                  - {name: WARREN_CLUSTER_CIDR, value: "$cluster_cidr"}
+                  - {name: WARREN_ENCRYPTION, value: "$ENCRYPTION"}
+END
+  } >"$overlay/kustomization.yaml"
+  "$tools/kubectl" apply --kustomize "$overlay"
+  say "waiting for the nodes"
+  "$tools/kubectl" wait --for=condition=Ready nodes --all --timeout=180s
+  "$tools/kubectl" --namespace kube-system rollout status deployment/coredns --timeout=120s
+}
+
+check_options
+docker_is_up || { scripts/kind/dockerd.sh start && docker_is_up; } || die "no docker answers"
+scripts/tools/build.sh kind kubectl
+mkdir -p "$state"
+if kind_cmd get clusters 2>/dev/null | grep -qx "$name"; then
+  die "a cluster named $name is there already: scripts/kind/down.sh takes it away"
+fi
+node_image=$(choose_image)
+say "creating the cluster $name from $node_image"
+kind_cmd create cluster --name "$name" --image "$node_image" --config <(kind_config)
+[ -n "${SKIP_WARREN:-}" ] || install_warren
+
+cat <<END
+
+The cluster $name runs. To use it:
+  export KUBECONFIG=$KUBECONFIG
+  $tools/kubectl get nodes
+${DOCKER_HOST:+Its nodes are containers of the dockerd at:
+  export DOCKER_HOST=$DOCKER_HOST
+}To take it away:
+  make kind-down
+END
