@@ -6,7 +6,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -34,7 +33,7 @@ func main() {
 // run does what the arguments ask for.
 func run(ctx context.Context, args []string, in io.Reader, out io.Writer) error {
 	if len(args) == 0 {
-		return errors.New(usage)
+		return fmt.Errorf("no command\n%s", usage)
 	}
 	flags := flag.NewFlagSet(args[0], flag.ContinueOnError)
 	switch args[0] {
@@ -52,17 +51,17 @@ func run(ctx context.Context, args []string, in io.Reader, out io.Writer) error 
 		}
 		return json.NewEncoder(out).Encode(reachAll(ctx, *marker, *timeout, flags.Args()))
 	case "flows":
-		var load load
-		flags.IntVar(&load.tcp, "tcp", 0, "TCP flows")
-		flags.IntVar(&load.udp, "udp", 0, "UDP flows")
-		flags.IntVar(&load.rate, "rate", 50, "messages a second, each way, of each flow")
+		var l load
+		flags.IntVar(&l.tcp, "tcp", 0, "TCP flows")
+		flags.IntVar(&l.udp, "udp", 0, "UDP flows")
+		flags.IntVar(&l.rate, "rate", 50, "messages a second, each way, of each flow")
 		if err := flags.Parse(args[1:]); err != nil {
 			return err
 		}
-		if load.rate < 1 {
-			return fmt.Errorf("-rate %d: say 1 or more", load.rate)
+		if l.rate < 1 {
+			return fmt.Errorf("-rate %d: say 1 or more", l.rate)
 		}
-		return keepFlows(ctx, load, flags.Arg(0), in, out)
+		return keepFlows(ctx, l, flags.Arg(0), in, out)
 	default:
 		return fmt.Errorf("unknown command %q\n%s", args[0], usage)
 	}

@@ -13,8 +13,16 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// echoServer serves on a free port of loopback until the test ends, or until it is told to.
-func echoServer(t *testing.T) (address string, stop func()) {
+// closeOf closes c.
+func closeOf(t *testing.T, c io.Closer) {
+	t.Helper()
+	if err := c.Close(); err != nil {
+		t.Errorf("closing: %v", err)
+	}
+}
+
+// echoServer serves on a free port of loopback until the test ends.
+func echoServer(t *testing.T) string {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -33,22 +41,22 @@ func echoServer(t *testing.T) (address string, stop func()) {
 			t.Errorf("serving: %v", err)
 		}
 	})
-	return listener.Addr().String(), cancel
+	return listener.Addr().String()
 }
 
 func TestReachTellsEchoFromSilenceAndRefusal(t *testing.T) {
-	address, _ := echoServer(t)
+	address := echoServer(t)
 	silent, err := net.ListenPacket("udp", "127.0.0.1:0") // takes datagrams and never answers
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer silent.Close()
+	defer closeOf(t, silent)
 	closed, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	refusing := closed.Addr().String()
-	closed.Close()
+	closeOf(t, closed)
 
 	var out bytes.Buffer
 	args := []string{
@@ -88,14 +96,14 @@ func flowsUntil(t *testing.T, address string, during func()) map[string]report {
 	done := make(chan error, 1)
 	go func() {
 		done <- run(t.Context(), []string{"flows", "-tcp", "3", "-udp", "2", "-rate", "100", address}, in, toOut)
-		toOut.Close()
+		closeOf(t, toOut)
 	}()
 	line := make([]byte, len("established\n"))
 	if _, err := io.ReadFull(out, line); err != nil || string(line) != "established\n" {
 		t.Fatalf("first line %q, error %v", line, err)
 	}
 	during()
-	end.Close()
+	closeOf(t, end)
 	var reports map[string]report
 	if err := json.NewDecoder(out).Decode(&reports); err != nil {
 		t.Fatal(err)
@@ -110,7 +118,7 @@ func flowsUntil(t *testing.T, address string, during func()) map[string]report {
 }
 
 func TestFlowsRunUndisturbed(t *testing.T) {
-	address, _ := echoServer(t)
+	address := echoServer(t)
 	reports := flowsUntil(t, address, func() { <-time.After(300 * time.Millisecond) })
 	for network, flows := range map[string]int{"tcp": 3, "udp": 2} {
 		r := reports[network]
@@ -130,9 +138,9 @@ func TestFlowsCountWhatIsCut(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer packets.Close()
+	defer closeOf(t, packets)
 	go echoPackets(packets)
-	defer listener.Close()
+	defer closeOf(t, listener)
 	cut := make(chan struct{})
 	wasCut := make(chan struct{}, 3)
 	go func() {
