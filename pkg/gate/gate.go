@@ -1,0 +1,56 @@
+// Package gate closes the start gate for addresses. The gate is a pair of sets in the kernel (netfilter.ReadySet) and a
+// rule that drops every forwarded packet of a pod whose address is not in them. The daemon puts addresses in once
+// their pod's policies stand; the plugin only ever takes them out, which is what this package does.
+package gate
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"github.com/warren-cni/warren/pkg/netfilter"
+)
+
+// ErrMissing says that a set of the gate does not exist. The rule of the gate refers to the sets, so that there is no gate
+// either: before a pod is wired that is a reason to stop, after a pod is gone it is none to worry.
+var ErrMissing = errors.New("the start gate does not stand")
+
+// Close takes the addresses out of the sets, in the network namespace of the calling thread. An address that is not in them
+// is closed already. All addresses are tried, whatever happens to one.
+func Close(addresses []netip.Addr) error {
+	var errs []error
+	for _, a := range addresses {
+		set := netfilter.ReadySet(netfilter.FamilyOf(a))
+		err := remove(set, a)
+		if errors.Is(err, unix.ENOENT) {
+			err = ErrMissing
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("closing the start gate for %s: set %s: %w", a, set, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// remove deletes an address from a set. Without NLM_F_EXCL the kernel answers success where the address is not in it.
+// (netlink.IpsetDel cannot be used: it panics on errors that are not error numbers.)
+func remove(set string, a netip.Addr) error {
+	req := nl.NewNetlinkRequest(nl.IPSET_CMD_DEL|unix.NFNL_SUBSYS_IPSET<<8, unix.NLM_F_ACK)
+	req.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_UNSPEC, Version: nl.NFNETLINK_V0})
+	req.AddData(nl.NewRtAttr(nl.IPSET_ATTR_PROTOCOL, nl.Uint8Attr(nl.IPSET_PROTOCOL)))
+	req.AddData(nl.NewRtAttr(nl.IPSET_ATTR_SETNAME, nl.ZeroTerminated(set)))
+	kind := nl.IPSET_ATTR_IPADDR_IPV4
+	if a.Is6() {
+		kind = nl.IPSET_ATTR_IPADDR_IPV6
+	}
+	data := nl.NewRtAttr(nl.IPSET_ATTR_DATA|unix.NLA_F_NESTED, nil)
+	ip := nl.NewRtAttr(nl.IPSET_ATTR_IP|unix.NLA_F_NESTED, nil)
+	ip.AddRtAttr(kind|unix.NLA_F_NET_BYTEORDER, a.AsSlice())
+	data.AddChild(ip)
+	req.AddData(data)
+	_, err := req.Execute(unix.NETLINK_NETFILTER, 0)
+	return err
+}
