@@ -179,9 +179,7 @@ func (a *apply) restore(ctx context.Context, p place, d netfilter.Delta) error {
 // hook puts the hooks of a table right.
 func (a *apply) hook(t *table, p place, wanted []netfilter.Hook) error {
 	for _, op := range planHooks(t.others, wanted) {
-		if op.kind != insertFirst || len(t.others[op.chain]) > 0 {
-			a.log.Info("changing a hook", "table", p.table, "family", p.family.String(), "chain", op.chain, "rule", op.rule)
-		}
+		a.log.Info("changing a hook", "table", p.table, "family", p.family.String(), "chain", op.chain, "change", op.String())
 		a.changes.Execs++
 		if err := op.do(a.tools[p.family].jumps, p.table); err != nil {
 			return fmt.Errorf("hooking into %s of %s: %w", op.chain, p, err)

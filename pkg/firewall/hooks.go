@@ -25,6 +25,9 @@ const (
 	deleteOne // the first rule with these words, as iptables -D does
 )
 
+// String returns the change in the words of iptables, without the chain.
+func (op hookOp) String() string { return [...]string{"-I", "-A", "-D"}[op.kind] + " " + op.rule }
+
 // apply makes the change on a list of rules.
 func (op hookOp) apply(rules []string) []string {
 	switch op.kind {

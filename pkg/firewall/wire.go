@@ -46,7 +46,8 @@ func appendUint32(b []byte, typ uint16, v uint32) []byte {
 	return appendAttr(b, typ|bigEndian, binary.BigEndian.AppendUint32(nil, v))
 }
 
-// attributes yields the attributes of a message without the flags of their types. It ends at the first that is cut short.
+// attributes yields the attributes of a message without the flags of their types, except empty ones. It ends at the first that
+// is cut short.
 func attributes(b []byte) iter.Seq2[uint16, []byte] {
 	return func(yield func(uint16, []byte) bool) {
 		for len(b) >= attrHeader {
@@ -54,7 +55,7 @@ func attributes(b []byte) iter.Seq2[uint16, []byte] {
 			if n < attrHeader || n > len(b) {
 				return
 			}
-			if !yield(binary.NativeEndian.Uint16(b[2:])&typeMask, b[attrHeader:n]) {
+			if n > attrHeader && !yield(binary.NativeEndian.Uint16(b[2:])&typeMask, b[attrHeader:n]) {
 				return
 			}
 			b = b[min((n+3)&^3, len(b)):]
@@ -107,7 +108,9 @@ func decodeMember(b []byte) (netfilter.Entry, error) {
 		case nl.IPSET_ATTR_CIDR:
 			bits = int(v[0])
 		case nl.IPSET_ATTR_PORT:
-			e.Port = binary.BigEndian.Uint16(v)
+			if len(v) == 2 {
+				e.Port = binary.BigEndian.Uint16(v)
+			}
 		case nl.IPSET_ATTR_PROTO:
 			e.Protocol = protocolName(v[0])
 		}

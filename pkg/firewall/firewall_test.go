@@ -1,0 +1,467 @@
+package firewall
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/warren-cni/warren/pkg/netfilter"
+)
+
+func TestSecondApplyWritesNothing(t *testing.T) {
+	onEach(t, func(t *testing.T, n *node) {
+		w := n.firewall()
+		if first := n.apply(w, sample()); first.SetOps == 0 || first.RuleBytes == 0 || first.Execs == 0 {
+			t.Errorf("the first apply wrote %+v", first)
+		}
+		for _, f := range netfilter.Families {
+			want := []string{"-m comment --comment warren -j WARREN-FORWARD"}
+			if got := n.rules(f, "mangle", "FORWARD"); !slices.Equal(got, want) {
+				t.Errorf("%s: mangle FORWARD has %q", f, got)
+			}
+			if got := n.rules(f, "mangle", "WARREN-POLICY"); len(got) != 2 {
+				t.Errorf("%s: the policy chain has %q", f, got)
+			}
+		}
+		if got, want := n.members(peers(netfilter.IPv4)), []string{"0.0.0.0/1", "10.2.0.0/16", "10.9.9.9"}; !slices.Equal(got, want) {
+			t.Errorf("peers are %q, want %q", got, want)
+		}
+		if got, want := n.members(ports(netfilter.IPv6)), []string{"fd00::2,sctp:8080"}; !slices.Equal(got, want) {
+			t.Errorf("ports are %q, want %q", got, want)
+		}
+		before := n.state()
+		if again := n.apply(w, sample()); again != (Changes{}) {
+			t.Errorf("the second apply wrote %+v", again)
+		}
+		w.Forget()
+		if again := n.apply(w, sample()); again != (Changes{}) {
+			t.Errorf("after Forget an apply wrote %+v", again)
+		}
+		if adopted := n.apply(n.firewall(), sample()); adopted != (Changes{}) {
+			t.Errorf("a new Firewall wrote %+v where all stood", adopted)
+		}
+		if diff := cmp.Diff(before, n.state()); diff != "" {
+			t.Errorf("applies that wrote nothing changed the kernel:\n%s", diff)
+		}
+	})
+}
+
+func TestMembersChangeWithoutRules(t *testing.T) {
+	onEach(t, func(t *testing.T, n *node) {
+		w := n.firewall()
+		n.apply(w, sample())
+		r := sample()
+		setIn(&r.V4, peers(netfilter.IPv4)).Entries = addresses("10.2.0.0/16", "10.3.0.0/16")
+		setIn(&r.V6, netfilter.ReadySet(netfilter.IPv6)).Entries = addresses("fd00::3", "fd00::4")
+		if changes := n.apply(w, r); changes != (Changes{SetOps: 5}) {
+			t.Errorf("wrote %+v, want 5 set operations", changes)
+		}
+		if got, want := n.members(peers(netfilter.IPv4)), []string{"10.2.0.0/16", "10.3.0.0/16"}; !slices.Equal(got, want) {
+			t.Errorf("peers are %q, want %q", got, want)
+		}
+		if got, want := n.members(netfilter.ReadySet(netfilter.IPv6)), []string{"fd00::3", "fd00::4"}; !slices.Equal(got, want) {
+			t.Errorf("ready are %q, want %q", got, want)
+		}
+	})
+}
+
+// The plugin takes addresses out of the gate's sets while the daemon runs.
+func TestLateSetsAreReadAnew(t *testing.T) {
+	n := newNode(t, "nft")
+	w := n.firewall()
+	n.apply(w, sample())
+	n.run("ipset del " + netfilter.ReadySet(netfilter.IPv4) + " 10.1.0.2")
+	n.run("ipset add " + netfilter.ReadySet(netfilter.IPv4) + " 10.1.0.77")
+	if changes := n.apply(w, sample()); changes != (Changes{SetOps: 2}) {
+		t.Errorf("wrote %+v, want 2 set operations", changes)
+	}
+	want := []string{"10.1.0.2", "10.1.0.3"}
+	if got := n.members(netfilter.ReadySet(netfilter.IPv4)); !slices.Equal(got, want) {
+		t.Errorf("ready are %q, want %q", got, want)
+	}
+}
+
+func TestOneChainChanges(t *testing.T) {
+	onEach(t, func(t *testing.T, n *node) {
+		w := n.firewall()
+		n.apply(w, sample())
+		r := sample()
+		policy := chainIn(&r.V4, "WARREN-POLICY")
+		policy.Rules = append(slices.Clone(policy.Rules[:1]), rule("shop/api", "-p udp -j DROP"))
+		delta := netfilter.Delta{Table: "mangle", Write: []netfilter.Chain{*policy}}
+		if changes := n.apply(w, r); changes != (Changes{RuleBytes: len(delta.Render()), Execs: 1}) {
+			t.Errorf("wrote %+v, want %d bytes in one run", changes, len(delta.Render()))
+		}
+		if got := n.rules(netfilter.IPv4, "mangle", "WARREN-POLICY"); len(got) != 2 || !strings.Contains(got[1], "-p udp") {
+			t.Errorf("the policy chain has %q", got)
+		}
+		if changes := n.apply(n.firewall(), r); changes != (Changes{}) {
+			t.Errorf("a new Firewall wrote %+v", changes)
+		}
+	})
+}
+
+// TestChainsAndSetsGo removes a chain and the set that it used, which the chain that jumped to it used too.
+func TestChainsAndSetsGo(t *testing.T) {
+	onEach(t, func(t *testing.T, n *node) {
+		w := n.firewall()
+		n.apply(w, without())
+		want := n.state()
+		n.apply(w, sample())
+		n.apply(w, without())
+		if diff := cmp.Diff(want, n.state()); diff != "" {
+			t.Errorf("going back leaves something else:\n%s", diff)
+		}
+		n.apply(w, netfilter.Ruleset{})
+		if state := n.state(); strings.Contains(strings.ToLower(state), "warren") {
+			t.Errorf("an empty ruleset leaves:\n%s", state)
+		}
+	})
+}
+
+// without is the sample without its policy chain, its sets of peers and ports, and its hook in nat.
+func without() netfilter.Ruleset {
+	r := sample()
+	for _, f := range netfilter.Families {
+		h := r.Of(f)
+		h.Sets = h.Sets[2:]
+		h.Hooks = slices.DeleteFunc(h.Hooks, func(h netfilter.Hook) bool { return h.Table == "nat" })
+		h.Chains = slices.DeleteFunc(h.Chains, func(c netfilter.Chain) bool {
+			return c.Name == "WARREN-POLICY" || c.Table == "nat"
+		})
+		forward := chainIn(h, "WARREN-FORWARD")
+		forward.Rules = forward.Rules[:2]
+	}
+	return r
+}
+
+func TestDriftIsRepaired(t *testing.T) {
+	drifts := map[string]func(n *node){
+		"rule ahead":     func(n *node) { n.iptables("-t mangle -I FORWARD -i eth7 -j ACCEPT") },
+		"hook twice":     func(n *node) { n.iptables("-t mangle -A FORWARD -m comment --comment warren -j WARREN-FORWARD") },
+		"hook left over": func(n *node) { n.iptables("-t mangle -A INPUT -m comment --comment warren -j WARREN-FORWARD") },
+		"move cut short": func(n *node) {
+			n.iptables("-t mangle -I FORWARD -m comment --comment warren-moving -j WARREN-FORWARD")
+			n.iptables("-t mangle -D FORWARD -m comment --comment warren -j WARREN-FORWARD")
+		},
+		"hooks gone":     func(n *node) { n.iptables("-t mangle -F FORWARD"); n.iptables("-F FORWARD") },
+		"chain flushed":  func(n *node) { n.iptables("-t mangle -F WARREN-POLICY") },
+		"rule foreign":   func(n *node) { n.iptables("-t mangle -I WARREN-POLICY -j ACCEPT") },
+		"rule gone":      func(n *node) { n.iptables("-t mangle -D WARREN-FORWARD 1") },
+		"rules swapped":  func(n *node) { n.iptables("-t filter -A WARREN-ACCEPT -j DROP"); n.iptables("-t filter -D WARREN-ACCEPT 1") },
+		"chain unknown":  func(n *node) { n.iptables("-t mangle -N WARREN-OLD"); n.iptables("-t mangle -A WARREN-OLD -j WARREN-POLICY") },
+		"set flushed":    func(n *node) { n.run("ipset flush " + peers(netfilter.IPv4)) },
+		"set unknown":    func(n *node) { n.run("ipset create WARREN-OLD hash:net,port") },
+		"member foreign": func(n *node) { n.run("ipset add " + ports(netfilter.IPv6) + " fd00::77,47:0") },
+		"all tables": func(n *node) {
+			for _, table := range []string{"raw", "mangle", "nat", "filter"} {
+				n.iptables("-t " + table + " -F")
+				n.iptables("-t " + table + " -X")
+			}
+		},
+	}
+	onEach(t, func(t *testing.T, n *node) {
+		w := n.firewall()
+		n.apply(w, sample())
+		healthy := n.state()
+		for name, drift := range drifts {
+			drift(n)
+			if n.state() == healthy {
+				t.Errorf("%s: changed nothing", name)
+			}
+			w.Forget()
+			n.apply(w, sample())
+			if name == "rule ahead" {
+				for _, f := range netfilter.Families {
+					got := n.rules(f, "mangle", "FORWARD")
+					if len(got) != 2 || !strings.HasSuffix(got[0], "-j WARREN-FORWARD") || !strings.HasSuffix(got[1], "-j ACCEPT") {
+						t.Errorf("%s: %s: mangle FORWARD has %q", name, f, got)
+					}
+				}
+				n.iptables("-t mangle -D FORWARD -i eth7 -j ACCEPT")
+			}
+			if diff := cmp.Diff(healthy, n.state()); diff != "" {
+				t.Errorf("%s: not repaired:\n%s", name, diff)
+			}
+		}
+	})
+}
+
+func TestForeignThingsStay(t *testing.T) {
+	onEach(t, func(t *testing.T, n *node) {
+		n.run("ipset create others hash:net")
+		n.run("ipset add others 10.0.0.0/8")
+		n.iptables("-t mangle -N OTHERS")
+		n.iptables(`-t mangle -A OTHERS -m comment --comment "they say -j WARREN-X" -j ACCEPT`)
+		n.iptables("-t mangle -A FORWARD -j OTHERS")
+		n.iptables("-A FORWARD -i eth7 -j ACCEPT")
+		n.iptables("-t nat -A POSTROUTING -o eth7 -j MASQUERADE")
+		before := n.state()
+		w := n.firewall()
+		n.apply(w, sample())
+		n.apply(w, without())
+		if missing := linesMissing(before, n.state()); len(missing) > 0 {
+			t.Errorf("an apply removed %q", missing)
+		}
+		// Rules of others that lead to our chains cannot outlive these.
+		n.iptables(`-t mangle -A OTHERS -m comment --comment "look here" -j WARREN-FORWARD`)
+		n.iptables("-t raw -A PREROUTING -p udp -g WARREN-SOURCE")
+		if err := cleanup(t.Context(), n.options()); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(before, n.state()); diff != "" {
+			t.Errorf("after the clean-up things differ:\n%s", diff)
+		}
+		if err := cleanup(t.Context(), n.options()); err != nil {
+			t.Errorf("a second clean-up: %v", err)
+		}
+	})
+}
+
+// linesMissing returns the lines of a that are not in b.
+func linesMissing(a, b string) []string {
+	have := strings.Split(b, "\n")
+	return slices.DeleteFunc(strings.Split(a, "\n"), func(line string) bool { return slices.Contains(have, line) })
+}
+
+// Somebody's own rule keeps an old set and an old chain in use. Pods must start all the same.
+func TestLeftOversKeepNothingShut(t *testing.T) {
+	onEach(t, func(t *testing.T, n *node) {
+		w := n.firewall()
+		n.apply(w, sample())
+		n.run("iptables-" + n.backend + " -A INPUT -m set --match-set " + peers(netfilter.IPv4) + " src")
+		n.run("iptables-" + n.backend + " -t mangle -A INPUT -j WARREN-POLICY")
+		r := without()
+		setIn(&r.V4, netfilter.ReadySet(netfilter.IPv4)).Entries = addresses("10.1.0.4")
+		n.apply(w, r)
+		if got, want := n.members(netfilter.ReadySet(netfilter.IPv4)), []string{"10.1.0.4"}; !slices.Equal(got, want) {
+			t.Errorf("ready are %q, want %q", got, want)
+		}
+		if log := n.log.String(); !strings.Contains(log, peers(netfilter.IPv4)) || !strings.Contains(log, "mangle table (ipv4)") {
+			t.Errorf("the log does not say what is left behind:\n%s", log)
+		}
+		if changes := n.apply(w, r); changes != (Changes{}) {
+			t.Errorf("tried again at once: %+v", changes)
+		}
+		n.run("iptables-" + n.backend + " -F INPUT")
+		n.run("iptables-" + n.backend + " -t mangle -F INPUT")
+		w.Forget()
+		n.apply(w, r)
+		if state := n.state(); strings.Contains(state, "WARREN-POLICY") || strings.Contains(state, peers(netfilter.IPv4)) {
+			t.Errorf("still there:\n%s", state)
+		}
+	})
+}
+
+func TestBadRuleIsNamed(t *testing.T) {
+	bad := map[string]struct{ args, want string }{
+		"option":  {"-p tcp --bogus 3 -j DROP", "--bogus"},
+		"match":   {"-m nosuch -j DROP", "nosuch"},
+		"set":     {"-m set --match-set WARREN-NOPE src -j DROP", "WARREN-NOPE"},
+		"address": {"-s 1.2.3.400 -j DROP", "1.2.3.400"},
+	}
+	onEach(t, func(t *testing.T, n *node) {
+		for name, c := range bad {
+			r := sample()
+			chainIn(&r.V4, "WARREN-MASQ").Rules = []netfilter.Rule{
+				rule("", "-o eth+ -j MASQUERADE"), rule("shop/bad egress 1", c.args),
+			}
+			_, err := n.firewall().Apply(t.Context(), r)
+			if err == nil {
+				t.Errorf("%s: no error", name)
+				continue
+			}
+			for _, want := range []string{c.want, "nat table (ipv4)", `"shop/bad egress 1"`, "WARREN-MASQ"} {
+				if !strings.Contains(err.Error(), want) {
+					t.Errorf("%s: the error does not name %s: %v", name, want, err)
+				}
+			}
+			// The other tables, and the other family, stand; the gate is shut.
+			for _, place := range [][2]string{{"mangle", "FORWARD"}, {"raw", "PREROUTING"}, {"filter", "FORWARD"}} {
+				if len(n.rules(netfilter.IPv4, place[0], place[1])) == 0 {
+					t.Errorf("%s: no hook in %v", name, place)
+				}
+			}
+			if len(n.rules(netfilter.IPv6, "nat", "POSTROUTING")) == 0 {
+				t.Errorf("%s: no hook in the other family", name)
+			}
+			if got := n.members(netfilter.ReadySet(netfilter.IPv6)); len(got) > 0 {
+				t.Errorf("%s: the gate is open for %q", name, got)
+			}
+		}
+		n.apply(n.firewall(), sample())
+	})
+}
+
+// What opens is left alone when what closes could not be made.
+func TestNothingOpensWithoutGuards(t *testing.T) {
+	onEach(t, func(t *testing.T, n *node) {
+		r := sample()
+		chainIn(&r.V4, "WARREN-POLICY").Rules = []netfilter.Rule{rule("shop/bad", "-j REJECT")} // the kernel refuses it in mangle
+		_, err := n.firewall().Apply(t.Context(), r)
+		if err == nil || !strings.Contains(err.Error(), "mangle table (ipv4)") {
+			t.Fatalf("error is %v", err)
+		}
+		if got := n.rules(netfilter.IPv4, "filter", "FORWARD"); len(got) > 0 {
+			t.Errorf("the filter table accepts: %q", got)
+		}
+		if got := n.rules(netfilter.IPv6, "filter", "FORWARD"); len(got) == 0 {
+			t.Error("the other family has not been written")
+		}
+	})
+}
+
+// A program that leaves out a match writes a warning and succeeds; the chain is then not what was asked for.
+func TestWarningIsAnError(t *testing.T) {
+	onEach(t, func(t *testing.T, n *node) {
+		n.apply(n.firewall(), netfilter.Ruleset{})
+		real, err := programs{}.LookPath("iptables-" + n.backend + "-restore")
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir := t.TempDir()
+		t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+		script := filepath.Join(dir, "iptables-"+n.backend+"-restore")
+		warn := fmt.Sprintf("#!/bin/sh\n%s \"$@\"\necho 'Warning: Extension set revision 0 not supported, missing kernel module?' >&2\n", real)
+		if err := os.WriteFile(script, []byte(warn), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		w := n.firewall()
+		for range 2 { // the hashes in the kernel say that all is well, but the second apply must not believe it
+			_, err := w.Apply(t.Context(), sample())
+			if err == nil || !strings.Contains(err.Error(), "Extension set revision 0 not supported") {
+				t.Fatalf("error is %v", err)
+			}
+			if got := n.members(netfilter.ReadySet(netfilter.IPv4)); len(got) > 0 {
+				t.Errorf("the gate is open for %q", got)
+			}
+		}
+		if err := os.Remove(script); err != nil {
+			t.Fatal(err)
+		}
+		w.tools[netfilter.IPv4].restore = real
+		if changes := n.apply(w, sample()); changes.RuleBytes == 0 {
+			t.Error("the chains written with a warning were not written again")
+		}
+		if changes := n.apply(w, sample()); changes != (Changes{}) {
+			t.Errorf("wrote %+v once all was well", changes)
+		}
+	})
+}
+
+func TestMissingProgramIsNamed(t *testing.T) {
+	t.Setenv("PATH", t.TempDir())
+	_, err := New(newNode(t, "").options())
+	if err == nil || !strings.Contains(err.Error(), "install the package iptables") {
+		t.Errorf("error is %v", err)
+	}
+}
+
+func TestCancelledApplyCanBeRepeated(t *testing.T) {
+	n := newNode(t, "nft")
+	w := n.firewall()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := w.Apply(ctx, sample()); err == nil {
+		t.Error("a cancelled apply succeeded")
+	}
+	n.apply(w, sample())
+	if changes := n.apply(n.firewall(), sample()); changes != (Changes{}) {
+		t.Errorf("wrote %+v", changes)
+	}
+}
+
+// Cleanup takes the programs that the node calls iptables.
+func TestCleanup(t *testing.T) {
+	n := newNode(t, "")
+	n.apply(n.firewall(), sample())
+	if err := Cleanup(t.Context(), n.options().Log); err != nil {
+		t.Fatal(err)
+	}
+	n.backend = "nft"
+	if state := n.state(); strings.Contains(strings.ToLower(state), "warren") {
+		t.Errorf("left:\n%s", state)
+	}
+	n.backend = "legacy"
+	if state := n.state(); strings.Contains(strings.ToLower(state), "warren") {
+		t.Errorf("left:\n%s", state)
+	}
+}
+
+func TestLargeSets(t *testing.T) {
+	n := newNode(t, "nft")
+	r := sample()
+	var entries []netfilter.Entry
+	for i := range 70_000 {
+		entries = append(entries, netfilter.Entry{Prefix: netip.PrefixFrom(netip.AddrFrom4([4]byte{11, byte(i >> 16), byte(i >> 8), byte(i)}), 32)})
+	}
+	set := setIn(&r.V4, peers(netfilter.IPv4))
+	set.Entries = netfilter.Entries(entries)
+	// A set that somebody made too small is made anew with room.
+	n.run("ipset create " + set.Name + " hash:net maxelem 10")
+	n.run("ipset add " + set.Name + " 10.99.0.0/16")
+	w := n.firewall()
+	n.apply(w, r)
+	if got := n.members(set.Name); len(got) != len(entries) {
+		t.Errorf("%d members, want %d", len(got), len(entries))
+	}
+	if changes := n.apply(n.firewall(), r); changes != (Changes{}) {
+		t.Errorf("a new Firewall wrote %+v", changes)
+	}
+	if sets := n.run("ipset list -n"); strings.Contains(sets, "TMP") {
+		t.Errorf("a temporary set is left: %s", sets)
+	}
+}
+
+func TestSetOfAnotherType(t *testing.T) {
+	n := newNode(t, "nft")
+	name := peers(netfilter.IPv4)
+	n.run("ipset create " + name + " hash:net,port")
+	w := n.firewall()
+	n.apply(w, sample())
+	if got := n.run("ipset list -t " + name); !strings.Contains(got, "Type: hash:net\n") {
+		t.Errorf("the set is %s", got)
+	}
+	r := sample()
+	setIn(&r.V4, name).Type = netfilter.HashIP
+	setIn(&r.V4, name).Entries = addresses("10.9.9.9")
+	if _, err := w.Apply(t.Context(), r); err == nil || !strings.Contains(err.Error(), "replacing set "+name+" by a hash:ip") {
+		t.Errorf("with rules that refer to it the error is %v", err)
+	}
+}
+
+func TestBadMembers(t *testing.T) {
+	bad := map[string]struct {
+		set   string
+		entry netfilter.Entry
+		want  string
+	}{
+		"zero length":   {peers(netfilter.IPv4), netfilter.Entry{Prefix: netip.MustParsePrefix("0.0.0.0/0")}, "0.0.0.0/0"},
+		"unmasked":      {peers(netfilter.IPv4), netfilter.Entry{Prefix: netip.MustParsePrefix("10.0.0.1/8")}, "bits after its prefix"},
+		"not single":    {netfilter.ReadySet(netfilter.IPv4), addresses("10.0.0.0/8")[0], "not a single address"},
+		"other family":  {peers(netfilter.IPv4), addresses("fd00::1")[0], "fd00::1"},
+		"bad protocol":  {ports(netfilter.IPv4), netfilter.Entry{Prefix: addresses("10.0.0.1")[0].Prefix, Protocol: "tpc"}, `"tpc"`},
+		"zero protocol": {ports(netfilter.IPv4), netfilter.Entry{Prefix: addresses("10.0.0.1")[0].Prefix}, `""`},
+	}
+	n := newNode(t, "nft")
+	for name, c := range bad {
+		w, r := n.firewall(), sample()
+		set := setIn(&r.V4, c.set)
+		set.Entries = netfilter.Entries(append(slices.Clone(set.Entries), c.entry))
+		_, err := w.Apply(t.Context(), r)
+		if err == nil || !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), c.set) {
+			t.Errorf("%s: error is %v", name, err)
+		}
+		if got, want := len(n.members(c.set)), len(set.Entries)-1; c.set != netfilter.ReadySet(netfilter.IPv4) && got != want {
+			t.Errorf("%s: %d of the good members are in, want %d", name, got, want)
+		}
+		n.apply(w, netfilter.Ruleset{})
+	}
+}
