@@ -31,7 +31,7 @@ func (n *node) handle(ctx context.Context, request agentapi.Request) agentapi.Re
 		}
 		return agentapi.Response{}
 	case agentapi.OpStatus:
-		status := n.status()
+		status := n.status(ctx)
 		return agentapi.Response{Status: &status}
 	default:
 		return refuse(types.ErrDecodingFailure, fmt.Errorf("unknown operation %q", request.Op))
@@ -49,11 +49,12 @@ func (n *node) attach(ctx context.Context, pod agentapi.Pod) agentapi.Response {
 	fetchErr := n.fetch(ctx, pod)
 	for {
 		next := n.nextStep()
-		if err := n.loop.Sync(ctx); err != nil && ctx.Err() == nil {
-			return refuse(types.ErrTryAgainLater, fmt.Errorf("programming pod %s/%s: %w", pod.Namespace, pod.Name, err))
-		}
-		if n.isOpen(pod) {
+		err := n.loop.Sync(ctx)
+		if n.isOpen(pod) { // an error may be the mesh's, which opens nothing
 			return agentapi.Response{}
+		}
+		if err != nil && ctx.Err() == nil {
+			return refuse(types.ErrTryAgainLater, fmt.Errorf("programming pod %s/%s: %w", pod.Namespace, pod.Name, err))
 		}
 		select {
 		case <-next:

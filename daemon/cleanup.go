@@ -59,11 +59,7 @@ func cleanup(ctx context.Context, p paths, keepKey bool, log *slog.Logger) error
 	}
 	do("conflist", cniconf.Remove(p.cniConfDir, p.runDir))
 	do("links of pods", podlink.RemoveAll())
-	device, err := wgdevice.New(wgdevice.Options{Log: log, Mode: wgdevice.ModeAuto})
-	if err == nil {
-		err = device.Cleanup(ctx)
-	}
-	do("tunnel and routes", err)
+	do("tunnel and routes", wgdevice.New(wgdevice.Options{Log: log, Mode: wgdevice.ModeAuto}).Cleanup(ctx))
 	do("rules and sets", firewall.Cleanup(ctx, log))
 	do("leases and runtime state", removeContents(p.runDir))
 	if !keepKey {

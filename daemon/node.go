@@ -38,7 +38,7 @@ type filter interface {
 // tunnel is the WireGuard link, its peers and the routes.
 type tunnel interface {
 	Apply(ctx context.Context, config mesh.Config, key wgdevice.Key) (wgdevice.Changes, error)
-	Status() (wgdevice.Status, error)
+	Status(ctx context.Context) (wgdevice.Status, error)
 }
 
 // node is the daemon: what it reads from, what it applies to, and what the last step came to.
@@ -68,10 +68,17 @@ type outcome struct {
 	plan     plan
 	problems []cluster.Problem
 	// open are the addresses that the start gate lets pass.
-	open      map[netip.Addr]bool
-	applied   time.Time
-	mtu       int
-	guardDone bool
+	open    map[netip.Addr]bool
+	applied time.Time
+	// guarded is true once the packet filter was applied as a whole in this run: only then may there be a tunnel.
+	guarded bool
+	host    host
+}
+
+// host is what full steps read and set on the node itself.
+type host struct {
+	uplinkMTU int
+	problems  []cluster.Problem
 }
 
 // outcomeNow returns the last step's outcome.

@@ -107,6 +107,7 @@ type runOptions struct {
 	kubeconfig     string
 	wireguard      string
 	metricsAddress string
+	sysctlDir      string
 	logging        logOptions
 }
 
@@ -118,6 +119,7 @@ func (o *runOptions) add(f *pflag.FlagSet) {
 	f.StringVar(&o.nodeName, "node-name", "", "name of this node's Node object (required)")
 	f.StringVar(&o.kubeconfig, "kubeconfig", "", "kubeconfig file (default: the pod's ServiceAccount)")
 	f.StringVar(&o.wireguard, "wireguard", "auto", "kernel, userspace, or auto: the kernel's where it has one")
+	f.StringVar(&o.sysctlDir, "sysctl-dir", "/proc/sys", "where the kernel's settings can be written (a container sees /proc/sys read-only)")
 	f.StringVar(&o.metricsAddress, "metrics-address", "127.0.0.1:9476", "address of /metrics, /healthz and /readyz; empty: none")
 }
 

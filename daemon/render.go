@@ -1,16 +1,12 @@
 package main
 
 import (
-	"context"
 	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net/netip"
-	"os"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -40,7 +36,7 @@ depend on it is printed all the same.`,
 			if err := p.validate(); err != nil {
 				return err
 			}
-			snapshot, problems, err := readOnce(cmd.Context(), p)
+			snapshot, problems, err := kube.Load(p.objects, p.nodeName)
 			if err != nil {
 				return err
 			}
@@ -67,24 +63,6 @@ depend on it is printed all the same.`,
 	return cmd
 }
 
-// readOnce reads the directory of objects once.
-func readOnce(ctx context.Context, p planning) (cluster.Snapshot, []cluster.Problem, error) {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	directory, err := kube.NewDirectory(p.objects, p.nodeName, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError})))
-	if err != nil {
-		return cluster.Snapshot{}, nil, err
-	}
-	done := make(chan error, 1)
-	go func() { done <- directory.Run(ctx) }()
-	if err := directory.WaitForSync(ctx); err != nil {
-		return cluster.Snapshot{}, nil, err
-	}
-	snapshot, problems := directory.Snapshot()
-	cancel()
-	return snapshot, problems, <-done
-}
-
 // localAddresses returns the addresses of the pods of the own node, as their status has them.
 func localAddresses(s cluster.Snapshot) []netip.Addr {
 	var addresses []netip.Addr
@@ -100,7 +78,7 @@ func localAddresses(s cluster.Snapshot) []netip.Addr {
 func printPlan(w io.Writer, p plan) error {
 	var b strings.Builder
 	for _, family := range netfilter.Families {
-		fmt.Fprintf(&b, "# %s\n%s\n", family, p.rules.Of(family).Render())
+		fmt.Fprintf(&b, "# %s\n%s\n", family, p.rules.Of(family).Render(family))
 	}
 	printMesh(&b, p.mesh)
 	_, err := io.WriteString(w, b.String())

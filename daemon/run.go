@@ -43,18 +43,14 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 	if err != nil {
 		return err
 	}
-	device, err := wgdevice.New(wgdevice.Options{Log: log, Mode: mode})
-	if err != nil {
-		return err
-	}
 	n := &node{
 		options: o, log: log, clock: time.Now,
-		source: objects, filter: packetFilter, tunnel: device, leases: leases, key: key,
+		source: objects, filter: packetFilter, tunnel: wgdevice.New(wgdevice.Options{Log: log, Mode: mode}), leases: leases, key: key,
 		uplinkMTU: wgdevice.UplinkMTU,
 		stepped:   make(chan struct{}),
 	}
 	n.loop = reconcile.New(n.step, resync)
-	log.Info("starting", "version", version, "node", o.nodeName, "encryption", o.encryption, "public_key", key.Public())
+	log.Info("starting", "version", version, "node", o.nodeName, "encryption", o.encryption, "public_key", publicKey(key))
 	return n.serve(ctx)
 }
 

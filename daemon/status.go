@@ -25,7 +25,7 @@ var notCovered = []string{ //nolint:gochecknoglobals // a constant list
 }
 
 // status makes the answer of `warrend status`.
-func (n *node) status() agentapi.Status {
+func (n *node) status(ctx context.Context) agentapi.Status {
 	o := n.outcomeNow()
 	s := agentapi.Status{
 		Node:       n.options.nodeName,
@@ -47,7 +47,7 @@ func (n *node) status() agentapi.Status {
 	}
 	if n.options.encryptionMode {
 		var meshProblems []cluster.Problem
-		s.Peers, meshProblems = n.peers(o, &s.Encryption)
+		s.Peers, meshProblems = n.peers(ctx, o, &s.Encryption)
 		problems = append(problems[:len(problems):len(problems)], meshProblems...)
 	}
 	for _, p := range cluster.SortProblems(problems) {
@@ -65,7 +65,7 @@ func (n *node) encryptionStatus(o outcome) agentapi.Encryption {
 		}
 	}
 	e := agentapi.Encryption{
-		PublicKey: n.key.Public().String(), Port: n.options.port, MTU: o.plan.mesh.MTU,
+		PublicKey: publicKey(n.key), Port: n.options.port, MTU: o.plan.mesh.MTU,
 		Guard: "cluster-cidr", NotCovered: notCovered,
 	}
 	if len(n.options.parsedCluster) == 0 {
@@ -75,12 +75,13 @@ func (n *node) encryptionStatus(o outcome) agentapi.Encryption {
 }
 
 // peers reads the peers from the device and names them.
-func (n *node) peers(o outcome, e *agentapi.Encryption) ([]agentapi.Peer, []cluster.Problem) {
+func (n *node) peers(ctx context.Context, o outcome, e *agentapi.Encryption) ([]agentapi.Peer, []cluster.Problem) {
 	peers := []agentapi.Peer{}
-	device, err := n.tunnel.Status()
+	device, err := n.tunnel.Status(ctx)
 	if err != nil {
 		e.Mode = "unknown"
-		return peers, []cluster.Problem{meshProblem(n.options.nodeName, fmt.Errorf("reading the tunnel: %w", err))}
+		return peers, []cluster.Problem{applyProblem(meshCode(err), "Node "+n.options.nodeName, fmt.Errorf("reading the tunnel: %w", err),
+			"pods of other nodes are unreachable until the tunnel answers; look at its log")}
 	}
 	e.Mode = string(device.Mode)
 	names := make(map[string]string, len(o.plan.mesh.Peers))

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -14,7 +15,9 @@ import (
 	"github.com/warren-cni/warren/pkg/kube"
 	"github.com/warren-cni/warren/pkg/mesh"
 	"github.com/warren-cni/warren/pkg/netfilter"
+	"github.com/warren-cni/warren/pkg/nodenet"
 	"github.com/warren-cni/warren/pkg/policy"
+	"github.com/warren-cni/warren/pkg/wgdevice"
 )
 
 // plan is everything that a node wants, computed from one snapshot.
@@ -37,7 +40,7 @@ type counts struct {
 func makePlan(snapshot cluster.Snapshot, open []netip.Addr, p planning, uplinkMTU int) plan {
 	config, meshProblems := mesh.Plan(snapshot, mesh.Options{
 		ClusterCIDRs: p.parsedCluster,
-		Port:         p.port,
+		ListenPort:   p.port,
 		UplinkMTU:    uplinkMTU,
 		MTU:          p.mtu,
 		Encrypted:    p.encryptionMode,
@@ -75,20 +78,20 @@ func makePlan(snapshot cluster.Snapshot, open []netip.Addr, p planning, uplinkMT
 // step reads, plans and applies. With full it trusts nothing that it remembers of the kernel.
 func (n *node) step(ctx context.Context, full bool) error {
 	before := n.outcomeNow()
-	if full {
-		n.filter.Forget()
-	}
 	snapshot, problems := n.source.Snapshot()
 	leases, leaseProblems := n.readLeases()
 	bound, open := snapshot.Bind(leases)
 
-	now := outcome{synced: true, ready: before.ready, applied: before.applied, mtu: before.mtu, guardDone: before.guardDone}
-	if full || now.mtu == 0 {
-		now.mtu = n.readMTU(snapshot, before.mtu)
+	now := outcome{synced: true, ready: before.ready, applied: before.applied, guarded: before.guarded, host: before.host}
+	if full {
+		n.filter.Forget()
 	}
-	now.plan = makePlan(bound, open, n.options.planning, now.mtu)
+	if full || now.host.uplinkMTU == 0 {
+		now.host = n.setUpHost(snapshot, before.host.uplinkMTU)
+	}
+	now.plan = makePlan(bound, open, n.options.planning, now.host.uplinkMTU)
 	err := n.apply(ctx, &now)
-	now.problems = cluster.SortProblems(slices.Concat(problems, leaseProblems, now.plan.problems, now.problems))
+	now.problems = cluster.SortProblems(slices.Concat(problems, leaseProblems, now.host.problems, now.plan.problems, now.problems))
 	if err == nil {
 		now.applied = n.clock()
 	}
@@ -105,23 +108,24 @@ func (n *node) apply(ctx context.Context, o *outcome) error {
 		o.problems = append(o.problems, applyProblem("FirewallApplyFailed", "Node "+n.options.nodeName, filterErr,
 			"pods that this concerns stay closed; the daemon retries"))
 	} else {
-		o.guardDone = true
+		o.guarded = true
 		o.open = make(map[netip.Addr]bool, len(o.plan.open))
 		for _, address := range o.plan.open {
 			o.open[address] = true
 		}
 	}
-	if !o.guardDone {
+	if !o.guarded {
 		return filterErr // without the guards there must be no tunnel and no route
 	}
-	if len(o.plan.podCIDRs) == 0 {
-		return filterErr // pkg/mesh has reported it; the Node's next event starts the next step
+	if len(o.plan.podCIDRs) == 0 || o.host.uplinkMTU == 0 {
+		return filterErr // it is among the problems; the Node's next event starts the next step
 	}
 
 	meshChanges, meshErr := n.tunnel.Apply(ctx, o.plan.mesh, n.key)
 	if meshErr != nil {
 		meshErr = fmt.Errorf("applying the mesh: %w", meshErr)
-		o.problems = append(o.problems, meshProblem(n.options.nodeName, meshErr))
+		o.problems = append(o.problems, applyProblem(meshCode(meshErr), "Node "+n.options.nodeName, meshErr,
+			"pods of other nodes stay unreachable, nothing leaves in clear; mend what the message names, the daemon retries"))
 	}
 	publishErr := n.publish(ctx)
 	if publishErr != nil {
@@ -161,7 +165,7 @@ func (n *node) publish(ctx context.Context) error {
 		return nil
 	}
 	return n.source.Publish(ctx, map[string]string{
-		kube.AnnotationPublicKey: n.key.Public().String(),
+		kube.AnnotationPublicKey: publicKey(n.key),
 		kube.AnnotationPort:      strconv.Itoa(int(n.options.port)),
 	})
 }
@@ -184,18 +188,45 @@ func (n *node) readLeases() ([]cluster.Attachment, []cluster.Problem) {
 	return attachments, problems
 }
 
-// readMTU returns the MTU of the link that holds the node's own address, or what it was when it cannot be read.
-func (n *node) readMTU(snapshot cluster.Snapshot, before int) int {
-	var address netip.Addr
-	if self, ok := snapshot.Node(snapshot.Self); ok && len(self.Addresses) > 0 {
-		address = self.Addresses[0]
+// setUpHost lets the node forward packets, and reads the MTU of the link that holds the node's own address; it stays
+// what it was where it cannot be read.
+func (n *node) setUpHost(snapshot cluster.Snapshot, mtu int) host {
+	h := host{uplinkMTU: mtu}
+	if err := nodenet.EnableForwarding(n.options.sysctlDir); err != nil {
+		h.problems = append(h.problems, applyProblem("ForwardingOff", "Node "+n.options.nodeName, err,
+			"pods reach nothing beyond their node; set net.ipv4.ip_forward=1 and net.ipv6.conf.all.forwarding=1, or make --sysctl-dir writable"))
 	}
-	mtu, err := n.uplinkMTU(address)
+	read, err := n.readMTU(snapshot)
 	if err != nil {
-		n.log.Warn("reading the uplink's MTU", "address", address, "error", err)
-		return before
+		h.problems = append(h.problems, applyProblem("UplinkUnknown", "Node "+n.options.nodeName, err,
+			"set the kubelet's --node-ip to an address of the node's uplink"))
+		return h
 	}
-	return mtu
+	h.uplinkMTU = read
+	return h
+}
+
+// readMTU returns the MTU of the link that holds the node's first InternalIP.
+func (n *node) readMTU(snapshot cluster.Snapshot) (int, error) {
+	self, ok := snapshot.Node(snapshot.Self)
+	if !ok || len(self.Addresses) == 0 {
+		return 0, errors.New("the Node has no InternalIP")
+	}
+	return n.uplinkMTU(self.Addresses[0])
+}
+
+// meshCode tells a node that has no WireGuard at all from one where something failed.
+func meshCode(err error) string {
+	if errors.Is(err, wgdevice.ErrNoTunnel) {
+		return "NoTunnel"
+	}
+	return "MeshApplyFailed"
+}
+
+// publicKey is the node's public key in the form that wg prints.
+func publicKey(key wgdevice.Key) string {
+	public := key.Public()
+	return base64.StdEncoding.EncodeToString(public[:])
 }
 
 // applyProblem describes an error of applying.
