@@ -1,0 +1,204 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/containernetworking/plugins/pkg/ns"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/warren-cni/warren/pkg/agentapi"
+	"github.com/warren-cni/warren/pkg/cniconf"
+)
+
+// startPatience is how long a daemon may take until it can serve pods.
+const startPatience = 20 * time.Second
+
+// Node is a network namespace with an uplink on the wire and directories of its own.
+type Node struct {
+	// Name is the name of the Node object.
+	Name string
+	// PodCIDRs and Addresses are those of the Node object, IPv4 first.
+	PodCIDRs  []netip.Prefix
+	Addresses []netip.Addr
+
+	lab       *Lab
+	namespace string
+	netns     ns.NetNS
+	dir       string
+	processes []*Process
+}
+
+// addNode makes a node and its Node object.
+func (l *Lab) addNode(ctx context.Context, number int) (*Node, error) {
+	address4, address6 := host(nodeNetwork4, byte(number)), host(nodeNetwork6, byte(number))
+	n := &Node{
+		Name:      fmt.Sprintf("node-%d", number),
+		Addresses: []netip.Addr{address4.Addr(), address6.Addr()},
+		PodCIDRs: []netip.Prefix{
+			netip.MustParsePrefix(fmt.Sprintf("10.244.%d.0/24", number)),
+			netip.MustParsePrefix(fmt.Sprintf("fd00:10:244:%d::/64", number)),
+		},
+		lab:       l,
+		namespace: fmt.Sprintf("%s-%d", l.options.Name, number),
+	}
+	n.dir = filepath.Join(l.options.Dir, n.Name)
+	for _, dir := range []string{"wireguard", "cni-conf"} {
+		if err := os.MkdirAll(filepath.Join(n.dir, dir), 0o755); err != nil { //nolint:gosec // as on a real node
+			return nil, fmt.Errorf("making a directory of the node: %w", err)
+		}
+	}
+	var err error
+	if n.netns, err = addNamespace(ctx, n.namespace); err != nil {
+		return nil, err
+	}
+	err = batch(ctx, n.namespace, fmt.Sprintf(`link set lo up
+link add eth0 mtu 1500 type veth peer name %[1]s netns %[2]s
+link set eth0 up
+addr add %[3]s dev eth0
+addr add %[4]s dev eth0 nodad
+route add default via %[5]s
+route add default via %[6]s`, n.Name, l.wireName(), address4, address6,
+		host(nodeNetwork4, gatewayHost).Addr(), host(nodeNetwork6, gatewayHost).Addr()))
+	if err == nil {
+		err = batch(ctx, l.wireName(), "link set "+n.Name+" addrgenmode none\nlink set "+n.Name+" master wire up")
+	}
+	if err != nil {
+		return nil, errors.Join(err, n.netns.Close())
+	}
+	return n, l.Write(n.Name, n.object())
+}
+
+// object is the Node object.
+func (n *Node) object() *corev1.Node {
+	node := &corev1.Node{
+		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Node"},
+		ObjectMeta: metav1.ObjectMeta{Name: n.Name},
+	}
+	for _, prefix := range n.PodCIDRs {
+		node.Spec.PodCIDRs = append(node.Spec.PodCIDRs, prefix.String())
+	}
+	node.Spec.PodCIDR = node.Spec.PodCIDRs[0]
+	for _, address := range n.Addresses {
+		node.Status.Addresses = append(node.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: address.String()})
+	}
+	return node
+}
+
+// Do runs a function in the node's network namespace.
+func (n *Node) Do(do func() error) error {
+	return n.netns.Do(func(ns.NetNS) error { return do() })
+}
+
+// Netns is the node's network namespace.
+func (n *Node) Netns() ns.NetNS { return n.netns }
+
+// StartTunnel starts `warrend tunnel`: WireGuard in user space where the kernel has none.
+func (n *Node) StartTunnel(ctx context.Context) (*Process, error) {
+	return n.start(ctx, "tunnel", nil, []string{n.lab.options.Warrend, "tunnel"})
+}
+
+// StartDaemon starts `warrend run` with further flags, and env beside the environment. It does not wait; see Ready.
+func (n *Node) StartDaemon(ctx context.Context, env []string, flags ...string) (*Process, error) {
+	args := []string{n.lab.options.Warrend, "run", "--node-name", n.Name, "--objects", n.lab.Objects, "--metrics-address", ""}
+	for _, prefix := range n.lab.ClusterCIDRs() {
+		args = append(args, "--cluster-cidr", prefix.String())
+	}
+	return n.start(ctx, "warrend", env, append(append(args, n.paths()...), flags...))
+}
+
+// Command runs a command of warrend's with the node's paths, and returns what it wrote to stdout.
+func (n *Node) Command(ctx context.Context, command string, flags ...string) (string, error) {
+	return n.Run(ctx, append(append([]string{n.lab.options.Warrend, command}, n.paths()...), flags...)...)
+}
+
+// paths are the flags of the node's directories.
+func (n *Node) paths() []string {
+	return []string{
+		"--run-dir", filepath.Join(n.dir, "run"), "--state-dir", n.StateDir(),
+		"--cni-conf-dir", filepath.Join(n.dir, "cni-conf"), "--cni-bin-dir", filepath.Join(n.dir, "cni-bin"),
+	}
+}
+
+// StateDir holds the node's key.
+func (n *Node) StateDir() string { return filepath.Join(n.dir, "state") }
+
+// Conflist is the file that the daemon writes once pods can be made.
+func (n *Node) Conflist() string { return filepath.Join(n.dir, "cni-conf", cniconf.FileName) }
+
+// Leases is the directory of the address leases.
+func (n *Node) Leases() string { return filepath.Join(n.dir, "run", "ipam") }
+
+// Status asks the daemon for its status.
+func (n *Node) Status(ctx context.Context) (agentapi.Status, error) {
+	response, err := agentapi.Call(ctx, filepath.Join(n.dir, "run", "warrend.sock"), agentapi.Request{Op: agentapi.OpStatus})
+	if err != nil {
+		return agentapi.Status{}, err
+	}
+	return *response.Status, nil
+}
+
+// Ready waits until the daemon can serve pods and knows that many peers. It fails at once when the process ends.
+func (n *Node) Ready(ctx context.Context, daemon *Process, peers int) error {
+	ctx, cancel := context.WithTimeout(ctx, startPatience)
+	defer cancel()
+	var gone error
+	err := Until(ctx, func() error {
+		if gone = daemon.ended(); gone != nil {
+			return nil
+		}
+		status, err := n.Status(ctx)
+		switch {
+		case err != nil:
+			return err
+		case !status.Ready || len(status.Peers) != peers:
+			return fmt.Errorf("%s is not ready (%d of %d peers), problems: %v", n.Name, len(status.Peers), peers, status.Problems)
+		default:
+			return nil
+		}
+	})
+	return errors.Join(gone, err)
+}
+
+// Leftovers lists what of Warren's is in the node's kernel and directories: rules, sets, links, routes, the conflist,
+// leases, the key. It is empty on a node that never had Warren, and must be after `warrend cleanup`.
+func (n *Node) Leftovers(ctx context.Context) ([]string, error) {
+	var found []string
+	for _, look := range []struct{ what, mark, command string }{
+		{"rule", "WARREN", "iptables-save; ip6tables-save"},
+		{"set", "WARREN", "ipset list -name"},
+		{"link", "", "ip -oneline link show | grep -E ': (warren0|wrn[^:]*)[:@]' || true"},
+		{"route", "", "ip route show table all proto 87; ip -6 route show table all proto 87"},
+		{"file", "", "find " + n.dir + " -type f -not -name '*.log' -not -path '*/cni-cache/*'"},
+	} {
+		out, err := n.Run(ctx, "sh", "-c", look.command)
+		if err != nil {
+			return nil, fmt.Errorf("looking for every %s of Warren's: %w", look.what, err)
+		}
+		for line := range strings.Lines(out) {
+			if strings.Contains(line, look.mark) {
+				found = append(found, look.what+" "+strings.TrimSpace(line))
+			}
+		}
+	}
+	return found, nil
+}
+
+// close ends the node's processes.
+func (n *Node) close() error {
+	var errs []error
+	for _, p := range n.processes {
+		if p.ended() == nil {
+			_ = p.Stop() // how it ends does not matter any more
+		}
+	}
+	errs = append(errs, n.netns.Close())
+	return errors.Join(errs...)
+}

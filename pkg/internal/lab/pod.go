@@ -1,0 +1,141 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+
+	"github.com/containernetworking/cni/libcni"
+	current "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/containernetworking/plugins/pkg/ns"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/uuid"
+)
+
+// Pod is a pod on a node of the lab: a network namespace that the real plugin has wired.
+type Pod struct {
+	Node      *Node
+	Namespace string
+	Name      string
+	Labels    map[string]string
+	// UID is set by AddPod.
+	UID types.UID
+	// Addresses are the leased ones, IPv4 first; set by AddPod.
+	Addresses []netip.Addr
+
+	namespace string
+	netns     ns.NetNS
+}
+
+// AddPod does what a kubelet does for a new pod: the Pod object exists with its uid, the runtime calls the plugins of the
+// conflist, and the addresses come into the object's status. Where it fails nothing is left behind but what the
+// plugin itself left; so the error of a plugin is its CNI error.
+func (n *Node) AddPod(ctx context.Context, pod Pod) (*Pod, error) {
+	pod.Node, pod.UID = n, uuid.NewUUID()
+	pod.namespace = fmt.Sprintf("%s-%s-%s", n.namespace, pod.Namespace, pod.Name)
+	if err := n.lab.Write(pod.file(), pod.object()); err != nil {
+		return nil, err
+	}
+	if err := pod.wire(ctx); err != nil {
+		return nil, errors.Join(fmt.Errorf("adding pod %s/%s on %s: %w", pod.Namespace, pod.Name, n.Name, err), pod.drop(ctx))
+	}
+	return &pod, n.lab.Write(pod.file(), pod.object())
+}
+
+// Delete does what a kubelet does for a deleted pod.
+func (p *Pod) Delete(ctx context.Context) error {
+	list, config, err := p.cni()
+	if err != nil {
+		return err
+	}
+	err = p.Node.Do(func() error { return config.DelNetworkList(ctx, list, p.runtime()) })
+	if err != nil {
+		return fmt.Errorf("deleting pod %s/%s on %s: %w", p.Namespace, p.Name, p.Node.Name, err)
+	}
+	return p.drop(ctx)
+}
+
+// wire makes the network namespace and runs the plugins' ADD.
+func (p *Pod) wire(ctx context.Context) error {
+	var err error
+	if p.netns, err = addNamespace(ctx, p.namespace); err != nil {
+		return err
+	}
+	if err = batch(ctx, p.namespace, "link set lo up"); err != nil {
+		return err
+	}
+	list, config, err := p.cni()
+	if err != nil {
+		return err
+	}
+	return p.Node.Do(func() error {
+		raw, err := config.AddNetworkList(ctx, list, p.runtime())
+		if err != nil {
+			return err
+		}
+		result, err := current.NewResultFromResult(raw)
+		if err != nil {
+			return err
+		}
+		for _, ip := range result.IPs {
+			address, _ := netip.AddrFromSlice(ip.Address.IP)
+			p.Addresses = append(p.Addresses, address.Unmap())
+		}
+		return nil
+	})
+}
+
+// drop removes the network namespace and the object.
+func (p *Pod) drop(ctx context.Context) error {
+	errs := []error{p.Node.lab.Remove(p.file())}
+	if p.netns != nil {
+		errs = append(errs, p.netns.Close())
+	}
+	return errors.Join(append(errs, deleteNamespace(ctx, p.namespace))...)
+}
+
+// cni returns the node's conflist and what runs it.
+func (p *Pod) cni() (*libcni.NetworkConfigList, *libcni.CNIConfig, error) {
+	list, err := libcni.NetworkConfFromFile(p.Node.Conflist())
+	if err != nil {
+		return nil, nil, fmt.Errorf("reading the conflist of %s: %w", p.Node.Name, err)
+	}
+	return list, libcni.NewCNIConfigWithCacheDir(p.Node.lab.options.Plugins, filepath.Join(p.Node.dir, "cni-cache"), nil), nil
+}
+
+// runtime is what a container runtime says of the pod.
+func (p *Pod) runtime() *libcni.RuntimeConf {
+	return &libcni.RuntimeConf{
+		ContainerID: string(p.UID),
+		NetNS:       filepath.Join(namespaces, p.namespace),
+		IfName:      "eth0",
+		Args: [][2]string{
+			{"IgnoreUnknown", "1"},
+			{"K8S_POD_NAMESPACE", p.Namespace}, {"K8S_POD_NAME", p.Name}, {"K8S_POD_UID", string(p.UID)},
+			{"K8S_POD_INFRA_CONTAINER_ID", string(p.UID)},
+		},
+	}
+}
+
+// file is the name of the object's file.
+func (p *Pod) file() string { return "pod-" + p.Namespace + "-" + p.Name }
+
+// object is the Pod object, with the addresses that are known.
+func (p *Pod) object() *corev1.Pod {
+	object := &corev1.Pod{
+		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"},
+		ObjectMeta: metav1.ObjectMeta{Namespace: p.Namespace, Name: p.Name, UID: p.UID, Labels: p.Labels},
+		Spec:       corev1.PodSpec{NodeName: p.Node.Name, Containers: []corev1.Container{{Name: "main", Image: "none"}}},
+	}
+	for _, address := range p.Addresses {
+		object.Status.PodIPs = append(object.Status.PodIPs, corev1.PodIP{IP: address.String()})
+	}
+	return object
+}
+
+// Netns is the pod's network namespace.
+func (p *Pod) Netns() ns.NetNS { return p.netns }
