@@ -143,6 +143,11 @@ func (n *node) serve(ctx context.Context) error {
 	})
 	start("serving metrics", n.serveMetrics)
 	start("reconciling", n.reconcile)
+	if n.options.encryptionMode {
+		start("following the tunnel", func(ctx context.Context) error {
+			return wgdevice.WatchTunnel(ctx, n.loop.Trigger)
+		})
+	}
 	<-ctx.Done()
 	running.Wait()
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
