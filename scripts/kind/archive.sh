@@ -9,8 +9,8 @@ archive() {
   tar --create --file "$work/layer.tar" --directory "$folder" --sort=name --mtime=@0 --numeric-owner --xattrs \
     --exclude='./proc/*' --exclude='./sys/*' --exclude='./dev/*' .
   digest=$(sha256sum "$work/layer.tar" | cut -d' ' -f1)
-  jq -n --argjson config "$config" --arg digest "sha256:$digest" '{
-    architecture: "amd64", os: "linux",
+  jq -n --argjson config "$config" --arg digest "sha256:$digest" --arg arch "$(dpkg --print-architecture)" '{
+    architecture: $arch, os: "linux",
     config: ({Env: ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]} + $config),
     rootfs: {type: "layers", diff_ids: [$digest]}}' >"$work/config.json"
   jq -n --arg tag "$tag" '[{Config: "config.json", RepoTags: [$tag], Layers: ["layer.tar"]}]' >"$work/manifest.json"

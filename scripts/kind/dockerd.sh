@@ -2,11 +2,13 @@
 # Starts or stops a dockerd of our own, for machines where none runs. It has its own socket, data and runtime folders,
 # and no default bridge; "stop" also puts back what dockerd changed in the host's packet filter.
 # Usage: scripts/kind/dockerd.sh start|stop   (as root)
+# shellcheck source=scripts/kind/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 pidfile=$run/docker.pid
 data=$cache/docker
 before=$run/host-before
+cap_sys_resource=24
 hook_chains='PREROUTING|INPUT|FORWARD|OUTPUT|POSTROUTING'
 
 running() {
@@ -25,7 +27,7 @@ start() {
   scripts/deps.sh kind
   mkdir -p "$state" "$run" "$data"
   local options=()
-  has_capability 24 || options+=(--add-runtime "capped=$root/scripts/kind/runc-capped" --default-runtime capped)
+  has_capability "$cap_sys_resource" || options+=(--add-runtime "capped=$root/scripts/kind/runc-capped" --default-runtime capped)
   if [ ! -f "$before" ]; then
     {
       iptables -w 10 -S FORWARD | head -n 1

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Takes away what up.sh made: the cluster (NAME=warren), docker's network of kind where no other cluster uses it, and
 # the dockerd that up.sh started, with what that changed on the host. The caches below build/ stay.
+# shellcheck source=scripts/kind/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 if docker_is_up; then

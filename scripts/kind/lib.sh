@@ -1,5 +1,5 @@
 # What the scripts of this folder share; to be sourced.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

@@ -2,7 +2,9 @@
 # Makes kind's node image without a registry, from Debian's packages, the base files that kind's own module carries, and
 # the Kubernetes that scripts/tools/build.sh built; loads it into docker and prints its tag. Needs root.
 # What was made before is used again while nothing that it is made of changes.
+# shellcheck source=scripts/kind/lib.sh
 . "$(dirname "$0")/lib.sh"
+# shellcheck source=scripts/kind/archive.sh
 . scripts/kind/archive.sh
 
 suite=bookworm # the last Debian whose systemd boots on cgroup v1
@@ -14,6 +16,7 @@ proxy_packages=(iptables libxtables12 libip4tc2 libip6tc2 libnftnl11 libmnl0 lib
   libssl3 netbase libc6)
 kubernetes=(kube-apiserver kube-controller-manager kube-scheduler kube-proxy)
 
+[ "$(id -u)" -eq 0 ] || die "making a node image needs root; or name an image in NODE_IMAGE"
 scripts/deps.sh kind
 scripts/tools/build.sh cluster
 version=$("$tools/kubeadm" version -o short)
@@ -100,6 +103,7 @@ make_images() {
 
 # import_images NODE FOLDER: puts the archives into the content store of the node's containerd.
 import_images() {
+  # shellcheck disable=SC2016 # the inner shell expands it
   unshare --mount --pid --fork --kill-child bash -euc '
     node=$1 images=$2
     mount --bind "$node" "$node"

@@ -8,6 +8,7 @@
 #   NODE_IMAGE=                  kind's node image; "local" makes one here; unset: kind's own where a registry answers, else local
 #   SKIP_WARREN=                 set: leave the cluster without a network
 # Docker is started by the script (as root) where none answers; scripts/kind/down.sh takes all of it away again.
+# shellcheck source=scripts/kind/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 image_archive=$root/build/warren-image.tar
@@ -32,7 +33,7 @@ check_options() {
 # choose_image prints the node image: the one that was asked for, kind's own, or one that is made here.
 choose_image() {
   local published
-  published=$(strings_of_kind)
+  published=$(published_image)
   if [ "${NODE_IMAGE:-}" = local ]; then
     scripts/kind/node-image.sh
   elif [ -n "${NODE_IMAGE:-}" ]; then
@@ -45,8 +46,8 @@ choose_image() {
   fi
 }
 
-# strings_of_kind prints the node image that this release of kind is tested with.
-strings_of_kind() {
+# published_image prints the node image that this release of kind is tested with.
+published_image() {
   local source
   source=$(cd scripts/tools/kind && go list -m -f '{{.Dir}}' sigs.k8s.io/kind)
   sed -n 's/^const Image = "\(.*\)"$/\1/p' "$source/pkg/apis/config/defaults/image.go"

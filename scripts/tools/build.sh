@@ -3,7 +3,8 @@
 # Usage: scripts/tools/build.sh TOOL|GROUP...
 #   tools:  golangci-lint etcd kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubeadm kubectl
 #           kind coredns agnhost pause e2e.test
-#   groups: lint, apiserver (an API server alone), cluster (kind and what its node image holds), suite (the upstream e2e suite)
+#   groups: lint, apiserver (an API server alone), cluster (kind and what its node image holds), suite (Kubernetes' own
+#           e2e tests of the network)
 # With --stamps first it builds nothing and prints what the named tools were built from, as one hash each.
 # A tool is built again only when its pinned versions, flags or Go itself change.
 set -euo pipefail
@@ -11,7 +12,7 @@ cd "$(dirname "$0")/../.."
 root=$PWD
 out=$root/build/tools
 
-# member prints the tools that a name stands for.
+# members prints the tools that a name stands for.
 members() {
   case "$1" in
     lint)      echo golangci-lint ;;
@@ -33,7 +34,7 @@ source_of() {
     kube-apiserver | kube-controller-manager | kube-scheduler | kube-proxy | kubelet | kubeadm | kubectl)
                    echo kubernetes "k8s.io/kubernetes/cmd/$1" ;;
     agnhost)       echo kubernetes k8s.io/kubernetes/test/images/agnhost ;;
-    e2e.test)      echo kubernetes k8s.io/kubernetes/test/e2e ;;
+    e2e.test)      echo kubernetes ./suite ;;
     pause)         echo pause . ;;
     *) echo "build.sh: unknown tool '$1'" >&2; return 2 ;;
   esac
@@ -52,12 +53,23 @@ linker_flags() {
   echo "$flags"
 }
 
+# stamp_of prints a hash of what a tool is built from: pinned versions, our own source where it is ours, flags and Go.
+stamp_of() {
+  local module=scripts/tools/$1 package=$2
+  {
+    cat "$module/go."*
+    [[ "$package" != .* ]] || cat "$module/$package/"*.go
+    echo "$package $3"
+    go version
+  } | sha256sum | cut -c1-64
+}
+
 # build makes one tool, statically linked, so that it runs in an image that holds nothing else.
 build() {
   local tool=$1 module package flags stamp started
   read -r module package <<<"$(source_of "$tool")"
   flags=$(linker_flags "$module")
-  stamp=$(cat "scripts/tools/$module/"* <(echo "$package $flags") <(go version) | sha256sum | cut -c1-64)
+  stamp=$(stamp_of "$module" "$package" "$flags")
   if [ -x "$out/$tool" ] && [ "$(cat "$out/.stamps/$tool" 2>/dev/null)" = "$stamp" ]; then
     return 0
   fi
@@ -70,7 +82,7 @@ build() {
   echo "build.sh: built $tool in $((SECONDS - started)) s" >&2
 }
 
-[ $# -gt 0 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 if [ "$1" = --stamps ]; then
   shift
   for name in "$@"; do
@@ -81,7 +93,7 @@ fi
 mkdir -p "$out/.stamps"
 for name in "$@"; do
   for tool in $(members "$name"); do
-    # One build at a time: two at once would do the same work twice. The lock is per tool, so that a finished one is not waited for.
+    # Two at once would do the same work twice. A lock for each tool: who needs another one does not wait.
     exec 9>"$out/.stamps/$tool.lock"
     flock 9
     build "$tool"
