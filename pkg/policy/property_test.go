@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/warren-cni/warren/pkg/cluster"
@@ -44,37 +45,32 @@ func FuzzAgreesWithOracle(f *testing.F) {
 	})
 }
 
-// judge compares the tracer's verdict on a random world's rules with the oracle's, for every connection that this node
-// enforces something on, and counts them.
+// judge checks a random world.
 func judge(t *testing.T, r *rand.Rand) (allowed, denied int) {
 	t.Helper()
 	s := world.New(r)
 	var ready []netip.Addr
-	places := map[netip.Addr]string{} // the interface behind which an address is
-	for i, pod := range s.Pods {
-		if pod.HostNetwork || pod.Finished {
-			continue
+	for _, pod := range s.Pods {
+		if pod.Node == s.Self && !pod.HostNetwork && !pod.Finished {
+			ready = append(ready, pod.Addresses...)
 		}
-		for _, a := range pod.Addresses {
-			places[a] = "warren0"
-			if pod.Node == s.Self {
-				places[a] = fmt.Sprintf("wrn%d", i)
-				ready = append(ready, a)
-			}
-		}
-	}
-	for _, a := range world.Outside() {
-		places[a] = "eth0"
 	}
 	if len(ready) > 0 && r.IntN(4) == 0 {
-		ready = ready[1:]
+		ready = ready[1:] // the start gate is closed for one
 	}
+	return check(t, s, ready)
+}
+
+// check compares the tracer's verdict on a snapshot's rules with the oracle's, for every connection that this node
+// enforces something on, and counts them.
+func check(t *testing.T, s cluster.Snapshot, ready []netip.Addr) (allowed, denied int) {
+	t.Helper()
+	places := interfaces(s)
 	filters := load(t, s, ready)
-	for _, f := range flows(s, places) {
+	for _, f := range flows(places) {
 		verdict, err := filters[netfilter.FamilyOf(f.Src)].Walk("mangle", "FORWARD", trace.Packet{
 			In: places[f.Src], Out: places[f.Dst], Src: f.Src, Dst: f.Dst, DstPort: f.Port,
-			Protocol: map[cluster.Protocol]string{"TCP": "tcp", "UDP": "udp", "SCTP": "sctp", "ICMP": "icmp"}[f.Protocol],
-			State:    "NEW", Flags: "S",
+			Protocol: strings.ToLower(string(f.Protocol)), State: "NEW", Flags: "S",
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -96,10 +92,30 @@ func judge(t *testing.T, r *rand.Rand) (allowed, denied int) {
 	return allowed, denied
 }
 
+// interfaces tells behind which interface each address of a world is.
+func interfaces(s cluster.Snapshot) map[netip.Addr]string {
+	places := map[netip.Addr]string{}
+	for i, pod := range s.Pods {
+		if pod.HostNetwork || pod.Finished {
+			continue
+		}
+		for _, a := range pod.Addresses {
+			places[a] = "warren0"
+			if pod.Node == s.Self {
+				places[a] = fmt.Sprintf("wrn%d", i)
+			}
+		}
+	}
+	for _, a := range world.Outside() {
+		places[a] = "eth0"
+	}
+	return places
+}
+
 // load renders the rules of a world and reads the text back.
 func load(t *testing.T, s cluster.Snapshot, ready []netip.Addr) map[netfilter.Family]*trace.Filter {
 	t.Helper()
-	base := guard.Compile(guard.Config{PodCIDRs: s.Nodes[0].PodCIDRs, Encrypted: true, Ready: ready})
+	base := guard.Compile(guard.Config{Encrypted: true, Ready: ready})
 	rules, _ := policy.Compile(s)
 	all := netfilter.Merge(base, rules)
 	filters := map[netfilter.Family]*trace.Filter{}
@@ -123,7 +139,7 @@ func open(ready []netip.Addr, places map[netip.Addr]string, a netip.Addr) bool {
 }
 
 // flows are the connections between all addresses that begin or end at a local pod.
-func flows(s cluster.Snapshot, places map[netip.Addr]string) []oracle.Flow {
+func flows(places map[netip.Addr]string) []oracle.Flow {
 	var addresses []netip.Addr
 	for a := range places {
 		addresses = append(addresses, a)

@@ -1,0 +1,166 @@
+package guard_test
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/warren-cni/warren/pkg/guard"
+	"github.com/warren-cni/warren/pkg/internal/trace"
+	"github.com/warren-cni/warren/pkg/netfilter"
+)
+
+// step is a packet at one hook, and what must become of it.
+type step struct {
+	name   string
+	table  string
+	hook   string
+	packet trace.Packet
+	want   string
+}
+
+func from(in, src string) trace.Packet {
+	return trace.Packet{In: in, Src: netip.MustParseAddr(src), Dst: netip.MustParseAddr("10.244.1.7"), Protocol: "tcp", Flags: "S", State: "NEW"}
+}
+
+func route(in, out, src, dst string) trace.Packet {
+	return trace.Packet{
+		In: in, Out: out, Src: netip.MustParseAddr(src), Dst: netip.MustParseAddr(dst), Protocol: "udp", DstPort: 53, State: "NEW",
+	}
+}
+
+func with(p trace.Packet, change func(*trace.Packet)) trace.Packet {
+	change(&p)
+	return p
+}
+
+func state(s string) func(*trace.Packet) { return func(p *trace.Packet) { p.State = s } }
+
+func run(t *testing.T, config guard.Config, steps []step) {
+	t.Helper()
+	filters := load(t, guard.Compile(config))
+	for _, s := range steps {
+		verdict, err := filters[netfilter.FamilyOf(s.packet.Src)].Walk(s.table, s.hook, s.packet)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if verdict.Target != s.want {
+			t.Errorf("%s: %q, want %q; by %q", s.name, verdict.Target, s.want, verdict.Trail)
+		}
+	}
+}
+
+func TestInbound(t *testing.T) {
+	hook := func(name string, p trace.Packet, want string) step { return step{name, "raw", "PREROUTING", p, want} }
+	toLoopback := func(p *trace.Packet) { p.Dst = netip.MustParseAddr("127.0.0.1") }
+	steps := []step{
+		hook("pod from its own address", from("wrn1", "10.244.1.7"), ""),
+		hook("pod from a foreign address", with(from("wrn1", "10.244.1.8"), func(p *trace.Packet) { p.Spoofed = true }), "DROP"),
+		hook("pod to the node's loopback", with(from("wrn1", "10.244.1.7"), toLoopback), "DROP"),
+		hook("remote pod by the tunnel", from("warren0", "10.244.2.9"), ""),
+		hook("the node to itself", from("lo", "10.244.1.1"), ""),
+		hook("another host", from("eth0", "192.0.2.1"), ""),
+		hook("another host, IPv6", from("eth0", "2001:db8::1"), ""),
+	}
+	run(t, dual(), append(steps,
+		hook("another host as a remote pod", from("eth0", "10.244.2.9"), "DROP"),
+		hook("another host as a pod of a node not known yet", from("eth0", "10.244.77.9"), "DROP"),
+		hook("another host as a local pod", from("eth0", "10.244.1.7"), "DROP"),
+		hook("another host as the node", from("eth0", "10.244.1.1"), "DROP"),
+		hook("another host as a remote pod, IPv6", from("eth0", "fd00:10:244:2::9"), "DROP"),
+	))
+	run(t, changed(func(c *guard.Config) { c.ClusterCIDRs = nil }), append(steps,
+		hook("another host as a pod of a known node", from("eth0", "10.244.2.9"), "DROP"),
+		hook("another host as a local pod", from("eth0", "10.244.1.7"), "DROP"),
+	))
+	run(t, changed(func(c *guard.Config) { c.Encrypted = false }), append(steps,
+		hook("remote pod by the uplink", from("eth0", "10.244.2.9"), ""),
+	))
+}
+
+func TestForward(t *testing.T) {
+	hook := func(name string, p trace.Packet, want string) step { return step{name, "mangle", "FORWARD", p, want} }
+	run(t, dual(), []step{
+		hook("ready pod to a remote pod", route("wrn1", "warren0", "10.244.1.7", "10.244.2.9"), ""),
+		hook("ready pod to the world", route("wrn1", "eth0", "10.244.1.7", "192.0.2.1"), ""),
+		hook("remote pod to a ready pod", route("warren0", "wrn1", "10.244.2.9", "10.244.1.7"), ""),
+		hook("between ready pods", route("wrn1", "wrn2", "10.244.1.7", "10.244.1.3"), ""),
+		hook("pod that is not ready", route("wrn3", "eth0", "10.244.1.8", "192.0.2.1"), "DROP"),
+		hook("to a pod that is not ready", route("warren0", "wrn3", "10.244.2.9", "10.244.1.8"), "DROP"),
+		hook("ready pod to one that is not", route("wrn1", "wrn3", "10.244.1.7", "10.244.1.8"), "DROP"),
+		hook("established, but not ready", with(route("wrn3", "eth0", "10.244.1.8", "192.0.2.1"), state("ESTABLISHED")), "DROP"),
+		hook("invalid from a pod", with(route("wrn1", "eth0", "10.244.1.7", "192.0.2.1"), state("INVALID")), "DROP"),
+		hook("untracked from a pod", with(route("wrn1", "eth0", "10.244.1.7", "192.0.2.1"), state("UNTRACKED")), "DROP"),
+		hook("established", with(route("wrn1", "eth0", "10.244.1.7", "192.0.2.1"), state("ESTABLISHED")), ""),
+		hook("another program's", with(route("docker0", "eth0", "172.17.0.2", "192.0.2.1"), state("INVALID")), ""),
+		hook("IPv6 of a ready pod", route("wrn1", "warren0", "fd00:10:244:1::7", "fd00:10:244:2::9"), ""),
+		hook("IPv6 of a pod that is not ready", route("wrn1", "warren0", "fd00:10:244:1::3", "fd00:10:244:2::9"), "DROP"),
+	})
+	run(t, guard.Config{PodCIDRs: prefixes("10.244.1.0/24"), Encrypted: true, Ready: addresses("10.244.1.7")}, []step{
+		hook("IPv6 on a node without it", route("wrn1", "eth0", "fd00::7", "2001:db8::1"), "DROP"),
+	})
+}
+
+func TestPlaintextGuard(t *testing.T) {
+	hook := func(name string, p trace.Packet, want string) step {
+		return step{name, "mangle", "POSTROUTING", p, want}
+	}
+	steps := []step{
+		hook("to a local pod", route("", "wrn1", "10.244.1.1", "10.244.1.7"), ""),
+		hook("to the node itself", route("", "lo", "10.244.1.1", "10.244.1.1"), ""),
+		hook("to the world", route("", "eth0", "10.244.1.7", "192.0.2.1"), ""),
+		hook("to a node", route("", "eth0", "192.168.0.1", "192.168.0.2"), ""),
+		hook("to an address of the own podCIDR that no pod has", route("", "eth0", "192.168.0.1", "10.244.1.99"), "DROP"),
+	}
+	run(t, dual(), append(steps,
+		hook("encrypted", route("", "warren0", "10.244.1.7", "10.244.2.9"), ""),
+		hook("without a tunnel", route("", "eth0", "10.244.1.7", "10.244.2.9"), "DROP"),
+		hook("without a tunnel, translated", route("", "eth0", "192.168.0.1", "10.244.2.9"), "DROP"),
+		hook("to a node not known yet", route("", "eth0", "10.244.1.7", "10.244.77.9"), "DROP"),
+		hook("without a tunnel, IPv6", route("", "eth0", "fd00:10:244:1::7", "fd00:10:244:2::9"), "DROP"),
+	))
+	run(t, changed(func(c *guard.Config) { c.ClusterCIDRs = nil }), append(steps,
+		hook("to a known node without a tunnel", route("", "eth0", "10.244.1.7", "10.244.2.9"), "DROP"),
+	))
+	run(t, changed(func(c *guard.Config) { c.Encrypted = false }), append(steps,
+		hook("to a remote pod by the uplink", route("", "eth0", "10.244.1.7", "10.244.2.9"), ""),
+	))
+}
+
+func TestTranslation(t *testing.T) {
+	hook := func(name string, p trace.Packet, want string) step { return step{name, "nat", "POSTROUTING", p, want} }
+	fromNode := func(p *trace.Packet) { p.FromNode = true }
+	dnat := func(p *trace.Packet) { p.DNAT = true }
+	steps := []step{
+		hook("to a local pod", route("", "wrn1", "192.0.2.1", "10.244.1.7"), ""),
+		hook("pod to the world", route("", "eth0", "10.244.1.7", "192.0.2.1"), "MASQUERADE"),
+		hook("pod to another node", route("", "eth0", "10.244.1.7", "192.168.0.2"), "MASQUERADE"),
+		hook("pod to where its address is known", route("", "eth0", "10.244.1.7", "10.96.0.9"), ""),
+		hook("the node to the world", with(route("", "eth0", "192.168.0.1", "192.0.2.1"), fromNode), ""),
+		hook("pod to the world, IPv6", route("", "eth0", "fd00:10:244:1::7", "2001:db8::1"), "MASQUERADE"),
+	}
+	run(t, dual(), append(steps,
+		hook("pod to a remote pod", route("", "warren0", "10.244.1.7", "10.244.2.9"), ""),
+		hook("pod to a remote pod of a Service", with(route("", "warren0", "10.244.1.7", "10.244.2.9"), dnat), ""),
+		hook("the node to a remote pod", with(route("", "warren0", "10.244.1.1", "10.244.2.9"), fromNode), ""),
+		hook("the node's other address to a remote pod", with(route("", "warren0", "192.168.0.1", "10.244.2.9"), fromNode), "SNAT 10.244.1.1"),
+		hook("a client of a Service", with(route("", "warren0", "192.0.2.1", "10.244.2.9"), dnat), "SNAT 10.244.1.1"),
+		hook("another host that routes through the node", route("", "warren0", "192.0.2.1", "10.244.2.9"), ""),
+		hook("a client of a Service, IPv6", with(route("", "warren0", "2001:db8::1", "fd00:10:244:2::9"), dnat), "SNAT fd00:10:244:1::1"),
+	))
+	run(t, changed(func(c *guard.Config) { c.Encrypted = false }), append(steps,
+		hook("pod to a remote pod by the uplink", route("", "eth0", "10.244.1.7", "10.244.2.9"), ""),
+	))
+}
+
+func TestAccept(t *testing.T) {
+	hook := func(name string, p trace.Packet, want string) step { return step{name, "filter", "FORWARD", p, want} }
+	dnat := func(p *trace.Packet) { p.DNAT = true }
+	run(t, dual(), []step{
+		hook("from a pod", route("wrn1", "eth0", "10.244.1.7", "192.0.2.1"), "ACCEPT"),
+		hook("to a pod", route("eth0", "wrn1", "192.0.2.1", "10.244.1.7"), "ACCEPT"),
+		hook("a client of a Service", with(route("eth0", "warren0", "192.0.2.1", "10.244.2.9"), dnat), "ACCEPT"),
+		hook("its answer", with(route("warren0", "eth0", "10.244.2.9", "192.0.2.1"), dnat), "ACCEPT"),
+		hook("another host that routes through the node", route("eth0", "warren0", "192.0.2.1", "10.244.2.9"), ""),
+		hook("another program's", route("docker0", "eth0", "172.17.0.2", "192.0.2.1"), ""),
+	})
+}
