@@ -301,7 +301,7 @@ func TestPlanUnreachableWithoutClusterCIDR(t *testing.T) {
 // TestPlanNeverShares plans for random clusters of nodes that lie: whatever they claim, no prefix, endpoint or key is in
 // the Config twice, the order of the nodes does not matter, and every node agrees about who owns a podCIDR.
 func TestPlanNeverShares(t *testing.T) {
-	seed := uint64(time.Now().UnixNano())
+	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
 	pick := func(choices ...string) string { return choices[random.IntN(len(choices))] }

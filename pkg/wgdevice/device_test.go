@@ -1,0 +1,389 @@
+package wgdevice_test
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/containernetworking/plugins/pkg/netlinksafe"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/warren-cni/warren/pkg/mesh"
+	"github.com/warren-cni/warren/pkg/wgdevice"
+)
+
+// newMarker returns text that no packet holds by chance.
+func newMarker() string { return rand.Text() + rand.Text() }
+
+func TestMeshEncrypts(t *testing.T) {
+	l := newLab(t, 2)
+	a, b := l.nodes[0], l.nodes[1]
+	l.joinAll(t, true)
+	for _, n := range l.nodes {
+		if again := n.apply(t, n.plan(t, l.nodes...)); again.Any() {
+			t.Errorf("%s: the second apply wrote %+v", n.name(), again)
+		}
+		if mode := n.status(t).Mode; mode != testMode() {
+			t.Fatalf("%s runs in mode %s, and this test is for %s", n.name(), mode, testMode())
+		}
+	}
+
+	marker := newMarker()
+	wire := l.listen(t, marker)
+	a.reach(t, b, marker)
+	b.reach(t, a, marker)
+	payload := make([]byte, 1<<20)
+	_, _ = rand.Read(payload) // never fails
+	to4, to6 := b.addresses()
+	a.transfer(t, to4, payload)
+	a.transfer(t, to6, payload)
+	if got := wire.count(t); got.clear != 0 || got.fragments != 0 || got.wireGuardBytes < len(payload)*2 {
+		t.Errorf("on the wire: %+v, want nothing in clear, no fragments, and all bytes by WireGuard", got)
+	}
+
+	status := a.status(t)
+	if len(status.Peers) != 1 {
+		t.Fatalf("peers: %+v", status.Peers)
+	}
+	peer := status.Peers[0]
+	if peer.PublicKey != b.key.Public() || peer.LastHandshake.IsZero() || peer.SentBytes < int64(len(payload)) || peer.ReceivedBytes == 0 ||
+		peer.Endpoint.String() != "192.0.2.2:51820" || len(peer.AllowedIPs) != 2 {
+		t.Errorf("status of the peer: %+v", peer)
+	}
+
+	// The positive control: the same probes without encryption are seen by the same capture.
+	l.joinAll(t, false)
+	if again := a.apply(t, a.planWith(t, false, l.nodes...)); again.Any() {
+		t.Errorf("without encryption: the second apply wrote %+v", again)
+	}
+	wire.count(t)
+	for _, to := range []netip.Addr{to4, to6} {
+		b.do(t, func() error { // without a link nobody has the address: it stands for a pod here
+			lo, err := netlinksafe.LinkByName("lo")
+			address := &net.IPNet{IP: to.AsSlice(), Mask: net.CIDRMask(to.BitLen(), to.BitLen())}
+			return errors.Join(err, netlink.AddrAdd(lo, &netlink.Addr{IPNet: address, Flags: unix.IFA_F_NODAD}))
+		})
+		a.transfer(t, to, []byte(marker))
+	}
+	if got := wire.count(t); got.clear == 0 || got.wireGuard != 0 {
+		t.Errorf("without encryption on the wire: %+v, want packets in clear and none of WireGuard", got)
+	}
+}
+
+func TestPeersChangeByDifference(t *testing.T) {
+	l := newLab(t, 3)
+	a, b, c := l.nodes[0], l.nodes[1], l.nodes[2]
+	l.joinAll(t, true)
+	marker := newMarker()
+	a.reach(t, b, marker)
+	a.reach(t, c, marker)
+	before := peerOf(t, a, b)
+
+	if changes := a.apply(t, a.plan(t, a, b)); changes != (wgdevice.Changes{Peers: 1, Routes: 2}) {
+		t.Errorf("removing a peer wrote %+v", changes)
+	}
+	a.miss(t, c, marker)
+	if after := peerOf(t, a, b); after.LastHandshake != before.LastHandshake || after.ReceivedBytes < before.ReceivedBytes {
+		t.Errorf("the session with the peer that stays was lost: %+v, then %+v", before, after)
+	}
+
+	// The podCIDRs of the node that left go to the one that stays: the prefixes move, no session ends.
+	moved := a.plan(t, a, b, c)
+	i := slices.IndexFunc(moved.Peers, func(p mesh.Peer) bool { return p.Node == c.name() })
+	takes := slices.Clone(moved.Peers[i].AllowedIPs)
+	moved.Peers = slices.Delete(moved.Peers, i, i+1)
+	moved.Peers[0].AllowedIPs = append(moved.Peers[0].AllowedIPs, takes...)
+	a.apply(t, a.plan(t, a, b, c))
+	if changes := a.apply(t, moved); changes != (wgdevice.Changes{Peers: 2}) {
+		t.Errorf("moving podCIDRs wrote %+v", changes)
+	}
+	if after := peerOf(t, a, b); len(after.AllowedIPs) != 4 || after.LastHandshake != before.LastHandshake {
+		t.Errorf("after podCIDRs moved: %+v", after)
+	}
+
+	a.apply(t, a.plan(t, a, b, c))
+	a.reach(t, c, marker)
+	a.reach(t, b, marker)
+
+	// Another port and another address of a peer are one change each.
+	config := a.plan(t, a, b, c)
+	config.Peers[0].Endpoint = netip.MustParseAddrPort("[2001:db8::2]:51820")
+	if changes := a.apply(t, config); changes != (wgdevice.Changes{Peers: 1}) {
+		t.Errorf("another endpoint wrote %+v", changes)
+	}
+	a.reach(t, b, marker)
+	config.ListenPort, config.MTU = 51999, 1300
+	if changes := a.apply(t, config); changes.Links != 2 || changes.Peers > 1 || changes.Routes != 0 {
+		t.Errorf("another port and MTU wrote %+v", changes)
+	}
+	a.reach(t, b, marker)
+}
+
+func peerOf(t *testing.T, n, other *node) wgdevice.PeerStatus {
+	t.Helper()
+	for _, p := range n.status(t).Peers {
+		if p.PublicKey == other.key.Public() {
+			return p
+		}
+	}
+	t.Fatalf("%s is no peer of %s", other.name(), n.name())
+	return wgdevice.PeerStatus{}
+}
+
+// TestTunnelProcess shows what happens to the process of the user-space tunnel, and, where the kernel has WireGuard, that it
+// has nothing to do.
+func TestTunnelProcess(t *testing.T) {
+	if testMode() == wgdevice.ModeKernel {
+		n := newLab(t, 1).nodes[0]
+		output := n.start(t, wgdevice.ModeAuto)
+		if !output.Scan() || !strings.Contains(output.Text(), "mode=kernel") || !output.Scan() || !strings.Contains(output.Text(), "nothing to do") {
+			t.Errorf("the tunnel says %q", output.Text())
+		}
+		if n.socketExists(t) {
+			t.Error("the tunnel opened a socket beside the kernel's WireGuard")
+		}
+		if err := n.signalTunnel(t, syscall.SIGTERM); err != nil {
+			t.Errorf("idle tunnel: %v", err)
+		}
+		return
+	}
+
+	l := newLab(t, 2)
+	a, b := l.nodes[0], l.nodes[1]
+	l.joinAll(t, true)
+	marker := newMarker()
+	wire := l.listen(t, marker)
+	a.reach(t, b, marker)
+	before := describe(t, a)
+	for _, end := range []os.Signal{syscall.SIGKILL, syscall.SIGTERM} {
+		err := a.signalTunnel(t, end)
+		if end == syscall.SIGTERM && err != nil {
+			t.Errorf("tunnel after SIGTERM: %v", err)
+		}
+		if _, err = try(a.host, func() (wgdevice.Changes, error) { return a.device.Apply(t.Context(), a.plan(t, a, b), a.key) }); !errors.Is(err, wgdevice.ErrNoTunnel) {
+			t.Errorf("apply without the tunnel: %v", err)
+		}
+		a.miss(t, b, marker)
+		if after := describe(t, a); after != before {
+			t.Errorf("after %v of the tunnel:\n%s\nbefore:\n%s", end, after, before)
+		}
+		a.startTunnel(t)
+		if changes := a.apply(t, a.plan(t, a, b)); changes.Peers != 1 || changes.Links != 1 || changes.Routes != 0 {
+			t.Errorf("after the tunnel's restart the apply wrote %+v", changes)
+		}
+		a.reach(t, b, marker)
+		if again := a.apply(t, a.plan(t, a, b)); again.Any() {
+			t.Errorf("after the tunnel's restart the second apply wrote %+v", again)
+		}
+	}
+	if got := wire.count(t); got.clear != 0 || got.wireGuard == 0 {
+		t.Errorf("on the wire: %+v, want nothing in clear", got)
+	}
+
+	// The positive control: with the routes and the link gone the same probe leaves in clear.
+	_ = a.signalTunnel(t, syscall.SIGKILL) // it ends by the signal, which Wait calls an error
+	a.do(t, func() error { return a.device.Cleanup(t.Context()) })
+	a.miss(t, b, marker)
+	if got := wire.count(t); got.clear == 0 {
+		t.Errorf("without the mesh on the wire: %+v, want packets in clear", got)
+	}
+}
+
+// TestTunnelHangs stops the process without ending it: an Apply reports that, and does not wait for ever.
+func TestTunnelHangs(t *testing.T) {
+	n := newLab(t, 1).nodes[0]
+	if testMode() == wgdevice.ModeKernel {
+		// The kernel has no process to hang; what remains is that user space is not silently taken for it.
+		n.device = newDevice(t, wgdevice.ModeUserspace)
+	} else if err := n.tunnel.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	_, err := try(n.host, func() (wgdevice.Changes, error) { return n.device.Apply(t.Context(), n.plan(t, n), n.key) })
+	if !errors.Is(err, wgdevice.ErrNoTunnel) {
+		t.Errorf("apply: %v, want ErrNoTunnel", err)
+	}
+}
+
+func TestApplyWithoutTunnelClosesTheWay(t *testing.T) {
+	l := newLab(t, 2)
+	a, b := l.nodes[0], l.nodes[1]
+	l.joinAll(t, true)
+	a.do(t, func() error { return a.device.Cleanup(t.Context()) })
+	if testMode() == wgdevice.ModeUserspace {
+		_ = a.tunnel.Wait() // it ends with an error, because its link was deleted
+	}
+	marker := newMarker()
+	wire := l.listen(t, marker)
+	absent := newDevice(t, wgdevice.ModeUserspace)
+	_, err := try(a.host, func() (wgdevice.Changes, error) { return absent.Apply(t.Context(), a.plan(t, a, b), a.key) })
+	if !errors.Is(err, wgdevice.ErrNoTunnel) || !strings.Contains(err.Error(), "manifests/userspace-tunnel.yaml") {
+		t.Errorf("apply: %v", err)
+	}
+	to4, _ := b.addresses()
+	if _, err = a.ask(to4, marker, 1); !errors.Is(err, unix.EHOSTUNREACH) {
+		t.Errorf("asking a remote pod: %v, want no route to host at once", err)
+	}
+	a.miss(t, b, marker)
+	if got := wire.count(t); got.clear != 0 {
+		t.Errorf("on the wire: %+v, want nothing in clear", got)
+	}
+}
+
+func TestStraysGoAndForeignThingsStay(t *testing.T) {
+	l := newLab(t, 2)
+	a, b := l.nodes[0], l.nodes[1]
+	l.joinAll(t, true)
+	before := describe(t, a)
+	a.do(t, func() error {
+		link, err := netlinksafe.LinkByName(mesh.Link)
+		if err != nil {
+			return err
+		}
+		return errors.Join(
+			ipRoute("10.244.77.0/24", link.Attrs().Index, wgdevice.RouteProtocol), // ours by its protocol, and not wanted
+			ipRoute("203.0.113.0/24", link.Attrs().Index, unix.RTPROT_STATIC),     // another program's, though on our link
+			ipRoute("198.51.100.0/24", 0, unix.RTPROT_BOOT),
+			netlink.AddrAdd(link, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(10, 244, 77, 1), Mask: net.CIDRMask(32, 32)}}),
+			netlink.LinkSetMTU(link, 1280))
+	})
+	if changes := a.apply(t, a.plan(t, a, b)); changes != (wgdevice.Changes{Links: 2, Routes: 1}) {
+		t.Errorf("repair wrote %+v", changes)
+	}
+	got := describe(t, a)
+	for _, foreign := range []string{"198.51.100.0/24 unreachable\n", "203.0.113.0/24 warren0\n"} {
+		if !strings.Contains(got, foreign) {
+			t.Errorf("repair took %q", foreign)
+		}
+		got = strings.Replace(got, foreign, "", 1)
+	}
+	if got != before {
+		t.Errorf("after repair:\n%s\nwant:\n%s", got, before)
+	}
+
+	// A route of another program where ours should be is reported and left alone; the other family is not affected.
+	taken, _ := b.podCIDRs()
+	a.do(t, func() error { return a.device.Cleanup(t.Context()) })
+	if got := describe(t, a); got != "198.51.100.0/24 unreachable\n" {
+		t.Errorf("cleanup left:\n%s", got)
+	}
+	if testMode() == wgdevice.ModeUserspace {
+		_ = a.tunnel.Wait() // it ends with an error, because its link was deleted
+		a.startTunnel(t)
+	}
+	a.do(t, func() error { return ipRoute(taken.String(), 0, unix.RTPROT_STATIC) })
+	_, err := try(a.host, func() (wgdevice.Changes, error) { return a.device.Apply(t.Context(), a.plan(t, a, b), a.key) })
+	if err == nil || !strings.Contains(err.Error(), "ip route del "+taken.String()) {
+		t.Errorf("apply beside another program's route: %v", err)
+	}
+	_, to6 := b.addresses()
+	if _, err = a.ask(to6, newMarker(), 20); err != nil {
+		t.Errorf("the family that is not affected: %v", err)
+	}
+	if got := describe(t, a); !strings.Contains(got, taken.String()+" unreachable") {
+		t.Errorf("the other program's route is gone:\n%s", got)
+	}
+}
+
+func TestForeignLinkOfOurName(t *testing.T) {
+	n := newLab(t, 1).nodes[0]
+	if testMode() == wgdevice.ModeUserspace {
+		_ = n.signalTunnel(t, syscall.SIGTERM)
+		n.do(t, func() error { return n.device.Cleanup(t.Context()) })
+	}
+	n.do(t, func() error {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = mesh.Link
+		return netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs})
+	})
+	_, err := try(n.host, func() (wgdevice.Changes, error) { return n.device.Apply(t.Context(), n.plan(t, n), n.key) })
+	if err == nil || !strings.Contains(err.Error(), "rename or delete") {
+		t.Errorf("apply: %v", err)
+	}
+	if _, err = try(n.host, func() (any, error) { return nil, n.device.Cleanup(t.Context()) }); err == nil {
+		t.Error("cleanup says nothing of the foreign link")
+	}
+	n.do(t, func() error { _, err := netlinksafe.LinkByName(mesh.Link); return err })
+}
+
+func TestUplinkMTU(t *testing.T) {
+	n := newLab(t, 1).nodes[0]
+	v4, v6 := uplink(n.number)
+	n.do(t, func() error {
+		link, err := netlinksafe.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		lo, err := netlinksafe.LinkByName("lo")
+		return errors.Join(err, netlink.LinkSetMTU(link, 1400),
+			netlink.AddrAdd(lo, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(198, 51, 100, 1), Mask: net.CIDRMask(32, 32)}}))
+	})
+	for _, address := range []netip.Addr{v4, v6, netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("203.0.113.9")} {
+		if mtu := in(t, n.host, func() (int, error) { return wgdevice.UplinkMTU(address) }); mtu != 1400 {
+			t.Errorf("UplinkMTU(%s) = %d, want 1400", address, mtu)
+		}
+	}
+	alone := newHost(t)
+	if _, err := try(alone, func() (int, error) { return wgdevice.UplinkMTU(v4) }); err == nil || !strings.Contains(err.Error(), "--mtu") {
+		t.Errorf("without an uplink: %v", err)
+	}
+}
+
+// ipRoute adds a route to the link, or an unreachable one for link 0.
+func ipRoute(destination string, link int, protocol netlink.RouteProtocol) error {
+	_, dst, err := net.ParseCIDR(destination)
+	if err != nil {
+		return err
+	}
+	r := &netlink.Route{Dst: dst, LinkIndex: link, Protocol: protocol, Type: unix.RTN_UNICAST}
+	if link == 0 {
+		r.Type = unix.RTN_UNREACHABLE
+	}
+	return netlink.RouteAdd(r)
+}
+
+// describe renders a node's addresses on the mesh link, and its routes without those of the uplink and those that the kernel makes
+// by itself.
+func describe(t *testing.T, n *node) string {
+	t.Helper()
+	return in(t, n.host, func() (string, error) {
+		var lines []string
+		for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+			routes, err := netlinksafe.RouteList(nil, family)
+			if err != nil {
+				return "", err
+			}
+			for _, r := range routes {
+				target := "unreachable"
+				if r.Type == unix.RTN_UNICAST {
+					link, err := netlink.LinkByIndex(r.LinkIndex)
+					if err != nil {
+						return "", err
+					}
+					target = link.Attrs().Name
+				}
+				if target != "eth0" && r.Protocol != unix.RTPROT_KERNEL {
+					lines = append(lines, fmt.Sprintf("%s %s", r.Dst, target))
+				}
+			}
+		}
+		slices.Sort(lines)
+		if link, err := netlinksafe.LinkByName(mesh.Link); err == nil {
+			addresses, err := netlinksafe.AddrList(link, netlink.FAMILY_ALL)
+			if err != nil {
+				return "", err
+			}
+			for _, a := range addresses {
+				lines = append(lines, fmt.Sprintf("address %s, link up: %t", a.IPNet, link.Attrs().Flags&net.FlagUp != 0))
+			}
+		}
+		return strings.Join(lines, "\n") + "\n", nil
+	})
+}

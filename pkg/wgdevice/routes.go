@@ -1,0 +1,194 @@
+package wgdevice
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/warren-cni/warren/pkg/mesh"
+)
+
+// RouteProtocol is the protocol number in every route of ours, by which it is known as ours.
+const RouteProtocol = 87
+
+// Metrics. The net below the other routes has a metric that no other program chooses by chance; the kernel's own default
+// differs by family.
+const (
+	metricUnreachable = 4278198272
+	metricIPv4        = 0
+	metricIPv6        = 1024
+)
+
+// route is a route in the main table, as far as we set it.
+type route struct {
+	routeID
+	// link is the index of the link, 0 where the kernel finds it from via or where there is none.
+	link   int
+	via    netip.Addr
+	source netip.Addr
+}
+
+// routeID is what the kernel tells our routes apart by.
+type routeID struct {
+	destination netip.Prefix
+	metric      int
+}
+
+// unreachableRoutes are the net below all other routes: what no other route takes is refused, not sent to the default.
+func unreachableRoutes(c mesh.Config) []route {
+	var routes []route
+	for _, p := range c.Unreachable {
+		routes = append(routes, route{routeID: routeID{p.Masked(), metricUnreachable}})
+	}
+	return routes
+}
+
+// linkRoutes are the routes through the link.
+func linkRoutes(c mesh.Config, link int) []route {
+	var routes []route
+	for _, r := range c.Routes {
+		routes = append(routes, route{routeID: unicastID(r.Destination), link: link, source: r.Source})
+	}
+	return routes
+}
+
+// plainRoutes are the routes of a mesh without encryption.
+func plainRoutes(c mesh.Config) []route {
+	var routes []route
+	for _, r := range c.Routes {
+		routes = append(routes, route{routeID: unicastID(r.Destination), via: r.Via})
+	}
+	return routes
+}
+
+func unicastID(destination netip.Prefix) routeID {
+	if destination.Addr().Is4() {
+		return routeID{destination.Masked(), metricIPv4}
+	}
+	return routeID{destination.Masked(), metricIPv6}
+}
+
+// routeDelta compares wanted routes with those of ours that stand: which are to be added, which take the place of one
+// that stands, and which are to go.
+func routeDelta(wanted, actual []route) (add, replace, remove []route) {
+	have := make(map[routeID]route, len(actual))
+	for _, r := range actual {
+		have[r.routeID] = r
+	}
+	want := make(map[routeID]bool, len(wanted))
+	for _, r := range wanted {
+		want[r.routeID] = true
+		old, stands := have[r.routeID]
+		switch {
+		case !stands:
+			add = append(add, r)
+		case old != r:
+			replace = append(replace, r)
+		}
+	}
+	for _, r := range actual {
+		if !want[r.routeID] {
+			remove = append(remove, r)
+		}
+	}
+	return add, replace, remove
+}
+
+// putRoutes adds and replaces routes, and removes none.
+func (k *kernel) putRoutes(wanted []route, changes *Changes) error {
+	actual, err := k.routes()
+	if err != nil {
+		return err
+	}
+	add, replace, _ := routeDelta(wanted, actual)
+	return k.writeRoutes(add, replace, nil, changes)
+}
+
+// syncRoutes makes our routes those that are wanted.
+func (k *kernel) syncRoutes(wanted []route, changes *Changes) error {
+	actual, err := k.routes()
+	if err != nil {
+		return err
+	}
+	add, replace, remove := routeDelta(wanted, actual)
+	return k.writeRoutes(add, replace, remove, changes)
+}
+
+// writeRoutes writes what it can, adds before it removes, and reports each route that it could not write.
+func (k *kernel) writeRoutes(add, replace, remove []route, changes *Changes) error {
+	var errs []error
+	try := func(what string, r route, write func(*netlink.Route) error) {
+		switch err := write(r.netlink()); {
+		case err == nil:
+			changes.Routes++
+		case errors.Is(err, unix.EEXIST):
+			errs = append(errs, fmt.Errorf("%s route to %s: another program has a route there; delete it with: ip route del %s", what, r.destination, r.destination))
+		default:
+			errs = append(errs, fmt.Errorf("%s route to %s: %w", what, r.destination, err))
+		}
+	}
+	for _, r := range add {
+		try("adding", r, k.RouteAdd) // not replace: a route of another program there is not ours to take
+	}
+	for _, r := range replace {
+		try("replacing", r, k.RouteReplace)
+	}
+	for _, r := range remove {
+		try("deleting", r, func(n *netlink.Route) error {
+			n.Scope = netlink.SCOPE_NOWHERE // of any scope
+			return k.RouteDel(n)
+		})
+	}
+	return errors.Join(errs...)
+}
+
+// routes lists our routes.
+func (k *kernel) routes() ([]route, error) {
+	var ours []route
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		filter := &netlink.Route{Table: unix.RT_TABLE_MAIN, Protocol: RouteProtocol}
+		list, err := k.RouteListFiltered(family, filter, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL)
+		if err != nil {
+			return nil, fmt.Errorf("listing routes: %w", err)
+		}
+		for i := range list {
+			ours = append(ours, routeOf(&list[i]))
+		}
+	}
+	return ours, nil
+}
+
+// routeOf converts from the kernel's view.
+func routeOf(n *netlink.Route) route {
+	r := route{routeID: routeID{prefixOf(n.Dst), n.Priority}}
+	r.via, _ = netip.AddrFromSlice(n.Gw)
+	r.source, _ = netip.AddrFromSlice(n.Src)
+	if n.Type == unix.RTN_UNICAST && !r.via.IsValid() {
+		r.link = n.LinkIndex
+	}
+	return r
+}
+
+// netlink converts to the kernel's view.
+func (r route) netlink() *netlink.Route {
+	n := &netlink.Route{
+		Dst:       ipNet(r.destination),
+		Priority:  r.metric,
+		Protocol:  RouteProtocol,
+		Table:     unix.RT_TABLE_MAIN,
+		Type:      unix.RTN_UNICAST,
+		LinkIndex: r.link,
+		Gw:        r.via.AsSlice(),
+		Src:       r.source.AsSlice(),
+	}
+	switch {
+	case r.metric == metricUnreachable:
+		n.Type = unix.RTN_UNREACHABLE
+	case r.link != 0 && r.destination.Addr().Is4():
+		n.Scope = netlink.SCOPE_LINK
+	}
+	return n
+}
