@@ -1,11 +1,7 @@
 package firewall
 
 import (
-	"context"
-	"fmt"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -16,7 +12,8 @@ import (
 )
 
 func TestSecondApplyWritesNothing(t *testing.T) {
-	onEach(t, func(t *testing.T, n *node) {
+	onEach(t, func(n *node) {
+		t := n.t
 		w := n.firewall()
 		if first := n.apply(w, sample()); first.SetOps == 0 || first.RuleBytes == 0 || first.Execs == 0 {
 			t.Errorf("the first apply wrote %+v", first)
@@ -54,7 +51,8 @@ func TestSecondApplyWritesNothing(t *testing.T) {
 }
 
 func TestMembersChangeWithoutRules(t *testing.T) {
-	onEach(t, func(t *testing.T, n *node) {
+	onEach(t, func(n *node) {
+		t := n.t
 		w := n.firewall()
 		n.apply(w, sample())
 		r := sample()
@@ -89,7 +87,8 @@ func TestLateSetsAreReadAnew(t *testing.T) {
 }
 
 func TestOneChainChanges(t *testing.T) {
-	onEach(t, func(t *testing.T, n *node) {
+	onEach(t, func(n *node) {
+		t := n.t
 		w := n.firewall()
 		n.apply(w, sample())
 		r := sample()
@@ -110,7 +109,8 @@ func TestOneChainChanges(t *testing.T) {
 
 // TestChainsAndSetsGo removes a chain and the set that it used, which the chain that jumped to it used too.
 func TestChainsAndSetsGo(t *testing.T) {
-	onEach(t, func(t *testing.T, n *node) {
+	onEach(t, func(n *node) {
+		t := n.t
 		w := n.firewall()
 		n.apply(w, without())
 		want := n.state()
@@ -151,12 +151,18 @@ func TestDriftIsRepaired(t *testing.T) {
 			n.iptables("-t mangle -I FORWARD -m comment --comment warren-moving -j WARREN-FORWARD")
 			n.iptables("-t mangle -D FORWARD -m comment --comment warren -j WARREN-FORWARD")
 		},
-		"hooks gone":     func(n *node) { n.iptables("-t mangle -F FORWARD"); n.iptables("-F FORWARD") },
-		"chain flushed":  func(n *node) { n.iptables("-t mangle -F WARREN-POLICY") },
-		"rule foreign":   func(n *node) { n.iptables("-t mangle -I WARREN-POLICY -j ACCEPT") },
-		"rule gone":      func(n *node) { n.iptables("-t mangle -D WARREN-FORWARD 1") },
-		"rules swapped":  func(n *node) { n.iptables("-t filter -A WARREN-ACCEPT -j DROP"); n.iptables("-t filter -D WARREN-ACCEPT 1") },
-		"chain unknown":  func(n *node) { n.iptables("-t mangle -N WARREN-OLD"); n.iptables("-t mangle -A WARREN-OLD -j WARREN-POLICY") },
+		"hooks gone":    func(n *node) { n.iptables("-t mangle -F FORWARD"); n.iptables("-F FORWARD") },
+		"chain flushed": func(n *node) { n.iptables("-t mangle -F WARREN-POLICY") },
+		"rule foreign":  func(n *node) { n.iptables("-t mangle -I WARREN-POLICY -j ACCEPT") },
+		"rule gone":     func(n *node) { n.iptables("-t mangle -D WARREN-FORWARD 1") },
+		"rules swapped": func(n *node) {
+			n.iptables("-t filter -A WARREN-ACCEPT -j DROP")
+			n.iptables("-t filter -D WARREN-ACCEPT 1")
+		},
+		"chain unknown": func(n *node) {
+			n.iptables("-t mangle -N WARREN-OLD")
+			n.iptables("-t mangle -A WARREN-OLD -j WARREN-POLICY")
+		},
 		"set flushed":    func(n *node) { n.run("ipset flush " + peers(netfilter.IPv4)) },
 		"set unknown":    func(n *node) { n.run("ipset create WARREN-OLD hash:net,port") },
 		"member foreign": func(n *node) { n.run("ipset add " + ports(netfilter.IPv6) + " fd00::77,47:0") },
@@ -167,7 +173,8 @@ func TestDriftIsRepaired(t *testing.T) {
 			}
 		},
 	}
-	onEach(t, func(t *testing.T, n *node) {
+	onEach(t, func(n *node) {
+		t := n.t
 		w := n.firewall()
 		n.apply(w, sample())
 		healthy := n.state()
@@ -195,7 +202,8 @@ func TestDriftIsRepaired(t *testing.T) {
 }
 
 func TestForeignThingsStay(t *testing.T) {
-	onEach(t, func(t *testing.T, n *node) {
+	onEach(t, func(n *node) {
+		t := n.t
 		n.run("ipset create others hash:net")
 		n.run("ipset add others 10.0.0.0/8")
 		n.iptables("-t mangle -N OTHERS")
@@ -233,7 +241,8 @@ func linesMissing(a, b string) []string {
 
 // Somebody's own rule keeps an old set and an old chain in use. Pods must start all the same.
 func TestLeftOversKeepNothingShut(t *testing.T) {
-	onEach(t, func(t *testing.T, n *node) {
+	onEach(t, func(n *node) {
+		t := n.t
 		w := n.firewall()
 		n.apply(w, sample())
 		n.run("iptables-" + n.backend + " -A INPUT -m set --match-set " + peers(netfilter.IPv4) + " src")
@@ -258,124 +267,6 @@ func TestLeftOversKeepNothingShut(t *testing.T) {
 			t.Errorf("still there:\n%s", state)
 		}
 	})
-}
-
-func TestBadRuleIsNamed(t *testing.T) {
-	bad := map[string]struct{ args, want string }{
-		"option":  {"-p tcp --bogus 3 -j DROP", "--bogus"},
-		"match":   {"-m nosuch -j DROP", "nosuch"},
-		"set":     {"-m set --match-set WARREN-NOPE src -j DROP", "WARREN-NOPE"},
-		"address": {"-s 1.2.3.400 -j DROP", "1.2.3.400"},
-	}
-	onEach(t, func(t *testing.T, n *node) {
-		for name, c := range bad {
-			r := sample()
-			chainIn(&r.V4, "WARREN-MASQ").Rules = []netfilter.Rule{
-				rule("", "-o eth+ -j MASQUERADE"), rule("shop/bad egress 1", c.args),
-			}
-			_, err := n.firewall().Apply(t.Context(), r)
-			if err == nil {
-				t.Errorf("%s: no error", name)
-				continue
-			}
-			for _, want := range []string{c.want, "nat table (ipv4)", `"shop/bad egress 1"`, "WARREN-MASQ"} {
-				if !strings.Contains(err.Error(), want) {
-					t.Errorf("%s: the error does not name %s: %v", name, want, err)
-				}
-			}
-			// The other tables, and the other family, stand; the gate is shut.
-			for _, place := range [][2]string{{"mangle", "FORWARD"}, {"raw", "PREROUTING"}, {"filter", "FORWARD"}} {
-				if len(n.rules(netfilter.IPv4, place[0], place[1])) == 0 {
-					t.Errorf("%s: no hook in %v", name, place)
-				}
-			}
-			if len(n.rules(netfilter.IPv6, "nat", "POSTROUTING")) == 0 {
-				t.Errorf("%s: no hook in the other family", name)
-			}
-			if got := n.members(netfilter.ReadySet(netfilter.IPv6)); len(got) > 0 {
-				t.Errorf("%s: the gate is open for %q", name, got)
-			}
-		}
-		n.apply(n.firewall(), sample())
-	})
-}
-
-// What opens is left alone when what closes could not be made.
-func TestNothingOpensWithoutGuards(t *testing.T) {
-	onEach(t, func(t *testing.T, n *node) {
-		r := sample()
-		chainIn(&r.V4, "WARREN-POLICY").Rules = []netfilter.Rule{rule("shop/bad", "-j REJECT")} // the kernel refuses it in mangle
-		_, err := n.firewall().Apply(t.Context(), r)
-		if err == nil || !strings.Contains(err.Error(), "mangle table (ipv4)") {
-			t.Fatalf("error is %v", err)
-		}
-		if got := n.rules(netfilter.IPv4, "filter", "FORWARD"); len(got) > 0 {
-			t.Errorf("the filter table accepts: %q", got)
-		}
-		if got := n.rules(netfilter.IPv6, "filter", "FORWARD"); len(got) == 0 {
-			t.Error("the other family has not been written")
-		}
-	})
-}
-
-// A program that leaves out a match writes a warning and succeeds; the chain is then not what was asked for.
-func TestWarningIsAnError(t *testing.T) {
-	onEach(t, func(t *testing.T, n *node) {
-		n.apply(n.firewall(), netfilter.Ruleset{})
-		real, err := programs{}.LookPath("iptables-" + n.backend + "-restore")
-		if err != nil {
-			t.Fatal(err)
-		}
-		dir := t.TempDir()
-		t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
-		script := filepath.Join(dir, "iptables-"+n.backend+"-restore")
-		warn := fmt.Sprintf("#!/bin/sh\n%s \"$@\"\necho 'Warning: Extension set revision 0 not supported, missing kernel module?' >&2\n", real)
-		if err := os.WriteFile(script, []byte(warn), 0o700); err != nil {
-			t.Fatal(err)
-		}
-		w := n.firewall()
-		for range 2 { // the hashes in the kernel say that all is well, but the second apply must not believe it
-			_, err := w.Apply(t.Context(), sample())
-			if err == nil || !strings.Contains(err.Error(), "Extension set revision 0 not supported") {
-				t.Fatalf("error is %v", err)
-			}
-			if got := n.members(netfilter.ReadySet(netfilter.IPv4)); len(got) > 0 {
-				t.Errorf("the gate is open for %q", got)
-			}
-		}
-		if err := os.Remove(script); err != nil {
-			t.Fatal(err)
-		}
-		w.tools[netfilter.IPv4].restore = real
-		if changes := n.apply(w, sample()); changes.RuleBytes == 0 {
-			t.Error("the chains written with a warning were not written again")
-		}
-		if changes := n.apply(w, sample()); changes != (Changes{}) {
-			t.Errorf("wrote %+v once all was well", changes)
-		}
-	})
-}
-
-func TestMissingProgramIsNamed(t *testing.T) {
-	t.Setenv("PATH", t.TempDir())
-	_, err := New(newNode(t, "").options())
-	if err == nil || !strings.Contains(err.Error(), "install the package iptables") {
-		t.Errorf("error is %v", err)
-	}
-}
-
-func TestCancelledApplyCanBeRepeated(t *testing.T) {
-	n := newNode(t, "nft")
-	w := n.firewall()
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	if _, err := w.Apply(ctx, sample()); err == nil {
-		t.Error("a cancelled apply succeeded")
-	}
-	n.apply(w, sample())
-	if changes := n.apply(n.firewall(), sample()); changes != (Changes{}) {
-		t.Errorf("wrote %+v", changes)
-	}
 }
 
 // Cleanup takes the programs that the node calls iptables.
@@ -417,51 +308,5 @@ func TestLargeSets(t *testing.T) {
 	}
 	if sets := n.run("ipset list -n"); strings.Contains(sets, "TMP") {
 		t.Errorf("a temporary set is left: %s", sets)
-	}
-}
-
-func TestSetOfAnotherType(t *testing.T) {
-	n := newNode(t, "nft")
-	name := peers(netfilter.IPv4)
-	n.run("ipset create " + name + " hash:net,port")
-	w := n.firewall()
-	n.apply(w, sample())
-	if got := n.run("ipset list -t " + name); !strings.Contains(got, "Type: hash:net\n") {
-		t.Errorf("the set is %s", got)
-	}
-	r := sample()
-	setIn(&r.V4, name).Type = netfilter.HashIP
-	setIn(&r.V4, name).Entries = addresses("10.9.9.9")
-	if _, err := w.Apply(t.Context(), r); err == nil || !strings.Contains(err.Error(), "replacing set "+name+" by a hash:ip") {
-		t.Errorf("with rules that refer to it the error is %v", err)
-	}
-}
-
-func TestBadMembers(t *testing.T) {
-	bad := map[string]struct {
-		set   string
-		entry netfilter.Entry
-		want  string
-	}{
-		"zero length":   {peers(netfilter.IPv4), netfilter.Entry{Prefix: netip.MustParsePrefix("0.0.0.0/0")}, "0.0.0.0/0"},
-		"unmasked":      {peers(netfilter.IPv4), netfilter.Entry{Prefix: netip.MustParsePrefix("10.0.0.1/8")}, "bits after its prefix"},
-		"not single":    {netfilter.ReadySet(netfilter.IPv4), addresses("10.0.0.0/8")[0], "not a single address"},
-		"other family":  {peers(netfilter.IPv4), addresses("fd00::1")[0], "fd00::1"},
-		"bad protocol":  {ports(netfilter.IPv4), netfilter.Entry{Prefix: addresses("10.0.0.1")[0].Prefix, Protocol: "tpc"}, `"tpc"`},
-		"zero protocol": {ports(netfilter.IPv4), netfilter.Entry{Prefix: addresses("10.0.0.1")[0].Prefix}, `""`},
-	}
-	n := newNode(t, "nft")
-	for name, c := range bad {
-		w, r := n.firewall(), sample()
-		set := setIn(&r.V4, c.set)
-		set.Entries = netfilter.Entries(append(slices.Clone(set.Entries), c.entry))
-		_, err := w.Apply(t.Context(), r)
-		if err == nil || !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), c.set) {
-			t.Errorf("%s: error is %v", name, err)
-		}
-		if got, want := len(n.members(c.set)), len(set.Entries)-1; c.set != netfilter.ReadySet(netfilter.IPv4) && got != want {
-			t.Errorf("%s: %d of the good members are in, want %d", name, got, want)
-		}
-		n.apply(w, netfilter.Ruleset{})
 	}
 }

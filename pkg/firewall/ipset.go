@@ -192,7 +192,7 @@ func decodeSet(sets map[string]*set, message []byte) error {
 	var s *set
 	for typ, v := range attributes(message[nl.SizeofNfgenmsg:]) {
 		if typ == nl.IPSET_ATTR_SETNAME {
-			name := nl.BytesToString(v)
+			name := unix.ByteSliceToString(v)
 			if !strings.HasPrefix(name, netfilter.Prefix) {
 				return nil
 			}
@@ -207,7 +207,7 @@ func decodeSet(sets map[string]*set, message []byte) error {
 		}
 		switch typ {
 		case nl.IPSET_ATTR_TYPENAME:
-			s.typ = netfilter.SetType(nl.BytesToString(v))
+			s.typ = netfilter.SetType(unix.ByteSliceToString(v))
 		case nl.IPSET_ATTR_FAMILY:
 			s.family = netfilter.IPv4
 			if v[0] == unix.AF_INET6 {

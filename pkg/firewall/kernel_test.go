@@ -21,29 +21,29 @@ import (
 var backends = []string{"nft", "legacy"}
 
 // onEach runs a test with each backend, each in a network namespace of its own.
-func onEach(t *testing.T, test func(t *testing.T, k *node)) {
+func onEach(t *testing.T, test func(n *node)) {
 	t.Helper()
 	for _, backend := range backends {
-		t.Run(backend, func(t *testing.T) { test(t, newNode(t, backend)) })
+		t.Run(backend, func(t *testing.T) { test(newNode(t, backend)) })
 	}
 }
 
 // node is a network namespace with an iptables variant.
 type node struct {
-	t       *testing.T
+	t       testing.TB
 	backend string
 	log     bytes.Buffer
 }
 
 // newNode moves the test's goroutine into a new network namespace. Its thread is never unlocked, so it and the namespace
 // end with the goroutine.
-func newNode(t *testing.T, backend string) *node {
-	t.Helper()
+func newNode(tb testing.TB, backend string) *node {
+	tb.Helper()
 	runtime.LockOSThread()
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-		t.Fatalf("making a network namespace (needs root): %v", err)
+		tb.Fatalf("making a network namespace (needs root): %v", err)
 	}
-	return &node{t: t, backend: backend}
+	return &node{t: tb, backend: backend}
 }
 
 func (n *node) options() Options {

@@ -71,7 +71,7 @@ func encodeMember(typ netfilter.SetType, e netfilter.Entry) ([]byte, error) {
 	}
 	b := appendAddr(nil, nl.IPSET_ATTR_IP, e.Prefix.Addr())
 	if typ == netfilter.HashNet {
-		return appendAttr(b, nl.IPSET_ATTR_CIDR, []byte{byte(e.Prefix.Bits())}), nil
+		return appendAttr(b, nl.IPSET_ATTR_CIDR, []byte{byte(e.Prefix.Bits())}), nil //nolint:gosec // 0 to 128
 	}
 	if !e.Prefix.IsSingleIP() {
 		return nil, fmt.Errorf("member %s of a %s is not a single address", e, typ)
