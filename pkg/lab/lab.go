@@ -2,6 +2,8 @@
 // their own, real daemons in them, pods made through libcni by the real plugin, probes between pods, and a capture of
 // the wire.
 //
+// It is for tests and the demo alone; it is not internal because commands outside of pkg are tested with it, too.
+//
 // Nothing of it touches the network namespace that it is called in: the wire is a bridge in a namespace of its own. All
 // namespaces of a lab have its name as prefix, so that New can clear what a killed run left. It needs root.
 package lab
@@ -127,8 +129,14 @@ func (l *Lab) ClusterCIDRs() []netip.Prefix {
 	return []netip.Prefix{netip.MustParsePrefix(podNetwork4), netip.MustParsePrefix(podNetwork6)}
 }
 
+// Capture counts what passes the wire; Counts is what it saw.
+type (
+	Capture = wire.Capture
+	Counts  = wire.Counts
+)
+
 // Capture starts to count what passes the wire.
-func (l *Lab) Capture(marker [MarkerSize]byte) (*wire.Capture, error) {
+func (l *Lab) Capture(marker [MarkerSize]byte) (*Capture, error) {
 	var capture *wire.Capture
 	err := l.wire.Do(func(ns.NetNS) error {
 		var err error

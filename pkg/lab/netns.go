@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -19,7 +18,7 @@ const namespaces = "/run/netns"
 
 // addNamespace makes a network namespace.
 func addNamespace(ctx context.Context, name string) (ns.NetNS, error) {
-	if _, err := output(exec.CommandContext(ctx, "ip", "netns", "add", name)); err != nil {
+	if _, err := execute(ctx, "", "ip", "netns", "add", name); err != nil {
 		return nil, fmt.Errorf("making network namespace %s: %w", name, err)
 	}
 	namespace, err := ns.GetNS(filepath.Join(namespaces, name))
@@ -34,7 +33,7 @@ func deleteNamespace(ctx context.Context, name string) error {
 	if _, err := os.Stat(filepath.Join(namespaces, name)); errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
-	if _, err := output(exec.CommandContext(ctx, "ip", "netns", "delete", name)); err != nil {
+	if _, err := execute(ctx, "", "ip", "netns", "delete", name); err != nil {
 		return fmt.Errorf("removing network namespace %s: %w", name, err)
 	}
 	return nil
@@ -42,20 +41,8 @@ func deleteNamespace(ctx context.Context, name string) error {
 
 // batch runs lines of ip(8) in a network namespace.
 func batch(ctx context.Context, namespace, lines string) error {
-	cmd := exec.CommandContext(ctx, "ip", "-netns", namespace, "-batch", "-")
-	cmd.Stdin = strings.NewReader(lines + "\n")
-	_, err := output(cmd)
+	_, err := execute(ctx, lines+"\n", "ip", "-netns", namespace, "-batch", "-")
 	return err
-}
-
-// output runs a command and returns what it wrote to stdout; its error holds what it wrote to stderr.
-func output(cmd *exec.Cmd) (string, error) {
-	var stdout, stderr strings.Builder
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil {
-		return stdout.String(), fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), err, strings.TrimSpace(stderr.String()))
-	}
-	return stdout.String(), nil
 }
 
 // sweep ends the processes in the network namespaces of the lab called name, and removes the namespaces.
@@ -66,7 +53,7 @@ func sweep(ctx context.Context, name string) error {
 	}
 	var errs []error
 	for _, path := range paths {
-		pids, err := output(exec.CommandContext(ctx, "ip", "netns", "pids", filepath.Base(path)))
+		pids, err := execute(ctx, "", "ip", "netns", "pids", filepath.Base(path))
 		if err != nil {
 			errs = append(errs, err)
 		}
