@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/warren-cni/warren/pkg/gate"
-	"github.com/warren-cni/warren/pkg/internal/testnode"
+	"github.com/warren-cni/warren/pkg/testnode"
 	"github.com/warren-cni/warren/pkg/netfilter"
 )
 

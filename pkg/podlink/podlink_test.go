@@ -11,7 +11,7 @@ import (
 
 	"github.com/containernetworking/plugins/pkg/ns"
 
-	"github.com/warren-cni/warren/pkg/internal/testnode"
+	"github.com/warren-cni/warren/pkg/testnode"
 	"github.com/warren-cni/warren/pkg/podlink"
 )
 
