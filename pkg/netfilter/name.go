@@ -7,6 +7,9 @@ import (
 	"strings"
 )
 
+// base32Alphabet are the characters of a hash.
+const base32Alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
+
 // PolicyChain is the chain in mangle that new connections of pods go to last (pkg/guard jumps to it, pkg/policy makes it).
 // RETURN from it means allowed.
 const PolicyChain = Prefix + "-POLICY"

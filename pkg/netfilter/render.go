@@ -50,7 +50,7 @@ func HashOf(listed string) string {
 	if i := strings.IndexAny(word, `" `); i >= 0 {
 		word = word[:i]
 	}
-	if len(word) != ruleHash {
+	if len(word) != ruleHash || strings.Trim(word, base32Alphabet) != "" {
 		return ""
 	}
 	return word
