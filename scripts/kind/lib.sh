@@ -9,6 +9,7 @@ cache=$root/build/cache/kind         # kept: the node image, and the data of our
 state=$root/build/kind               # of the clusters that run: kubeconfigs, rendered manifests
 run=/run/warren-kind                 # of our own dockerd while it runs
 socket=$run/docker.sock
+image_archive=$root/build/warren-image.tar
 name=${NAME:-warren}
 export KUBECONFIG=$state/$name.kubeconfig
 
@@ -25,6 +26,28 @@ docker_is_up() {
 
 # kind_cmd runs kind on docker, whatever other runtime it would find.
 kind_cmd() { KIND_EXPERIMENTAL_PROVIDER=docker "$tools/kind" "$@"; }
+
+# networks_of IP_FAMILY: the pods' network and the Services'.
+networks_of() {
+  case "$1" in
+    ipv4) echo 10.244.0.0/16 10.96.0.0/16 ;;
+    ipv6) echo fd00:10:244::/56 fd00:10:96::/112 ;;
+    dual) echo 10.244.0.0/16,fd00:10:244::/56 10.96.0.0/16,fd00:10:96::/112 ;;
+    *) die "IP_FAMILY=$1: want ipv4, ipv6 or dual" ;;
+  esac
+}
+
+# check_encryption gives ENCRYPTION its default and refuses what is not known.
+check_encryption() {
+  case "${ENCRYPTION:=on}" in on | off) ;; *) die "ENCRYPTION=$ENCRYPTION: want on or off" ;; esac
+}
+
+# agnhost_image prints the image of the upstream suite's pods, by the version that it wants.
+agnhost_image() {
+  local kubernetes
+  kubernetes=$(cd scripts/tools/kubernetes && go list -m -f '{{.Dir}}' k8s.io/kubernetes)
+  echo "registry.k8s.io/e2e-test-images/agnhost:$(cat "$kubernetes/test/images/agnhost/VERSION")"
+}
 
 # wait_until COMMAND... polls a command until it succeeds, half a minute at most.
 wait_until() {

@@ -97,7 +97,7 @@ make_images() {
   mkdir -p "$rootfs/"{bin,tmp,uploads,etc}
   cp "$base/bin/busybox" "$rootfs/bin/"
   for component in $("$base/bin/busybox" --list); do ln -s busybox "$rootfs/bin/$component" 2>/dev/null || true; done
-  archive "$rootfs" "$agnhost_image" "$out/agnhost.tar" '{"Entrypoint": ["/agnhost"], "Cmd": ["pause"]}'
+  archive "$rootfs" "$(agnhost_image)" "$out/agnhost.tar" '{"Entrypoint": ["/agnhost"], "Cmd": ["pause"]}'
   rm -rf "$rootfs"
 }
 
@@ -127,8 +127,6 @@ import_images() {
   ' - "$1" "$2"
 }
 
-agnhost_image=registry.k8s.io/e2e-test-images/agnhost:$(
-  cat "$(cd scripts/tools/kubernetes && go list -m -f '{{.Dir}}' k8s.io/kubernetes)/test/images/agnhost/VERSION")
 base=$cache/base-$(sha256sum <<<"$suite $node_packages" | cut -c1-12).tar
 made_of=$(scripts/tools/build.sh --stamps cluster | cat - scripts/kind/{node-image,archive}.sh | sha256sum | cut -c1-12)
 tag=warren-kind-node:$made_of
@@ -150,5 +148,11 @@ if [ "$(cat "$file.tag" 2>/dev/null)" != "$tag" ]; then
       "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"], "StopSignal": "SIGRTMIN+3"}'
   echo "$tag" >"$file.tag"
 fi
-docker image inspect "$tag" >/dev/null 2>&1 || { say "loading the node image into docker"; docker load --quiet --input "$file" >&2; }
+if ! docker image inspect "$tag" >/dev/null 2>&1; then
+  say "loading the node image into docker"
+  docker load --quiet --input "$file" >&2
+  for old in $(docker image ls --format '{{.Repository}}:{{.Tag}}' "${tag%:*}" | grep -vx "$tag"); do
+    docker image rm "$old" >&2 || true # a cluster may still run on it
+  done
+fi
 echo "$tag"

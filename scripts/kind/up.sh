@@ -11,23 +11,16 @@
 # shellcheck source=scripts/kind/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-image_archive=$root/build/warren-image.tar
-overlay=$state/$name
-
 # check_options refuses what kind or Warren would refuse only after minutes.
 check_options() {
-  case "${IP_FAMILY:=ipv4}" in ipv4 | ipv6 | dual) ;; *) die "IP_FAMILY=$IP_FAMILY: want ipv4, ipv6 or dual" ;; esac
+  networks=$(networks_of "${IP_FAMILY:=ipv4}")
+  read -r cluster_cidr service_cidr <<<"$networks"
   case "${KUBE_PROXY_MODE:=iptables}" in
     iptables | nftables) ;; *) die "KUBE_PROXY_MODE=$KUBE_PROXY_MODE: want iptables or nftables" ;;
   esac
-  case "${ENCRYPTION:=on}" in on | off) ;; *) die "ENCRYPTION=$ENCRYPTION: want on or off" ;; esac
+  check_encryption
   [[ "${WORKERS:=1}" =~ ^[0-9]+$ ]] || die "WORKERS=$WORKERS: want a number"
   [ -n "${SKIP_WARREN:-}" ] || [ -f "$image_archive" ] || die "$image_archive is missing: run make image"
-  case "$IP_FAMILY" in
-    ipv4) cluster_cidr=10.244.0.0/16 service_cidr=10.96.0.0/16 ;;
-    ipv6) cluster_cidr=fd00:10:244::/56 service_cidr=fd00:10:96::/112 ;;
-    dual) cluster_cidr=10.244.0.0/16,fd00:10:244::/56 service_cidr=10.96.0.0/16,fd00:10:96::/112 ;;
-  esac
 }
 
 # choose_image prints the node image: the one that was asked for, kind's own, or one that is made here.
@@ -75,48 +68,6 @@ END
   for ((i = 0; i < WORKERS; i++)); do echo "  - role: worker"; done
 }
 
-# lacks_wireguard tells whether the nodes' kernel has no WireGuard of its own.
-lacks_wireguard() {
-  ! docker exec "$name-control-plane" unshare --net ip link add warren-probe type wireguard 2>/dev/null
-}
-
-# install_warren applies the one-file install with the options of this cluster.
-install_warren() {
-  local files=(warren.yaml)
-  say "loading $image_archive"
-  kind_cmd load image-archive --name "$name" "$image_archive"
-  if [ "$ENCRYPTION" = on ] && lacks_wireguard; then
-    say "the kernel has no WireGuard: its user-space tunnel is installed too"
-    files+=(userspace-tunnel.yaml)
-  fi
-  rm -rf "$overlay"
-  mkdir -p "$overlay"
-  cp "${files[@]/#/manifests/}" "$overlay/"
-  {
-    echo "resources: [$(IFS=,; echo "${files[*]}")]"
-    cat <<END
-patches:
-  - target: {kind: DaemonSet, name: warren, namespace: warren-system}
-    patch: |
-      apiVersion: apps/v1
-      kind: DaemonSet
-      metadata: {name: warren, namespace: warren-system}
-      spec:
-        template:
-          spec:
-            containers:
-              - name: warrend
-                env:
-                  - {name: WARREN_CLUSTER_CIDR, value: "$cluster_cidr"}
-                  - {name: WARREN_ENCRYPTION, value: "$ENCRYPTION"}
-END
-  } >"$overlay/kustomization.yaml"
-  "$tools/kubectl" apply --kustomize "$overlay"
-  say "waiting for the nodes"
-  "$tools/kubectl" wait --for=condition=Ready nodes --all --timeout=180s
-  "$tools/kubectl" --namespace kube-system rollout status deployment/coredns --timeout=120s
-}
-
 check_options
 docker_is_up || { scripts/kind/dockerd.sh start && docker_is_up; } || die "no docker answers"
 scripts/tools/build.sh kind kubectl
@@ -127,7 +78,7 @@ fi
 node_image=$(choose_image)
 say "creating the cluster $name from $node_image"
 kind_cmd create cluster --name "$name" --image "$node_image" --config <(kind_config)
-[ -n "${SKIP_WARREN:-}" ] || install_warren
+[ -n "${SKIP_WARREN:-}" ] || scripts/kind/install.sh
 
 cat <<END
 

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Runs the end-to-end tests: makes a two-node kind cluster without a network, runs scripts/e2e on it, which install Warren
+# and test it, and takes the cluster away. Options are environment variables:
+#   KEEP=1    keeps the cluster; scripts/kind/down.sh takes it away
+#   RUN=...   runs only the tests that match, for example TestWarren/tiers, on the cluster that was kept
+# When a test fails, what the nodes say is in build/e2e-logs/.
+export NAME=${NAME:-warren-e2e}
+# shellcheck source=scripts/kind/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+logs=$root/build/e2e-logs
+kubectl=$tools/kubectl
+
+# collect_logs writes down what the cluster's parts say, and shows the ends of what matters.
+collect_logs() {
+  local node pod
+  say "collecting logs in $logs"
+  {
+    "$kubectl" get nodes,pods --all-namespaces --output wide
+    "$kubectl" get events --all-namespaces --sort-by=.metadata.creationTimestamp
+  } >"$logs/cluster.log" 2>&1 || true
+  for pod in $("$kubectl" --namespace warren-system get pods --output name); do
+    {
+      "$kubectl" --namespace warren-system describe "$pod"
+      "$kubectl" --namespace warren-system logs "$pod" --all-containers --prefix --tail=2000
+      "$kubectl" --namespace warren-system logs "$pod" --all-containers --prefix --tail=200 --previous
+      "$kubectl" --namespace warren-system exec "$pod" -- warrend status
+    } >"$logs/${pod##*/}.log" 2>&1 || true
+    say "the end of ${pod##*/}.log"
+    tail -n 15 "$logs/${pod##*/}.log" >&2
+  done
+  for node in "$name-control-plane" "$name-worker"; do
+    docker exec "$node" journalctl --no-pager --unit kubelet --unit containerd --lines 500 >"$logs/$node-journal.log" 2>&1 || true
+    docker exec "$node" sh -c 'ip addr; ip route show table all; ip -6 route; iptables-save -c; ip6tables-save -c' \
+      >"$logs/$node-network.log" 2>&1 || true
+    grep -iE 'warren|cni|error' "$logs/$node-journal.log" | tail -n 10 >&2 || true
+  done
+}
+
+finish() {
+  local result=$?
+  [ $result -eq 0 ] || collect_logs || true
+  if [ -n "${KEEP:-}${RUN:-}" ]; then
+    say "the cluster $name stays: NAME=$name scripts/kind/down.sh takes it away"
+  else
+    scripts/kind/down.sh
+  fi
+  exit $result
+}
+
+scripts/tools/build.sh kind kubectl e2e.test
+rm -rf "$logs"
+mkdir -p "$logs"
+trap finish EXIT
+if [ -z "${RUN:-}" ]; then
+  scripts/kind/down.sh
+  SKIP_WARREN=1 scripts/kind/up.sh >/dev/null
+fi
+docker_is_up || die "no docker answers"
+AGNHOST=$(agnhost_image)
+export AGNHOST
+go test -tags e2e -count=1 -v -timeout 20m ./scripts/e2e -run "${RUN:-TestWarren}"
