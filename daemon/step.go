@@ -59,20 +59,31 @@ func makePlan(snapshot cluster.Snapshot, open []netip.Addr, p planning, uplinkMT
 		Encrypted:     p.encryptionMode,
 		Ready:         open,
 	})
-	local := 0
-	for _, pod := range snapshot.Pods {
-		if pod.Node == snapshot.Self && len(pod.Addresses) > 0 {
-			local++
-		}
-	}
 	return plan{
 		podCIDRs: self.PodCIDRs,
 		rules:    netfilter.Merge(base, policyRules),
 		mesh:     config,
 		open:     open,
-		counts:   counts{policies: len(snapshot.Policies), pods: local},
+		counts:   count(snapshot),
 		problems: slices.Concat(meshProblems, policyProblems),
 	}
+}
+
+// count counts the policies, the pods of this node, and those of them that a policy isolates in a direction.
+func count(snapshot cluster.Snapshot) counts {
+	c := counts{policies: len(snapshot.Policies)}
+	for _, pod := range snapshot.Pods {
+		if pod.Node != snapshot.Self || pod.HostNetwork || len(pod.Addresses) == 0 {
+			continue
+		}
+		c.pods++
+		if slices.ContainsFunc(snapshot.Policies, func(p cluster.Policy) bool {
+			return p.Namespace == pod.Namespace && p.Pods.Matches(pod.Labels)
+		}) {
+			c.isolated++
+		}
+	}
+	return c
 }
 
 // step reads, plans and applies. With full it trusts nothing that it remembers of the kernel.
