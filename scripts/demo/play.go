@@ -205,27 +205,22 @@ func (d *demo) await(ctx context.Context, marker [lab.MarkerSize]byte, open bool
 	begin := d.clock()
 	ctx, cancel := context.WithTimeout(ctx, changePatience)
 	defer cancel()
+	attempts := slices.DeleteFunc(d.attempts(marker, tiers()), func(a attempt) bool { return a.from != "web" || a.to != "api" })
 	err := lab.Until(ctx, func() error {
-		attempts := d.attempts(marker, tiers())
-		attempts = slices.DeleteFunc(attempts, func(a attempt) bool { return a.from != "web" || a.to != "api" })
-		for i := range attempts {
-			attempts[i].expected = open
-		}
-		try(ctx, attempts)
+		try(ctx, attempts, func(attempt) time.Duration { return patienceChange })
 		if i := slices.IndexFunc(attempts, func(a attempt) bool { return a.seen != open }); i >= 0 {
 			return fmt.Errorf("%s: still as before", attempts[i].what)
 		}
 		return nil
 	})
 	word := map[bool]string{false: "closed", true: "open again"}[open]
-	return errors.Join(err, d.check(err == nil, "web to api is %s on all nodes, %.1f seconds after the change (a closed probe itself waits %.1f seconds)",
-		word, d.clock().Sub(begin).Seconds(), patienceClosed.Seconds()))
+	return errors.Join(err, d.check(err == nil, "web to api is %s on all nodes, %.1f seconds after the change", word, d.clock().Sub(begin).Seconds()))
 }
 
 // reach tries every connection, prints the table, and returns an error where it is not as the tiers say.
 func (d *demo) reach(ctx context.Context, marker [lab.MarkerSize]byte, wanted []tier) error {
 	attempts := d.attempts(marker, wanted)
-	try(ctx, attempts)
+	try(ctx, attempts, attempt.patience)
 	var columns []string
 	for _, tier := range wanted {
 		columns = append(columns, tier.name)

@@ -12,10 +12,11 @@ import (
 )
 
 // How long a probe may take. One that must get through has time for two repetitions of a lost packet; one that must not
-// is given up after the first.
+// is given up after the first. While a change is waited for, probes come again and again, so that each can be short.
 const (
 	patienceOpen   = 5 * time.Second
 	patienceClosed = 1300 * time.Millisecond
+	patienceChange = 250 * time.Millisecond
 )
 
 // The rows of the table that are no tiers.
@@ -34,17 +35,21 @@ type attempt struct {
 	seen     bool
 }
 
+// patience is how long the attempt may take.
+func (a attempt) patience() time.Duration {
+	if a.expected {
+		return patienceOpen
+	}
+	return patienceClosed
+}
+
 // try tries all connections at once and notes which got through.
-func try(ctx context.Context, attempts []attempt) {
+func try(ctx context.Context, attempts []attempt, patience func(attempt) time.Duration) {
 	var group sync.WaitGroup
 	for i := range attempts {
 		group.Go(func() {
 			a := &attempts[i]
-			patience := patienceClosed
-			if a.expected {
-				patience = patienceOpen
-			}
-			ctx, cancel := context.WithTimeout(ctx, patience)
+			ctx, cancel := context.WithTimeout(ctx, patience(*a))
 			defer cancel()
 			a.seen = a.probe(ctx, a.address) == nil
 		})
