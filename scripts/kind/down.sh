@@ -11,7 +11,7 @@ if docker_is_up; then
     docker network rm kind >/dev/null 2>&1 || true
   fi
 fi
-rm -rf "${state:?}/$name" "$KUBECONFIG"
+rm -rf "${state:?}/$name" "$state/$name.yaml" "$KUBECONFIG"
 if [ -d "$run" ]; then
   if [ -n "$(docker ps --all --quiet)" ]; then
     say "other containers run on our dockerd: it is left running"

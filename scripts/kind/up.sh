@@ -13,7 +13,8 @@
 
 # check_options refuses what kind or Warren would refuse only after minutes.
 check_options() {
-  networks=$(networks_of "${IP_FAMILY:=ipv4}")
+  : "${IP_FAMILY:=ipv4}"
+  networks=$(networks_of "$IP_FAMILY")
   read -r cluster_cidr service_cidr <<<"$networks"
   case "${KUBE_PROXY_MODE:=iptables}" in
     iptables | nftables) ;; *) die "KUBE_PROXY_MODE=$KUBE_PROXY_MODE: want iptables or nftables" ;;
@@ -77,7 +78,8 @@ if kind_cmd get clusters 2>/dev/null | grep -qx "$name"; then
 fi
 node_image=$(choose_image)
 say "creating the cluster $name from $node_image"
-kind_cmd create cluster --name "$name" --image "$node_image" --config <(kind_config)
+kind_config >"$state/$name.yaml"
+kind_cmd create cluster --name "$name" --image "$node_image" --config "$state/$name.yaml"
 [ -n "${SKIP_WARREN:-}" ] || scripts/kind/install.sh
 
 cat <<END

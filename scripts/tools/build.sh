@@ -44,7 +44,7 @@ source_of() {
 linker_flags() {
   local flags="-s -w" version package
   if [ "$1" = kubernetes ]; then
-    version=$(awk '$1 == "k8s.io/kubernetes" { print $2; exit }' scripts/tools/kubernetes/go.mod)
+    version=$(cd scripts/tools/kubernetes && go list -m -f '{{.Version}}' k8s.io/kubernetes)
     IFS=. read -r major minor _ <<<"${version#v}"
     for package in k8s.io/component-base/version k8s.io/client-go/pkg/version; do
       flags+=" -X $package.gitVersion=$version -X $package.gitMajor=$major -X $package.gitMinor=$minor"
