@@ -175,16 +175,21 @@ func (s *Store) Release(containerID, ifname string) ([]netip.Addr, error) {
 		return nil, err
 	}
 	name := attachment(containerID, ifname)
-	lease, err := s.read(name)
-	addresses := lease.Addresses
-	if err != nil {
-		// There is no lease, or none that can be read: look for the addresses.
-		addresses, err = s.addressesOf(containerID, ifname)
-	}
+	addresses, err := s.Held(containerID, ifname)
 	if err = errors.Join(err, s.remove(name, addresses), unlock()); err != nil {
 		return addresses, fmt.Errorf("releasing the lease of %s: %w", name, err)
 	}
 	return addresses, nil
+}
+
+// Held returns the addresses of an attachment: those of its lease, or what a killed process left of one.
+func (s *Store) Held(containerID, ifname string) ([]netip.Addr, error) {
+	lease, err := s.read(attachment(containerID, ifname))
+	if err != nil {
+		// There is no lease, or none that can be read: look for the addresses.
+		return s.addressesOf(containerID, ifname)
+	}
+	return lease.Addresses, nil
 }
 
 // addressesOf returns the addresses whose files belong to the attachment, by what they say or by being its file.

@@ -257,6 +257,13 @@ func TestKilledWriter(t *testing.T) {
 					t.Errorf("%s was leased twice", a)
 				}
 			}
+			held, err := s.Held("c1", "eth0")
+			if err != nil {
+				t.Error(err)
+			}
+			if diff := cmp.Diff(tt.held, held, equal); diff != "" {
+				t.Errorf("held (-want +got):\n%s", diff)
+			}
 			if diff := cmp.Diff(tt.held, release(t, s, owner(1)), equal); diff != "" {
 				t.Errorf("released (-want +got):\n%s", diff)
 			}

@@ -1,0 +1,97 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
+	current "github.com/containernetworking/cni/pkg/types/100"
+
+	"github.com/warren-cni/warren/pkg/agentapi"
+	"github.com/warren-cni/warren/pkg/podlink"
+)
+
+// check is CHECK: lease, previous result, link, and the daemon have to agree.
+func check(ctx context.Context, args *skel.CmdArgs) error {
+	conf, err := parseConfig(args.StdinData)
+	if err != nil {
+		return err
+	}
+	if _, err = conf.ranges(); err != nil {
+		return err
+	}
+	previous, err := conf.previous()
+	if err != nil {
+		return err
+	}
+	if previous == nil {
+		return invalid("prevResult is missing")
+	}
+	owner, err := parseOwner(args)
+	if err != nil {
+		return err
+	}
+	if err = checkNetns(args.Netns); err != nil {
+		return err
+	}
+	leases, err := conf.leases()
+	if err != nil {
+		return err
+	}
+	addresses, err := leases.Held(owner.ContainerID, owner.Interface)
+	if err != nil {
+		return err
+	}
+	if len(addresses) == 0 {
+		return fmt.Errorf("interface %s of container %s has no lease", owner.Interface, owner.ContainerID)
+	}
+	pair := podlink.Plan(podlink.Spec{ContainerID: owner.ContainerID, Interface: owner.Interface, MTU: conf.MTU, Addresses: addresses})
+	return errors.Join(
+		compare(previous, pair, args.Netns),
+		podlink.Check(args.Netns, pair),
+		conf.ask(ctx, agentapi.OpCheck, request(owner, addresses)),
+	)
+}
+
+// compare looks for the pod's link in the result. Plugins that come later in the chain may have added to it.
+func compare(result *current.Result, pair podlink.Pair, netns string) error {
+	var missing []error
+	for _, end := range []current.Interface{{Name: pair.Host.Name}, {Name: pair.Pod.Name, Sandbox: netns}} {
+		if !slices.ContainsFunc(result.Interfaces, func(i *current.Interface) bool { return i.Name == end.Name && i.Sandbox == end.Sandbox }) {
+			missing = append(missing, fmt.Errorf("prevResult has no interface %s", end.Name))
+		}
+	}
+	for _, p := range pair.Pod.Addresses {
+		if !slices.ContainsFunc(result.IPs, func(ip *current.IPConfig) bool {
+			a, _ := netip.AddrFromSlice(ip.Address.IP)
+			return a.Unmap() == p.Addr()
+		}) {
+			missing = append(missing, fmt.Errorf("prevResult has no address %s, which is leased to the interface", p.Addr()))
+		}
+	}
+	return errors.Join(missing...)
+}
+
+// status is STATUS: whether an ADD could succeed now.
+func status(ctx context.Context, args *skel.CmdArgs) error {
+	conf, err := parseConfig(args.StdinData)
+	if err != nil {
+		return err
+	}
+	if _, err = conf.ranges(); err != nil {
+		return err
+	}
+	err = conf.ask(ctx, agentapi.OpReady, nil)
+	switch {
+	case err == nil:
+		return nil
+	case codeOf(err) == types.ErrLimitedConnectivity:
+		return err
+	default:
+		return types.NewError(types.ErrPluginNotAvailable, err.Error(), "")
+	}
+}

@@ -1,0 +1,80 @@
+// Command warren is the CNI plugin: it gives a pod its addresses and its link to the node, and returns when the node's
+// daemon has put the pod's policies into the kernel and opened the start gate for it.
+//
+// It does not link Kubernetes' packages, because it is started for every pod. Nothing but the result is written
+// to its standard output.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/containernetworking/cni/pkg/version"
+
+	"github.com/warren-cni/warren/pkg/agentapi"
+	"github.com/warren-cni/warren/pkg/gate"
+	"github.com/warren-cni/warren/pkg/ipam"
+)
+
+// daemonTimeout bounds what the daemon may take for one request. It waits itself for no longer than 5 s for a pod that it does
+// not know yet.
+const daemonTimeout = 30 * time.Second
+
+func main() {
+	skel.PluginMainFuncs(skel.CNIFuncs{
+		Add: coded(add), Del: coded(del), Check: coded(check), GC: coded(collect), Status: coded(status),
+	}, version.PluginSupports("0.4.0", "1.0.0", "1.1.0"), "CNI plugin warren")
+}
+
+// coded gives a command's error its CNI error code, and keeps all of its text.
+func coded(command func(context.Context, *skel.CmdArgs) error) func(*skel.CmdArgs) error {
+	return func(args *skel.CmdArgs) error {
+		ctx, cancel := context.WithTimeout(context.Background(), daemonTimeout)
+		defer cancel()
+		if err := command(ctx, args); err != nil {
+			return types.NewError(codeOf(err), err.Error(), "")
+		}
+		return nil
+	}
+}
+
+// codeOf returns the CNI error code (section "Error" of the CNI specification) for an error.
+func codeOf(err error) uint {
+	var named *types.Error
+	var refused *agentapi.Error
+	var exhausted *ipam.ExhaustedError
+	switch {
+	case errors.As(err, &named):
+		return named.Code
+	case errors.As(err, &refused):
+		return refused.Code
+	case errors.As(err, &exhausted), errors.Is(err, gate.ErrMissing):
+		return types.ErrTryAgainLater
+	default:
+		return types.ErrInternal
+	}
+}
+
+// ask sends a request to the daemon. That it is away is an error that passes.
+func (c *config) ask(ctx context.Context, op string, pod *agentapi.Pod) error {
+	_, err := agentapi.Call(ctx, filepath.Join(c.RunDir, "warrend.sock"), agentapi.Request{Op: op, Pod: pod})
+	var refused *agentapi.Error
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &refused):
+		return fmt.Errorf("the daemon of this node refuses: %w", err)
+	default:
+		return types.NewError(types.ErrTryAgainLater, fmt.Sprintf("the daemon of this node does not answer: %v", err), "")
+	}
+}
+
+// leases opens the store of the node's leases.
+func (c *config) leases() (*ipam.Store, error) {
+	return ipam.Open(filepath.Join(c.RunDir, "ipam"))
+}
