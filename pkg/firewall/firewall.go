@@ -1,11 +1,11 @@
 // Package firewall makes the kernel's packet filter agree with a netfilter.Ruleset: sets over netlink, chains with one
 // iptables-restore a family and table, jumps from built-in chains with go-iptables.
 //
-// An apply never passes through a state that lets more through than the old and the new ruleset together. What opens the
-// start gate leaves its set first and enters it last; other sets gain members before the rules change and lose them after;
-// the tables that close (raw, mangle) are in order before those that open (nat, filter) are touched; where a step fails, what
-// builds on it is not done. Every step is small and finds its own way from any state: after an error the next Apply reads the kernel
-// and goes on.
+// The order within an apply keeps things closed. What opens the start gate leaves its set first and enters it last; other sets
+// gain members before the rules change and lose them after; chains are complete before a hook leads to them; the tables that
+// close (raw, mangle) are in order before those that open (nat, filter) are touched; where a step fails, what builds on it is
+// not done. Every state in between is one that the cluster could have asked for, had its changes come one by one. After an error
+// the next Apply reads the kernel and goes on from whatever stands.
 //
 // What carries the prefix netfilter.Prefix is ours, whoever made it; nothing else is ever changed.
 package firewall
