@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -48,7 +49,7 @@ func (n *node) status(ctx context.Context) agentapi.Status {
 	if n.options.encryptionMode {
 		var meshProblems []cluster.Problem
 		s.Peers, meshProblems = n.peers(ctx, o, &s.Encryption)
-		problems = append(problems[:len(problems):len(problems)], meshProblems...)
+		problems = slices.Concat(problems, meshProblems)
 	}
 	for _, p := range cluster.SortProblems(problems) {
 		s.Problems = append(s.Problems, agentapi.Problem(p))

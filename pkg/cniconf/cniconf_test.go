@@ -167,7 +167,7 @@ func TestInstallBinariesReplacesARunningOne(t *testing.T) {
 	for path, content := range map[string]string{
 		filepath.Join(source, "warren"): "new", filepath.Join(target, "warren"): "old", filepath.Join(target, "flannel"): "other",
 	} {
-		if err := os.WriteFile(path, []byte(content), 0o700); err != nil { //nolint:gosec // a binary
+		if err := os.WriteFile(path, []byte(content), 0o700); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -175,7 +175,7 @@ func TestInstallBinariesReplacesARunningOne(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer running.Close()
+	defer func() { _ = running.Close() }()
 	changed, err := cniconf.InstallBinaries(source, target)
 	if err != nil {
 		t.Fatal(err)

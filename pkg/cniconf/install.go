@@ -28,7 +28,7 @@ func Install(dir string, p Params) (changed bool, err error) {
 	data, renderErr := Render(existing, p)
 	if renderErr != nil {
 		broken := path + ".broken"
-		if err := writeFile(broken, existing, 0o600); err != nil {
+		if err = writeFile(broken, existing, 0o600); err != nil {
 			return false, errors.Join(renderErr, err)
 		}
 		renderErr = fmt.Errorf("%w (the old file is kept as %s)", renderErr, broken)
@@ -152,10 +152,10 @@ func writeFile(path string, data []byte, mode fs.FileMode) error {
 	if err != nil {
 		return err
 	}
-	if err := fill(file, data, mode); err != nil {
+	if err = fill(file, data, mode); err != nil {
 		return errors.Join(err, os.Remove(file.Name()))
 	}
-	if err := os.Rename(file.Name(), path); err != nil {
+	if err = os.Rename(file.Name(), path); err != nil {
 		return errors.Join(err, os.Remove(file.Name()))
 	}
 	dir, err := os.Open(filepath.Dir(path))

@@ -76,11 +76,9 @@ func Render(existing []byte, p Params) ([]byte, error) {
 		"plugins":     entries,
 	}
 	for key, value := range ours {
-		raw, err := json.Marshal(value)
-		if err != nil {
+		if list[key], err = json.Marshal(value); err != nil {
 			return nil, fmt.Errorf("encoding %s of the conflist: %w", key, err)
 		}
-		list[key] = raw
 	}
 	out, err := json.MarshalIndent(list, "", "  ")
 	if err != nil {
