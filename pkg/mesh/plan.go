@@ -15,6 +15,9 @@ const (
 	overheadIPv6 = 80
 )
 
+// ethernetMTU is assumed of an uplink that is not known.
+const ethernetMTU = 1500
+
 // minIPv6MTU is the least MTU on which the kernel speaks IPv6 (RFC 8200, section 5).
 const minIPv6MTU = 1280
 
@@ -23,7 +26,8 @@ type Options struct {
 	// ClusterCIDRs hold every podCIDR; empty where they are not known.
 	ClusterCIDRs []netip.Prefix
 	ListenPort   uint16
-	// UplinkMTU is that of the link which carries the node's traffic to other nodes.
+	// UplinkMTU is that of the link which carries the node's traffic to other nodes; 0 where it is not known yet, which counts
+	// as 1500.
 	UplinkMTU int
 	// MTU overrides what follows from UplinkMTU; 0 for no override.
 	MTU       int
@@ -145,16 +149,17 @@ func (r *registry) unreachable(clusterCIDRs []netip.Prefix) []netip.Prefix {
 
 // mtu returns the MTU of the link and of the pods.
 func mtu(peers []Peer, self claim, o Options) int {
+	uplink := cmp.Or(o.UplinkMTU, ethernetMTU)
 	switch {
 	case o.MTU > 0:
 		return o.MTU
 	case !o.Encrypted:
-		return o.UplinkMTU
+		return uplink
 	case slices.ContainsFunc(peers, func(p Peer) bool { return p.Endpoint.Addr().Is6() }),
 		len(peers) == 0 && !self.prefers(netip.IPv4Unspecified()):
-		return o.UplinkMTU - overheadIPv6
+		return uplink - overheadIPv6
 	default:
-		return o.UplinkMTU - overheadIPv4
+		return uplink - overheadIPv4
 	}
 }
 

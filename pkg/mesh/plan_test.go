@@ -268,7 +268,8 @@ func TestPlanEndpointsAndMTU(t *testing.T) {
 		"published port": {
 			node(1), node(2, func(n *cluster.Node) { n.WireGuard.Port = 4500 }), func(o *mesh.Options) { o.UplinkMTU = 9001 }, "192.0.2.2:4500", 8941,
 		},
-		"override": {node(1), node(2), func(o *mesh.Options) { o.MTU = 1300 }, "192.0.2.2:51820", 1300},
+		"unknown uplink": {node(1), node(2), func(o *mesh.Options) { o.UplinkMTU = 0 }, "192.0.2.2:51820", 1440},
+		"override":       {node(1), node(2), func(o *mesh.Options) { o.MTU = 1300 }, "192.0.2.2:51820", 1300},
 	} {
 		t.Run(name, func(t *testing.T) {
 			o := options()

@@ -97,7 +97,7 @@ func set(sysctls, name, value string) error {
 }
 
 func get(sysctls, name string) (string, error) {
-	value, err := os.ReadFile(filepath.Join(sysctls, name)) //nolint:gosec // sysctls is the caller's, name a constant
+	value, err := os.ReadFile(filepath.Join(sysctls, name))
 	if err != nil {
 		return "", fmt.Errorf("reading setting %s: %w", name, err)
 	}

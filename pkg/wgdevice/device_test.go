@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
 	"syscall"
@@ -127,6 +126,40 @@ func TestPeersChangeByDifference(t *testing.T) {
 	a.reach(t, b, marker)
 }
 
+// TestManyPeers is a node of a large cluster, which one message cannot hold.
+func TestManyPeers(t *testing.T) {
+	n := newLab(t, 1).nodes[0]
+	config := n.plan(t, n)
+	for i := range 600 {
+		high, low := byte(i>>8), byte(i)
+		p := mesh.Peer{
+			PublicKey: [32]byte{1, high, low},
+			Endpoint:  netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, high + 3, low}), wireGuardPort),
+			AllowedIPs: []netip.Prefix{
+				netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 200 + high, low, 0}), 24),
+				netip.PrefixFrom(netip.AddrFrom16([16]byte{0xfd, 1, 6: high, 7: low}), 64),
+			},
+		}
+		config.Peers = append(config.Peers, p)
+		for j, source := range config.Addresses {
+			config.Routes = append(config.Routes, mesh.Route{Destination: p.AllowedIPs[j], Source: source.Addr()})
+		}
+	}
+	if changes := n.apply(t, config); changes.Peers != 600 || changes.Routes != 1202 {
+		t.Errorf("the first apply wrote %+v", changes)
+	}
+	if again := n.apply(t, config); again.Any() {
+		t.Errorf("the second apply wrote %+v", again)
+	}
+	config.Peers, config.Routes = config.Peers[:599], config.Routes[:1198]
+	if changes := n.apply(t, config); changes != (wgdevice.Changes{Peers: 1, Routes: 2}) {
+		t.Errorf("one peer less wrote %+v", changes)
+	}
+	if peers := len(n.status(t).Peers); peers != 599 {
+		t.Errorf("%d peers, want 599", peers)
+	}
+}
+
 func peerOf(t *testing.T, n, other *node) wgdevice.PeerStatus {
 	t.Helper()
 	for _, p := range n.status(t).Peers {
@@ -136,80 +169,6 @@ func peerOf(t *testing.T, n, other *node) wgdevice.PeerStatus {
 	}
 	t.Fatalf("%s is no peer of %s", other.name(), n.name())
 	return wgdevice.PeerStatus{}
-}
-
-// TestTunnelProcess shows what happens to the process of the user-space tunnel, and, where the kernel has WireGuard, that it
-// has nothing to do.
-func TestTunnelProcess(t *testing.T) {
-	if testMode() == wgdevice.ModeKernel {
-		n := newLab(t, 1).nodes[0]
-		output := n.start(t, wgdevice.ModeAuto)
-		if !output.Scan() || !strings.Contains(output.Text(), "mode=kernel") || !output.Scan() || !strings.Contains(output.Text(), "nothing to do") {
-			t.Errorf("the tunnel says %q", output.Text())
-		}
-		if n.socketExists(t) {
-			t.Error("the tunnel opened a socket beside the kernel's WireGuard")
-		}
-		if err := n.signalTunnel(t, syscall.SIGTERM); err != nil {
-			t.Errorf("idle tunnel: %v", err)
-		}
-		return
-	}
-
-	l := newLab(t, 2)
-	a, b := l.nodes[0], l.nodes[1]
-	l.joinAll(t, true)
-	marker := newMarker()
-	wire := l.listen(t, marker)
-	a.reach(t, b, marker)
-	before := describe(t, a)
-	for _, end := range []os.Signal{syscall.SIGKILL, syscall.SIGTERM} {
-		err := a.signalTunnel(t, end)
-		if end == syscall.SIGTERM && err != nil {
-			t.Errorf("tunnel after SIGTERM: %v", err)
-		}
-		if _, err = try(a.host, func() (wgdevice.Changes, error) { return a.device.Apply(t.Context(), a.plan(t, a, b), a.key) }); !errors.Is(err, wgdevice.ErrNoTunnel) {
-			t.Errorf("apply without the tunnel: %v", err)
-		}
-		a.miss(t, b, marker)
-		if after := describe(t, a); after != before {
-			t.Errorf("after %v of the tunnel:\n%s\nbefore:\n%s", end, after, before)
-		}
-		a.startTunnel(t)
-		if changes := a.apply(t, a.plan(t, a, b)); changes.Peers != 1 || changes.Links != 1 || changes.Routes != 0 {
-			t.Errorf("after the tunnel's restart the apply wrote %+v", changes)
-		}
-		a.reach(t, b, marker)
-		if again := a.apply(t, a.plan(t, a, b)); again.Any() {
-			t.Errorf("after the tunnel's restart the second apply wrote %+v", again)
-		}
-	}
-	if got := wire.count(t); got.clear != 0 || got.wireGuard == 0 {
-		t.Errorf("on the wire: %+v, want nothing in clear", got)
-	}
-
-	// The positive control: with the routes and the link gone the same probe leaves in clear.
-	_ = a.signalTunnel(t, syscall.SIGKILL) // it ends by the signal, which Wait calls an error
-	a.do(t, func() error { return a.device.Cleanup(t.Context()) })
-	a.miss(t, b, marker)
-	if got := wire.count(t); got.clear == 0 {
-		t.Errorf("without the mesh on the wire: %+v, want packets in clear", got)
-	}
-}
-
-// TestTunnelHangs stops the process without ending it: an Apply reports that, and does not wait for ever.
-func TestTunnelHangs(t *testing.T) {
-	n := newLab(t, 1).nodes[0]
-	if testMode() == wgdevice.ModeKernel {
-		// The kernel has no process to hang; what remains is that user space is not silently taken for it.
-		n.device = newDevice(t, wgdevice.ModeUserspace)
-	} else if err := n.tunnel.Process.Signal(syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
-	_, err := try(n.host, func() (wgdevice.Changes, error) { return n.device.Apply(t.Context(), n.plan(t, n), n.key) })
-	if !errors.Is(err, wgdevice.ErrNoTunnel) {
-		t.Errorf("apply: %v, want ErrNoTunnel", err)
-	}
 }
 
 func TestApplyWithoutTunnelClosesTheWay(t *testing.T) {
@@ -276,7 +235,7 @@ func TestStraysGoAndForeignThingsStay(t *testing.T) {
 	}
 	if testMode() == wgdevice.ModeUserspace {
 		_ = a.tunnel.Wait() // it ends with an error, because its link was deleted
-		a.startTunnel(t)
+		a.startTunnel(t, wgdevice.ModeUserspace)
 	}
 	a.do(t, func() error { return ipRoute(taken.String(), 0, unix.RTPROT_STATIC) })
 	_, err := try(a.host, func() (wgdevice.Changes, error) { return a.device.Apply(t.Context(), a.plan(t, a, b), a.key) })

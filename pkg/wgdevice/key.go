@@ -67,7 +67,7 @@ func LoadOrCreateKey(dir string) (Key, error) {
 }
 
 func loadKey(path string) (Key, error) {
-	f, err := os.Open(path) //nolint:gosec // the path is the operator's --state-dir
+	f, err := os.Open(path)
 	if err != nil {
 		return Key{}, fmt.Errorf("reading the WireGuard key: %w", err)
 	}
@@ -109,7 +109,7 @@ func saveKey(dir, path, text string) error {
 	if err != nil {
 		return errors.Join(err, os.Remove(f.Name()))
 	}
-	d, err := os.Open(dir) //nolint:gosec // the path is the operator's --state-dir
+	d, err := os.Open(dir)
 	if err != nil {
 		return err
 	}

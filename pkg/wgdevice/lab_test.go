@@ -71,12 +71,29 @@ type host struct {
 
 func newHost(t *testing.T) *host {
 	t.Helper()
+	return startHost(t, isolate)
+}
+
+// sibling returns another thread in the namespaces of a host.
+func (h *host) sibling(t *testing.T) *host {
+	t.Helper()
+	mounts := in(t, h, func() (int, error) { return unix.Open("/proc/thread-self/ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0) })
+	defer func() { _ = unix.Close(mounts) }()
+	return startHost(t, func() (int, error) {
+		netns, err := unix.Dup(h.netns)
+		return netns, errors.Join(err, unix.Unshare(unix.CLONE_FS), unix.Setns(mounts, unix.CLONE_NEWNS), unix.Setns(h.netns, unix.CLONE_NEWNET))
+	})
+}
+
+// startHost starts a thread that enters its namespaces by a function, which returns its network namespace.
+func startHost(t *testing.T, enter func() (int, error)) *host {
+	t.Helper()
 	h := &host{calls: make(chan func())}
 	ready := make(chan error)
 	go func() {
 		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine, and the namespaces with the thread
 		var err error
-		h.netns, err = isolate()
+		h.netns, err = enter()
 		ready <- err
 		for f := range h.calls {
 			f()
@@ -183,7 +200,7 @@ func (l *lab) addNode(t *testing.T, number byte) *node {
 	l.wire.do(t, func() error { return plug(n.netns, number) })
 	n.do(t, func() error { return setUpUplink(number) })
 	n.do(t, echo)
-	n.startTunnel(t)
+	n.startTunnel(t, testMode())
 	return n
 }
 
@@ -271,13 +288,13 @@ func echo() error {
 }
 
 // startTunnel starts the user-space tunnel of a node in a process of its own and waits until it is ready. It does nothing
-// where the kernel is under test.
-func (n *node) startTunnel(t *testing.T) {
+// for the kernel.
+func (n *node) startTunnel(t *testing.T, mode wgdevice.Mode) {
 	t.Helper()
-	if testMode() == wgdevice.ModeKernel {
+	if mode == wgdevice.ModeKernel {
 		return
 	}
-	output := n.start(t, wgdevice.ModeUserspace)
+	output := n.start(t, mode)
 	for output.Scan() {
 		if strings.Contains(output.Text(), "tunnel ready") {
 			go func() { // the rest, so that the process never waits for a reader

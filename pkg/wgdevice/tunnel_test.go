@@ -1,0 +1,180 @@
+package wgdevice_test
+
+import (
+	"context"
+	"errors"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/warren-cni/warren/pkg/wgdevice"
+)
+
+// TestTunnelProcess ends the process of the user-space tunnel and starts it again: the way stays closed in between. Where the
+// kernel has WireGuard the process has nothing to do, and makes way when the kernel takes over.
+func TestTunnelProcess(t *testing.T) {
+	if testMode() == wgdevice.ModeKernel {
+		idleTunnel(t)
+		kernelTakesOver(t)
+		return
+	}
+	l := newLab(t, 2)
+	a, b := l.nodes[0], l.nodes[1]
+	l.joinAll(t, true)
+	marker := newMarker()
+	wire := l.listen(t, marker)
+	a.reach(t, b, marker)
+	before := describe(t, a)
+	for _, end := range []os.Signal{syscall.SIGKILL, syscall.SIGTERM} {
+		err := a.signalTunnel(t, end)
+		if end == syscall.SIGTERM && err != nil {
+			t.Errorf("tunnel after SIGTERM: %v", err)
+		}
+		if _, err = try(a.host, func() (wgdevice.Changes, error) { return a.device.Apply(t.Context(), a.plan(t, a, b), a.key) }); !errors.Is(err, wgdevice.ErrNoTunnel) {
+			t.Errorf("apply without the tunnel: %v", err)
+		}
+		a.miss(t, b, marker)
+		if after := describe(t, a); after != before {
+			t.Errorf("after %v of the tunnel:\n%s\nbefore:\n%s", end, after, before)
+		}
+		a.startTunnel(t, wgdevice.ModeUserspace)
+		if changes := a.apply(t, a.plan(t, a, b)); changes.Peers != 1 || changes.Links != 1 || changes.Routes != 0 {
+			t.Errorf("after the tunnel's restart the apply wrote %+v", changes)
+		}
+		a.reach(t, b, marker)
+		if again := a.apply(t, a.plan(t, a, b)); again.Any() {
+			t.Errorf("after the tunnel's restart the second apply wrote %+v", again)
+		}
+	}
+	if got := wire.count(t); got.clear != 0 || got.wireGuard == 0 {
+		t.Errorf("on the wire: %+v, want nothing in clear", got)
+	}
+
+	// The positive control: with the routes and the link gone the same probe leaves in clear.
+	_ = a.signalTunnel(t, syscall.SIGKILL) // it ends by the signal, which Wait calls an error
+	a.do(t, func() error { return a.device.Cleanup(t.Context()) })
+	a.miss(t, b, marker)
+	if got := wire.count(t); got.clear == 0 {
+		t.Errorf("without the mesh on the wire: %+v, want packets in clear", got)
+	}
+}
+
+// idleTunnel runs the tunnel where the kernel has WireGuard.
+func idleTunnel(t *testing.T) {
+	t.Helper()
+	n := newLab(t, 1).nodes[0]
+	output := n.start(t, wgdevice.ModeAuto)
+	for _, want := range []string{"mode=kernel", "nothing to do"} {
+		if !output.Scan() || !strings.Contains(output.Text(), want) {
+			t.Errorf("the tunnel says %q, want %q", output.Text(), want)
+		}
+	}
+	if n.socketExists(t) {
+		t.Error("the tunnel opened a socket beside the kernel's WireGuard")
+	}
+	if err := n.signalTunnel(t, syscall.SIGTERM); err != nil {
+		t.Errorf("idle tunnel: %v", err)
+	}
+}
+
+// kernelTakesOver goes from user space to the kernel and back, as a node does whose setting is changed.
+func kernelTakesOver(t *testing.T) {
+	t.Helper()
+	l := newLab(t, 2)
+	a, b := l.nodes[0], l.nodes[1]
+	l.joinAll(t, true)
+	marker := newMarker()
+	wire := l.listen(t, marker)
+	a.do(t, func() error { return a.device.Cleanup(t.Context()) })
+
+	a.device = newDevice(t, wgdevice.ModeUserspace)
+	a.startTunnel(t, wgdevice.ModeUserspace)
+	a.apply(t, a.plan(t, a, b))
+	a.reach(t, b, marker)
+	a.device = newDevice(t, wgdevice.ModeAuto)
+	a.apply(t, a.plan(t, a, b))
+	if mode := a.status(t).Mode; mode != wgdevice.ModeKernel {
+		t.Errorf("mode %s, want the kernel", mode)
+	}
+	a.reach(t, b, marker)
+	if err := a.tunnel.Wait(); err == nil {
+		t.Error("the tunnel ended without an error although its link was taken away")
+	}
+
+	a.device = newDevice(t, wgdevice.ModeUserspace)
+	apply := func() (wgdevice.Changes, error) { return a.device.Apply(t.Context(), a.plan(t, a, b), a.key) }
+	if _, err := try(a.host, apply); !errors.Is(err, wgdevice.ErrNoTunnel) {
+		t.Errorf("back to user space, before its tunnel runs: %v", err)
+	}
+	a.miss(t, b, marker)
+	a.startTunnel(t, wgdevice.ModeUserspace)
+	a.apply(t, a.plan(t, a, b))
+	a.reach(t, b, marker)
+	if got := wire.count(t); got.clear != 0 || got.wireGuard == 0 {
+		t.Errorf("on the wire: %+v, want nothing in clear", got)
+	}
+}
+
+func TestSecondTunnelIsRefused(t *testing.T) {
+	n := newLab(t, 1).nodes[0]
+	if testMode() == wgdevice.ModeKernel {
+		n.startTunnel(t, wgdevice.ModeUserspace)
+	}
+	first := n.tunnel
+	output := n.start(t, wgdevice.ModeUserspace)
+	var said []string
+	for output.Scan() {
+		said = append(said, output.Text())
+	}
+	if err := n.tunnel.Wait(); err == nil || !strings.Contains(strings.Join(said, "\n"), "another tunnel runs on it") {
+		t.Errorf("the second tunnel: %v, saying %q", err, said)
+	}
+	n.tunnel = first
+	if err := n.signalTunnel(t, syscall.SIGTERM); err != nil {
+		t.Errorf("the first tunnel: %v", err)
+	}
+}
+
+func TestWatchTunnel(t *testing.T) {
+	n := newLab(t, 1).nodes[0]
+	ctx, stop := context.WithCancel(t.Context())
+	started := make(chan struct{}, 9)
+	ended := make(chan error)
+	watcher := n.sibling(t)
+	go func() {
+		_, err := try(watcher, func() (any, error) { return nil, wgdevice.WatchTunnel(ctx, func() { started <- struct{}{} }) })
+		ended <- err
+	}()
+	// The watch has begun at some moment after this; a tunnel that starts again and again is seen at last.
+	for seen := false; !seen; {
+		if n.tunnel != nil {
+			_ = n.signalTunnel(t, syscall.SIGKILL) // it ends by the signal, which Wait calls an error
+		}
+		n.startTunnel(t, wgdevice.ModeUserspace)
+		select {
+		case <-started:
+			seen = true
+		default:
+		}
+	}
+	stop()
+	if err := <-ended; err != nil {
+		t.Errorf("watching: %v", err)
+	}
+}
+
+// TestTunnelHangs stops the process without ending it: an Apply reports that, and does not wait for ever.
+func TestTunnelHangs(t *testing.T) {
+	n := newLab(t, 1).nodes[0]
+	if testMode() == wgdevice.ModeKernel {
+		// The kernel has no process to hang; what remains is that user space is not silently taken for it.
+		n.device = newDevice(t, wgdevice.ModeUserspace)
+	} else if err := n.tunnel.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	_, err := try(n.host, func() (wgdevice.Changes, error) { return n.device.Apply(t.Context(), n.plan(t, n), n.key) })
+	if !errors.Is(err, wgdevice.ErrNoTunnel) {
+		t.Errorf("apply: %v, want ErrNoTunnel", err)
+	}
+}
