@@ -61,6 +61,7 @@ func (l *Lab) addNode(ctx context.Context, number int) (*Node, error) {
 	}
 	err = batch(ctx, n.namespace, fmt.Sprintf(`link set lo up
 link add eth0 mtu 1500 type veth peer name %[1]s netns %[2]s
+link set eth0 addrgenmode none
 link set eth0 up
 addr add %[3]s dev eth0
 addr add %[4]s dev eth0 nodad
