@@ -123,7 +123,7 @@ func extend(previous *current.Result, pair podlink.Pair, netns string) *current.
 		// Each address has the route, and so the gateway, of the same index.
 		route := pair.Pod.Routes[i]
 		gateway := net.IP(route.Via.AsSlice())
-		result.IPs = append(result.IPs, &current.IPConfig{Interface: current.Int(podEnd), Address: ipNet(p), Gateway: gateway})
+		result.IPs = append(result.IPs, &current.IPConfig{Interface: new(podEnd), Address: ipNet(p), Gateway: gateway})
 		result.Routes = append(result.Routes, &types.Route{Dst: ipNet(route.Destination), GW: gateway})
 	}
 	return result

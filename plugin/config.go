@@ -99,10 +99,10 @@ func invalid(format string, args ...any) error {
 func parseOwner(args *skel.CmdArgs) (ipam.Owner, error) {
 	var pod struct {
 		types.CommonArgs
-		K8S_POD_NAMESPACE          types.UnmarshallableString //nolint:revive,staticcheck // LoadArgs finds fields by these names
-		K8S_POD_NAME               types.UnmarshallableString //nolint:revive,staticcheck // see above
-		K8S_POD_UID                types.UnmarshallableString //nolint:revive,staticcheck // see above
-		K8S_POD_INFRA_CONTAINER_ID types.UnmarshallableString //nolint:revive,staticcheck // see above
+		K8S_POD_NAMESPACE          types.UnmarshallableString //nolint:staticcheck // LoadArgs finds fields by these names
+		K8S_POD_NAME               types.UnmarshallableString //nolint:staticcheck // see above
+		K8S_POD_UID                types.UnmarshallableString //nolint:staticcheck // see above
+		K8S_POD_INFRA_CONTAINER_ID types.UnmarshallableString //nolint:staticcheck // see above
 	}
 	if err := types.LoadArgs(args.Args, &pod); err != nil {
 		return ipam.Owner{}, types.NewError(types.ErrInvalidEnvironmentVariables, fmt.Sprintf("CNI_ARGS: %v", err), "")

@@ -312,7 +312,7 @@ func TestFilesThatAreNoLease(t *testing.T) {
 }
 
 func TestListSeesEveryChange(t *testing.T) {
-	dir, err := os.MkdirTemp("/dev/shm", "ipam") // a tmpfs, as in production
+	dir, err := os.MkdirTemp("/dev/shm", "ipam") //nolint:usetesting // a tmpfs, as in production
 	if err != nil {
 		t.Fatal(err)
 	}

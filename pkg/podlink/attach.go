@@ -49,6 +49,11 @@ func Attach(netns string, p Pair) error {
 	if err == nil {
 		err = pod.Do(func(ns.NetNS) error { return p.Pod.configure() })
 	}
+	if err == nil {
+		// The host end went up without a carrier, and sends only once the kernel's link watch has seen that it has one now. That
+		// happens when somebody looks (rtnl_getlink), and otherwise a little later: too late for the pod's first packet.
+		_, err = h.LinkByName(p.Host.Name)
+	}
 	if err != nil {
 		return errors.Join(err, h.LinkDel(veth))
 	}
@@ -119,10 +124,8 @@ func (e *End) configure() error {
 	if err = h.LinkSetUp(link); err != nil {
 		return fmt.Errorf("setting %s up: %w", e.Name, err)
 	}
-	for _, a := range e.Addresses {
-		if err = h.AddrAdd(link, address(a)); err != nil {
-			return fmt.Errorf("adding address %s to %s: %w", a, e.Name, err)
-		}
+	if err = e.addAddresses(h, link); err != nil {
+		return err
 	}
 	index := link.Attrs().Index
 	for _, n := range e.Neighbours {
@@ -141,6 +144,21 @@ func (e *End) configure() error {
 		}
 	}
 	return nil
+}
+
+// addAddresses gives the device its addresses, and returns when they are in use.
+func (e *End) addAddresses(h netlinksafe.Handle, link netlink.Link) error {
+	settled, err := watchSettling()
+	if err != nil {
+		return err
+	}
+	defer settled.close()
+	for _, a := range e.Addresses {
+		if err = h.AddrAdd(link, address(a)); err != nil {
+			return fmt.Errorf("adding address %s to %s: %w", a, e.Name, err)
+		}
+	}
+	return settled.wait(e.Addresses)
 }
 
 // configureIPv6 sets what must stand before the device goes up. Without IPv6 in the kernel there is nothing to set.

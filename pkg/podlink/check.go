@@ -66,7 +66,7 @@ func (e *End) check(mtu int) error {
 // checkAddresses looks for the end's addresses.
 func (e *End) checkAddresses(h netlinksafe.Handle, link netlink.Link) error {
 	list, err := dump(func() ([]netlink.Addr, error) {
-		return h.AddrList(link, netlink.FAMILY_ALL) //nolint:forbidigo // dump repeats what was interrupted
+		return h.AddrList(link, netlink.FAMILY_ALL)
 	})
 	if err != nil {
 		return fmt.Errorf("listing addresses: %w", err)
@@ -87,7 +87,7 @@ func (e *End) checkAddresses(h netlinksafe.Handle, link netlink.Link) error {
 // checkNeighbours looks for the end's permanent neighbours.
 func (e *End) checkNeighbours(h netlinksafe.Handle, link netlink.Link) error {
 	list, err := dump(func() ([]netlink.Neigh, error) {
-		return h.NeighList(link.Attrs().Index, netlink.FAMILY_ALL) //nolint:forbidigo // dump repeats what was interrupted
+		return h.NeighList(link.Attrs().Index, netlink.FAMILY_ALL)
 	})
 	if err != nil {
 		return fmt.Errorf("listing neighbours: %w", err)

@@ -15,33 +15,33 @@ import (
 
 // Enter moves the calling goroutine, and the processes that it starts, into a new node for good: its thread ends with the
 // test. A subtest is another goroutine and has to enter a node of its own.
-func Enter(t testing.TB) ns.NetNS {
-	t.Helper()
+func Enter(tb testing.TB) ns.NetNS {
+	tb.Helper()
 	runtime.LockOSThread()
-	node := New(t)
+	node := New(tb)
 	if err := node.Set(); err != nil {
-		t.Fatalf("entering the node's namespace: %v", err)
+		tb.Fatalf("entering the node's namespace: %v", err)
 	}
 	// Forwarding, as the daemon switches it on.
 	for _, name := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} {
 		if err := os.WriteFile("/proc/sys/net/"+name, []byte("1"), 0); err != nil {
-			t.Fatal(err)
+			tb.Fatal(err)
 		}
 	}
 	return node
 }
 
 // New returns a network namespace that has a path and a loopback device that is up, and ends with the test.
-func New(t testing.TB) ns.NetNS {
-	t.Helper()
+func New(tb testing.TB) ns.NetNS {
+	tb.Helper()
 	space, err := testutils.NewNS()
 	if err != nil {
-		t.Fatalf("making a network namespace: %v", err)
+		tb.Fatalf("making a network namespace: %v", err)
 	}
-	t.Cleanup(func() {
+	tb.Cleanup(func() {
 		_ = space.Close()
 		if unmountErr := testutils.UnmountNS(space); unmountErr != nil {
-			t.Errorf("removing a network namespace: %v", unmountErr)
+			tb.Errorf("removing a network namespace: %v", unmountErr)
 		}
 	})
 	err = space.Do(func(ns.NetNS) error {
@@ -52,7 +52,7 @@ func New(t testing.TB) ns.NetNS {
 		return netlink.LinkSetUp(lo)
 	})
 	if err != nil {
-		t.Fatalf("setting up the loopback device: %v", err)
+		tb.Fatalf("setting up the loopback device: %v", err)
 	}
 	return space
 }
