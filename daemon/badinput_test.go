@@ -1,0 +1,225 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/warren-cni/warren/pkg/agentapi"
+	"github.com/warren-cni/warren/pkg/lab"
+)
+
+// badPolicy selects all pods of the namespace and allows an impossible network.
+const badPolicy = `apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {namespace: shop, name: impossible}
+spec:
+  podSelector: {matchLabels: {app: half}}
+  policyTypes: [Ingress]
+  ingress:
+  - from:
+    - ipBlock: {cidr: 10.0.0.300/8}
+`
+
+// lostIndentation is a policy of which the lines were pasted without their indentation.
+const lostIndentation = `apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata:
+namespace: shop
+name: isolate-closed
+spec:
+podSelector: {}
+`
+
+// garbageNode is a node whose annotation is no key.
+const garbageNode = `apiVersion: v1
+kind: Node
+metadata:
+  name: node-9
+  annotations: {warren.cni/wireguard-public-key: garbage}
+spec: {podCIDRs: [10.244.9.0/24]}
+status: {addresses: [{type: InternalIP, address: 192.0.2.9}]}
+`
+
+// bareNode is a node that no controller has given a podCIDR.
+const bareNode = `apiVersion: v1
+kind: Node
+metadata: {name: node-1}
+status: {addresses: [{type: InternalIP, address: 192.0.2.1}, {type: InternalIP, address: "2001:db8::1"}]}
+`
+
+// Objects that are broken are reported with their name and field, close what they concern, and leave the rest alone.
+func TestBrokenObjects(t *testing.T) {
+	s := running(t, "wdbroken", 2)
+	s.write("policy", isolate("closed"))
+	client := s.pod(0, "client")
+	open, closed, half := s.pod(1, "open"), s.pod(1, "closed"), s.pod(1, "half")
+	unaffected := func(t *testing.T) {
+		t.Helper()
+		s.reaches(client, open)
+		s.blocked(client, closed)
+	}
+	expect := func(t *testing.T, p agentapi.Problem, words ...string) {
+		t.Helper()
+		for _, word := range words {
+			if text := fmt.Sprintf("%+v", p); !strings.Contains(text, word) {
+				t.Errorf("the problem does not say %q: %s", word, text)
+			}
+		}
+	}
+	unaffected(t)
+
+	t.Run("impossible policy", func(t *testing.T) {
+		s.reaches(client, half)
+		s.writeText("bad", badPolicy)
+		expect(t, s.problem(1, "PolicyInvalid", "shop/impossible"), "spec.ingress[0].from[0].ipBlock.cidr", "10.0.0.300/8")
+		s.blocked(client, half)
+		unaffected(t)
+	})
+	t.Run("lost indentation", func(t *testing.T) {
+		s.writeText("policy", lostIndentation)
+		expect(t, s.problem(1, "FileInvalid", "policy.yaml"), "policy.yaml")
+		unaffected(t) // the policy that the file held before is still enforced
+		s.write("policy", isolate("closed"))
+	})
+	t.Run("garbage key", func(t *testing.T) {
+		s.writeText("node-9", garbageNode)
+		expect(t, s.problem(0, "NodeInvalid", "node-9"), "warren.cni/wireguard-public-key")
+		if peers := s.status(0).Peers; len(peers) != 1 || peers[0].Node != "node-2" {
+			t.Errorf("peers: %+v", peers)
+		}
+		unaffected(t)
+	})
+	t.Run("status tells by its exit status", func(t *testing.T) {
+		out, err := s.Nodes[0].Command(t.Context(), "status")
+		if err == nil || !strings.Contains(out, "NodeInvalid: Node node-9") {
+			t.Errorf("status: %v\n%s", err, out)
+		}
+	})
+	for _, name := range []string{"bad", "node-9"} {
+		if err := s.Remove(name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.healthy(0)
+	s.healthy(1)
+	unaffected(t)
+}
+
+// A node without podCIDR gets no conflist, and all of it follows once it has one.
+func TestNodeWithoutPodCIDR(t *testing.T) {
+	s := newStage(t, "wdbare", 1)
+	whole, err := s.ReadText("node-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.writeText("node-1", bareNode)
+	s.startTunnel(0)
+	s.startDaemon(0, nil)
+	s.problem(0, "NodeWithoutPodCIDR", "node-1")
+	if s.status(0).Ready {
+		t.Error("the node is ready")
+	}
+	if _, err = os.Stat(s.Nodes[0].Conflist()); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("there is a conflist (%v)", err)
+	}
+	s.writeText("node-1", string(whole))
+	s.ready(0)
+	s.healthy(0)
+	s.pod(0, "works")
+}
+
+// leavesNothing demands that adding a pod fails as "try again later" and leaves nothing.
+func leavesNothing(t *testing.T, s *stage, node *lab.Node) {
+	t.Helper()
+	before, err := node.Leftovers(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = node.AddPod(t.Context(), lab.Pod{Namespace: "shop", Name: "refused", Labels: map[string]string{"app": "refused"}})
+	var refusal *types.Error
+	if !errors.As(err, &refusal) || refusal.Code != types.ErrTryAgainLater {
+		t.Errorf("adding a pod gave %v, not code %d", err, types.ErrTryAgainLater)
+	}
+	after, err := node.Leftovers(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(before, after); diff != "" {
+		t.Errorf("a refused pod left something (-before +after):\n%s", diff)
+	}
+}
+
+// With the daemon away no pod starts.
+func TestAddWithoutDaemon(t *testing.T) {
+	s := running(t, "wdaway", 1)
+	s.healthy(0)
+	if err := s.daemons[0].Stop(); err != nil {
+		t.Fatal(err)
+	}
+	leavesNothing(t, s, s.Nodes[0])
+	s.startDaemon(0, nil)
+	s.ready(0)
+	s.pod(0, "later")
+}
+
+// withoutSCTP is an iptables-restore of a system that lacks the match: it warns, leaves the rules out, and succeeds.
+const withoutSCTP = `#!/bin/sh
+input=$(cat)
+case "$input" in
+*"-p sctp"*) echo "Warning: Extension sctp revision 0 not supported, missing kernel module?" >&2; exit 0 ;;
+esac
+printf '%%s\n' "$input" | exec %s "$@"
+`
+
+// A policy that the node's iptables cannot express is a problem, it opens nothing, and what stood before stays.
+func TestUnsupportedExtension(t *testing.T) {
+	s := newStage(t, "wdext", 1)
+	tools := t.TempDir()
+	for _, name := range []string{"iptables-restore", "ip6tables-restore"} {
+		actual, err := exec.LookPath(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err = os.WriteFile(filepath.Join(tools, name), fmt.Appendf(nil, withoutSCTP, actual), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.startTunnel(0)
+	s.startDaemon(0, []string{"PATH=" + tools + ":" + os.Getenv("PATH")})
+	s.ready(0)
+	s.write("policy", isolate("closed"))
+	client, open, closed := s.pod(0, "client"), s.pod(0, "open"), s.pod(0, "closed")
+	s.reaches(client, open)
+	s.blocked(client, closed)
+
+	s.writeText("sctp", `apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {namespace: shop, name: signalling}
+spec:
+  podSelector: {matchLabels: {app: client}}
+  policyTypes: [Ingress]
+  ingress:
+  - ports: [{protocol: SCTP, port: 2905}]
+`)
+	problem := s.problem(0, "FirewallApplyFailed", "node-1")
+	if !strings.Contains(problem.Message, "Extension sctp") {
+		t.Errorf("the problem does not say what is missing: %+v", problem)
+	}
+	s.reaches(client, open)
+	s.blocked(client, closed)
+	leavesNothing(t, s, s.Nodes[0])
+
+	if err := s.Remove("sctp"); err != nil {
+		t.Fatal(err)
+	}
+	s.healthy(0)
+	s.pod(0, "later")
+}
