@@ -73,7 +73,7 @@ func (d *Directory) ownFile() (string, bool) {
 
 // lockDirectory keeps the daemons of other nodes out, which may edit the same file.
 func lockDirectory(path string) (unlock func() error, err error) {
-	dir, err := os.Open(path) //nolint:gosec // the operator names the directory
+	dir, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("locking directory %s: %w", path, err)
 	}
