@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the end-to-end tests: makes a two-node kind cluster without a network, runs scripts/e2e on it, which install Warren
+# Runs the end-to-end tests: makes a two-node kind cluster without a network, runs pkg/internal/e2e on it, which install Warren
 # and test it, and takes the cluster away. Options are environment variables:
 #   KEEP=1    keeps the cluster; scripts/kind/down.sh takes it away
 #   RUN=...   runs only the tests that match, for example TestWarren/tiers, on the cluster that was kept
@@ -59,4 +59,4 @@ fi
 docker_is_up || die "no docker answers"
 AGNHOST=$(agnhost_image)
 export AGNHOST
-go test -tags e2e -count=1 -v -timeout 20m ./scripts/e2e -run "${RUN:-TestWarren}"
+go test -tags e2e -count=1 -v -timeout 20m ./pkg/internal/e2e -run "${RUN:-TestWarren}"

@@ -9,11 +9,10 @@
 
 suite=bookworm # the last Debian whose systemd boots on cgroup v1
 node_packages=systemd,dbus,containerd,runc,iptables,nftables,ipset,conntrack,iproute2,ethtool,socat,kmod,jq,procps
-node_packages+=,util-linux,mount,ca-certificates,busybox-static,iputils-ping,tcpdump,hostname
-# What kube-proxy runs, with all libraries; files of these packages go into its image.
-proxy_packages=(iptables libxtables12 libip4tc2 libip6tc2 libnftnl11 libmnl0 libnfnetlink0 libnetfilter-conntrack3
-  nftables libnftables1 libedit2 libjansson4 libgmp10 libbsd0 libmd0 libtinfo6 conntrack kmod liblzma5 libzstd1
-  libssl3 netbase libc6)
+node_packages+=,util-linux,mount,ca-certificates,busybox,curl,iputils-ping,tcpdump,hostname
+# Programs that kube-proxy and the test suite run in their images.
+proxy_programs=(/usr/sbin/{xtables-nft-multi,nft,conntrack} /usr/bin/kmod)
+suite_programs=(/usr/bin/{busybox,curl,bash} /usr/bin/{ip,ss})
 kubernetes=(kube-apiserver kube-controller-manager kube-scheduler kube-proxy)
 
 [ "$(id -u)" -eq 0 ] || die "making a node image needs root; or name an image in NODE_IMAGE"
@@ -28,14 +27,11 @@ image_of() { "$tools/kubeadm" config images list --kubernetes-version "$version"
 
 # make_base FILE: a Debian with the packages above, as a tar.
 make_base() {
-  local work
   say "debootstrap $suite (about a minute)"
-  work=$(mktemp -d "$cache/base.XXXXXX")
-  debootstrap --variant=minbase --include="$node_packages,netbase" "$suite" "$work" >"$cache/debootstrap.log" 2>&1 ||
+  debootstrap --variant=minbase --include="$node_packages,netbase" "$suite" "$work/base" >"$cache/debootstrap.log" 2>&1 ||
     { tail -n 20 "$cache/debootstrap.log" >&2; die "debootstrap did not succeed (log: $cache/debootstrap.log)"; }
-  tar --create --file "$1.part" --directory "$work" --numeric-owner --xattrs --exclude='./dev/*' .
-  mv "$1.part" "$1"
-  rm -r "$work"
+  tar --create --file "$work/base.tar" --directory "$work/base" --numeric-owner --xattrs --exclude='./dev/*' .
+  mv "$work/base.tar" "$1"
 }
 
 # prepare_node FOLDER: what kind's Dockerfile does to the base, and what an older containerd and a root without
@@ -64,9 +60,19 @@ prepare_node() {
   echo "$version" >"$node/kind/version"
 }
 
+# add_programs BASE FOLDER PROGRAM...: programs of the base, with the libraries that they load and the files that name
+# hosts, protocols and services.
+add_programs() {
+  local base=$1 folder=$2 files
+  shift 2
+  files=$(chroot "$base" ldd "$@" | sed -n 's|^[^/]*/\([^ :]*\).*|\1|p' | sort -u)
+  # shellcheck disable=SC2086 # a list of paths without spaces
+  (cd "$base" && cp --dereference --parents $files etc/{nsswitch.conf,protocols,services} "$folder/")
+}
+
 # make_images BASE FOLDER: the images of the control plane, the sandbox and the test suite, each as an archive.
 make_images() {
-  local base=$1 out=$2 rootfs=$2/rootfs component package
+  local base=$1 out=$2 rootfs=$2/rootfs component program
   add() { # add TOOL PATH: a fresh root file system with one program
     rm -rf "$rootfs"
     install -D -m 0755 "$tools/$1" "$rootfs/$2"
@@ -74,15 +80,11 @@ make_images() {
   for component in "${kubernetes[@]}"; do
     add "$component" "usr/local/bin/$component"
     if [ "$component" = kube-proxy ]; then
-      ln -s usr/{bin,sbin,lib,lib64} "$rootfs/"
-      mkdir -p "$rootfs/"{tmp,run,usr/{bin,sbin,lib,lib64}}
-      for package in "${proxy_packages[@]}"; do
-        dpkg -x "$base/var/cache/apt/archives/${package}_"*.deb "$rootfs"
-      done
-      ln -s xtables-nft-multi "$rootfs/usr/sbin/iptables"
-      for package in iptables-save iptables-restore ip6tables ip6tables-save ip6tables-restore; do
-        ln -s xtables-nft-multi "$rootfs/usr/sbin/$package"
-      done
+      add_programs "$base" "$rootfs" "${proxy_programs[@]}"
+      (cd "$base" && cp --parents -r usr/lib/*/xtables "$rootfs/")
+      for program in {iptables,ip6tables}{,-save,-restore}; do ln -s xtables-nft-multi "$rootfs/usr/sbin/$program"; done
+      ln -s ../bin/kmod "$rootfs/usr/sbin/modprobe"
+      mkdir -p "$rootfs/run" "$rootfs/tmp"
     fi
     archive "$rootfs" "$(image_of "$component")" "$out/$component.tar"
   done
@@ -94,9 +96,11 @@ make_images() {
   archive "$rootfs" "$(image_of pause)" "$out/pause.tar" '{"Entrypoint": ["/pause"]}'
   add agnhost agnhost
   ln -s agnhost "$rootfs/agnhost-2"
-  mkdir -p "$rootfs/"{bin,tmp,uploads,etc}
-  cp "$base/bin/busybox" "$rootfs/bin/"
-  for component in $("$base/bin/busybox" --list); do ln -s busybox "$rootfs/bin/$component" 2>/dev/null || true; done
+  add_programs "$base" "$rootfs" "${suite_programs[@]}"
+  mkdir -p "$rootfs/"{bin,tmp,uploads}
+  for program in $(chroot "$base" busybox --list); do
+    [ -e "$rootfs/usr/bin/$program" ] || ln -s ../usr/bin/busybox "$rootfs/bin/$program"
+  done
   archive "$rootfs" "$(agnhost_image)" "$out/agnhost.tar" '{"Entrypoint": ["/agnhost"], "Cmd": ["pause"]}'
   rm -rf "$rootfs"
 }
@@ -133,10 +137,10 @@ tag=warren-kind-node:$made_of
 file=$cache/node.tar
 
 if [ "$(cat "$file.tag" 2>/dev/null)" != "$tag" ]; then
-  [ -f "$base" ] || make_base "$base"
-  say "making the node image (about a minute)"
-  work=$(mktemp -d "$cache/node.XXXXXX")
+  work=$(mktemp -d "$cache/work.XXXXXX")
   trap 'rm -rf "$work"' EXIT
+  [ -f "$base" ] || make_base "$base"
+  say "making the node image (half a minute)"
   mkdir "$work/node" "$work/images"
   tar --extract --file "$base" --directory "$work/node" --numeric-owner --xattrs
   make_images "$work/node" "$work/images"
@@ -152,7 +156,7 @@ if ! docker image inspect "$tag" >/dev/null 2>&1; then
   say "loading the node image into docker"
   docker load --quiet --input "$file" >&2
   for old in $(docker image ls --format '{{.Repository}}:{{.Tag}}' "${tag%:*}" | grep -vx "$tag"); do
-    docker image rm "$old" >&2 || true # a cluster may still run on it
+    docker image rm "$old" >/dev/null 2>&1 || true # a cluster may still run on it
   done
 fi
 echo "$tag"

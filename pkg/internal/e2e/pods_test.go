@@ -1,0 +1,285 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"net"
+	"strconv"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+)
+
+// port is where most probes serve.
+const port = 8080
+
+// probePod is a pod that serves and sends probes.
+type probePod struct {
+	name, node string
+	labels     map[string]string
+	// port is where it serves; 8080 if zero.
+	port int32
+	// hostPort is a port of the node that leads to the pod; none if zero.
+	hostPort int32
+	// address is known once the pod runs.
+	address string
+}
+
+// tcp and udp are the pod as a target of probes.
+func (p *probePod) tcp() string { return target("tcp", p.address, cmp.Or(p.port, port)) }
+func (p *probePod) udp() string { return target("udp", p.address, cmp.Or(p.port, port)) }
+
+// target names what a probe is sent to.
+func target(network, host string, port int32) string {
+	return network + "/" + net.JoinHostPort(host, strconv.Itoa(int(port)))
+}
+
+// namespace makes a namespace that goes away with the test.
+func (c *cluster) namespace(t *testing.T, name string) {
+	t.Helper()
+	object := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}
+	// A run before this one on the same cluster may have left a namespace that is still going away.
+	eventually(t, 2*time.Minute, "namespace "+name+" exists", func(ctx context.Context) error {
+		_, err := c.client.CoreV1().Namespaces().Create(ctx, object, metav1.CreateOptions{})
+		return err
+	})
+	t.Cleanup(func() {
+		err := c.client.CoreV1().Namespaces().Delete(context.WithoutCancel(t.Context()), name, metav1.DeleteOptions{})
+		if err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// start starts probe pods in a namespace and waits until all serve.
+func (c *cluster) start(t *testing.T, namespace string, pods ...*probePod) {
+	t.Helper()
+	for _, p := range pods {
+		object := c.podObject(p)
+		// Pods are refused until the namespace has its ServiceAccount.
+		eventually(t, time.Minute, "pod "+p.name+" exists", func(ctx context.Context) error {
+			_, err := c.client.CoreV1().Pods(namespace).Create(ctx, object, metav1.CreateOptions{})
+			if apierrors.IsAlreadyExists(err) {
+				return nil
+			}
+			return err
+		})
+	}
+	for _, p := range pods {
+		p.address = c.awaitPod(t, namespace, p.name).Status.PodIP
+	}
+}
+
+// awaitPod waits until a pod is Ready.
+func (c *cluster) awaitPod(t *testing.T, namespace, name string) *corev1.Pod {
+	t.Helper()
+	var pod *corev1.Pod
+	eventually(t, 2*time.Minute, "pod "+namespace+"/"+name+" is Ready", func(ctx context.Context) error {
+		var err error
+		pod, err = c.client.CoreV1().Pods(namespace).Get(ctx, name, metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		if !podReady(pod) {
+			return fmt.Errorf("phase %s, containers %+v", pod.Status.Phase, pod.Status.ContainerStatuses)
+		}
+		return nil
+	})
+	return pod
+}
+
+// podReady tells whether the pod's condition Ready is true.
+func podReady(pod *corev1.Pod) bool {
+	for _, condition := range pod.Status.Conditions {
+		if condition.Type == corev1.PodReady {
+			return condition.Status == corev1.ConditionTrue
+		}
+	}
+	return false
+}
+
+// podObject is a pod that serves the probes, on a node of its own choice.
+func (c *cluster) podObject(p *probePod) *corev1.Pod {
+	grace := int64(0)
+	serves := cmp.Or(p.port, port)
+	return &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: p.name, Labels: p.labels},
+		Spec: corev1.PodSpec{
+			NodeName:                      p.node,
+			TerminationGracePeriodSeconds: &grace,
+			Containers: []corev1.Container{{
+				Name: "probe", Image: c.agnhost, ImagePullPolicy: corev1.PullIfNotPresent,
+				Command:      []string{probeFolder + "/probe", "serve", "-address", fmt.Sprintf(":%d", serves)},
+				Ports:        []corev1.ContainerPort{{ContainerPort: serves, HostPort: p.hostPort}},
+				VolumeMounts: []corev1.VolumeMount{{Name: "probe", MountPath: probeFolder, ReadOnly: true}},
+				ReadinessProbe: &corev1.Probe{
+					ProbeHandler:  corev1.ProbeHandler{TCPSocket: &corev1.TCPSocketAction{Port: intstr.FromInt32(serves)}},
+					PeriodSeconds: 1, FailureThreshold: 30,
+				},
+			}},
+			Volumes: []corev1.Volume{{
+				Name: "probe", VolumeSource: corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: probeFolder}},
+			}},
+		},
+	}
+}
+
+// probeResult is what the probe prints for a target.
+type probeResult struct {
+	Target  string
+	Reached bool
+	Error   string
+	Silent  bool
+}
+
+// newMarker returns 32 random bytes as text that can be an argument.
+func newMarker(t *testing.T) string {
+	t.Helper()
+	random := make([]byte, 16)
+	if _, err := rand.Read(random); err != nil {
+		t.Fatal(err)
+	}
+	return hex.EncodeToString(random)
+}
+
+// probe sends the marker from a pod to targets, all at once.
+func (c *cluster) probe(ctx context.Context, namespace, pod, marker string, targets ...string) ([]probeResult, error) {
+	args := append([]string{
+		"exec", "--namespace", namespace, pod, "--", probeFolder + "/probe", "reach", "-timeout", "3s", "-marker", marker,
+	}, targets...)
+	out, err := try(ctx, command{name: c.tool("kubectl"), args: args})
+	if err != nil {
+		return nil, err
+	}
+	var results []probeResult
+	if err = json.Unmarshal([]byte(out), &results); err != nil {
+		return nil, fmt.Errorf("reading what the probe in %s/%s printed: %w", namespace, pod, err)
+	}
+	return results, nil
+}
+
+// reaches checks that a pod reaches all targets.
+func (c *cluster) reaches(t *testing.T, namespace, pod, marker string, targets ...string) {
+	t.Helper()
+	results, err := c.probe(t.Context(), namespace, pod, marker, targets...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range results {
+		if !r.Reached {
+			t.Errorf("pod %s/%s does not reach %s: %s", namespace, pod, r.Target, r.Error)
+		}
+	}
+}
+
+// testPods lets pods on both nodes reach each other and a Service, by address and by the name that CoreDNS resolves.
+func (c *cluster) testPods(t *testing.T) {
+	const namespace = "e2e-pods"
+	c.namespace(t, namespace)
+	label := map[string]string{"app": "echo"}
+	pods := []*probePod{
+		{name: "one", node: c.controlPlane, labels: label},
+		{name: "two", node: c.controlPlane, labels: label},
+		{name: "three", node: c.worker, labels: label},
+		{name: "four", node: c.worker, labels: label, hostPort: 18080},
+	}
+	c.start(t, namespace, pods...)
+	service := c.startService(t, namespace, label)
+	c.watch(t, func(marker string) {
+		for _, from := range pods {
+			var targets []string
+			for _, to := range pods {
+				targets = append(targets, to.tcp(), to.udp())
+			}
+			for _, host := range []string{service, "echo." + namespace, "echo." + namespace + ".svc.cluster.local"} {
+				targets = append(targets, target("tcp", host, port), target("udp", host, port))
+			}
+			c.reaches(t, namespace, from.name, marker, targets...)
+		}
+	})
+	// What goes to a node's own address is in clear by design, so that this marker is not watched for.
+	node, err := c.client.CoreV1().Nodes().Get(t.Context(), c.worker, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, address := range node.Status.Addresses {
+		if address.Type == corev1.NodeInternalIP {
+			c.reaches(t, namespace, "one", newMarker(t), target("tcp", address.Address, 18080))
+		}
+	}
+}
+
+// startService makes a Service "echo" for the pods with a label and returns its address.
+func (c *cluster) startService(t *testing.T, namespace string, selector map[string]string) string {
+	t.Helper()
+	service, err := c.client.CoreV1().Services(namespace).Create(t.Context(), &corev1.Service{
+		ObjectMeta: metav1.ObjectMeta{Name: "echo"},
+		Spec: corev1.ServiceSpec{Selector: selector, Ports: []corev1.ServicePort{
+			{Name: "tcp", Protocol: corev1.ProtocolTCP, Port: port}, {Name: "udp", Protocol: corev1.ProtocolUDP, Port: port},
+		}},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tcp, udp := target("tcp", service.Spec.ClusterIP, port), target("udp", service.Spec.ClusterIP, port)
+	eventually(t, 30*time.Second, "kube-proxy serves the Service on both nodes", func(ctx context.Context) error {
+		for _, pod := range []string{"one", "three"} {
+			results, err := c.probe(ctx, namespace, pod, newMarker(t), tcp, udp)
+			if err != nil {
+				return err
+			}
+			for _, r := range results {
+				if !r.Reached {
+					return fmt.Errorf("from pod %s: %s", pod, r.Error)
+				}
+			}
+		}
+		return nil
+	})
+	return service.Spec.ClusterIP
+}
+
+// testDenied shows that a policy closes a pod to others on both nodes, and only that pod, and that it opens again when
+// the policy goes.
+func (c *cluster) testDenied(t *testing.T) {
+	const namespace = "e2e-denied"
+	c.namespace(t, namespace)
+	near := &probePod{name: "near", node: c.worker}
+	far := &probePod{name: "far", node: c.controlPlane}
+	closed := &probePod{name: "closed", node: c.worker, labels: map[string]string{"app": "closed"}}
+	c.start(t, namespace, near, far, closed)
+	everywhere := reachTable{}
+	for _, from := range []*probePod{near, far} {
+		for _, to := range []*probePod{near, far, closed} {
+			everywhere.set(namespace+"/"+from.name, to, true)
+		}
+	}
+	c.awaitTable(t, everywhere)
+
+	t.Run("with the policy", func(t *testing.T) {
+		c.apply(t, `
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: closed, namespace: `+namespace+`}
+spec: {podSelector: {matchLabels: {app: closed}}, policyTypes: [Ingress]}
+`)
+		denied := reachTable{}
+		for _, from := range []*probePod{near, far} {
+			denied.set(namespace+"/"+from.name, near, true)
+			denied.set(namespace+"/"+from.name, far, true)
+			denied.set(namespace+"/"+from.name, closed, false)
+		}
+		c.awaitTable(t, denied)
+	})
+	c.awaitTable(t, everywhere)
+}

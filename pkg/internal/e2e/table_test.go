@@ -1,0 +1,64 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// reachTable says for each pod, by "namespace/name", which targets it reaches.
+type reachTable map[string]map[string]bool
+
+// set says whether a pod reaches another over TCP and UDP.
+func (r reachTable) set(from string, to *probePod, reached bool) {
+	r.setEach(from, to, reached, reached)
+}
+
+// setEach says whether a pod reaches another over TCP, and over UDP.
+func (r reachTable) setEach(from string, to *probePod, tcp, udp bool) {
+	if r[from] == nil {
+		r[from] = map[string]bool{}
+	}
+	r[from][to.tcp()], r[from][to.udp()] = tcp, udp
+}
+
+// awaitTable waits until the cluster is as the table says, which takes the daemons a moment after a policy changes, and
+// then checks the table once more under the capture of the wire.
+func (c *cluster) awaitTable(t *testing.T, table reachTable) {
+	t.Helper()
+	eventually(t, time.Minute, "the pods reach one another as expected", func(ctx context.Context) error {
+		return c.compare(ctx, table, newMarker(t))
+	})
+	c.watch(t, func(marker string) {
+		if err := c.compare(t.Context(), table, marker); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// compare probes everything in a table and returns an error that lists what differs. A pod that is not reached must be
+// silent: an error of any other kind is not what a policy does.
+func (c *cluster) compare(ctx context.Context, table reachTable, marker string) error {
+	var errs []error
+	for _, from := range slices.Sorted(maps.Keys(table)) {
+		namespace, name, _ := strings.Cut(from, "/")
+		results, err := c.probe(ctx, namespace, name, marker, slices.Sorted(maps.Keys(table[from]))...)
+		if err != nil {
+			return err
+		}
+		for _, r := range results {
+			want := table[from][r.Target]
+			if r.Reached != want || !want && !r.Silent {
+				errs = append(errs, fmt.Errorf("%s -> %s: reached %v, want %v %s", from, r.Target, r.Reached, want, r.Error))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,24 @@
+//go:build e2e
+
+// Package e2e tests Warren as the network of a real cluster: two nodes made by kind without a network, real kubelets,
+// kube-proxy and CoreDNS. scripts/kind/e2e.sh brings the cluster up, runs these tests, and takes it away.
+//
+// The parts of TestWarren follow one another on one cluster. Each can run alone on a cluster that is kept (KEEP=1) and
+// has Warren: RUN=TestWarren/tiers scripts/kind/e2e.sh.
+package e2e
+
+import "testing"
+
+func TestWarren(t *testing.T) {
+	c := connect(t)
+	if !t.Run("install", c.testInstall) {
+		t.Fatal("nothing works without a network")
+	}
+	t.Run("pods", c.testPods)
+	t.Run("denied", c.testDenied)
+	t.Run("tiers", c.testTiers)
+	t.Run("plaintext", c.testPlaintext)
+	t.Run("rollout", c.testRollout)
+	t.Run("capabilities", c.testCapabilities)
+	t.Run("upstream", c.testUpstream)
+}
