@@ -113,18 +113,13 @@ func (d *Device) Apply(ctx context.Context, want mesh.Config, key Key) (Changes,
 	if err = configure(ctx, mode, want, key, &changes); err != nil {
 		return changes, errors.Join(errNet, err)
 	}
-	stale, err := k.addAddresses(link, want.Addresses, &changes)
-	if err != nil {
-		return changes, errors.Join(errNet, err)
-	}
-	if err = k.raise(link, &changes); err != nil {
-		return changes, errors.Join(errNet, err)
-	}
+	stale, errAdd := k.addAddresses(link, want.Addresses, &changes)
+	errUp := k.raise(link, &changes)
 	wanted := append(unreachableRoutes(want), linkRoutes(want, link.Attrs().Index)...)
-	return changes, errors.Join(
-		k.syncRoutes(wanted, &changes),
-		// Last, because a route whose source address goes away goes with it.
-		k.deleteAddresses(link, stale, &changes))
+	errRoutes := k.syncRoutes(wanted, &changes)
+	// Last, because a route whose source address goes away goes with it.
+	errDelete := k.deleteAddresses(link, stale, &changes)
+	return changes, errors.Join(errNet, errAdd, errUp, errRoutes, errDelete)
 }
 
 // applyPlain makes the mesh of a cluster without encryption: routes by the nodes' addresses, and no link.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"syscall"
@@ -248,6 +249,26 @@ func TestStraysGoAndForeignThingsStay(t *testing.T) {
 	}
 	if got := describe(t, a); !strings.Contains(got, taken.String()+" unreachable") {
 		t.Errorf("the other program's route is gone:\n%s", got)
+	}
+}
+
+// TestOneFamilyTurnedOff is a node whose administrator turned IPv6 off: that is reported, and IPv4 works.
+func TestOneFamilyTurnedOff(t *testing.T) {
+	l := newLab(t, 2)
+	a, b := l.nodes[0], l.nodes[1]
+	a.do(t, func() error {
+		return errors.Join(
+			os.WriteFile("/proc/sys/net/ipv6/conf/default/disable_ipv6", []byte("1"), 0),
+			os.WriteFile("/proc/sys/net/ipv6/conf/all/disable_ipv6", []byte("1"), 0))
+	})
+	b.apply(t, b.plan(t, a, b))
+	_, err := try(a.host, func() (wgdevice.Changes, error) { return a.device.Apply(t.Context(), a.plan(t, a, b), a.key) })
+	if err == nil || !strings.Contains(err.Error(), "adding address fd00:0:0:1::1/128") {
+		t.Errorf("apply: %v", err)
+	}
+	to4, _ := b.addresses()
+	if _, err = a.ask(to4, newMarker(), 20); err != nil {
+		t.Errorf("IPv4: %v", err)
 	}
 }
 

@@ -171,6 +171,7 @@ func (k *kernel) addAddresses(link netlink.Link, wanted []netip.Prefix, changes 
 		return nil, fmt.Errorf("listing addresses of %s: %w", mesh.Link, err)
 	}
 	var have, stale []netip.Prefix
+	var errs []error
 	for _, a := range list {
 		p := prefixOf(a.IPNet)
 		have = append(have, p)
@@ -186,12 +187,13 @@ func (k *kernel) addAddresses(link netlink.Link, wanted []netip.Prefix, changes 
 		if p.Addr().Is6() {
 			a.Flags = unix.IFA_F_NODAD
 		}
-		if err = k.AddrAdd(link, a); err != nil {
-			return nil, fmt.Errorf("adding address %s to %s: %w", p, mesh.Link, err)
+		if err = k.AddrAdd(link, a); err != nil { // one family may be turned off on the node; the other goes on
+			errs = append(errs, fmt.Errorf("adding address %s to %s: %w", p, mesh.Link, err))
+			continue
 		}
 		changes.Links++
 	}
-	return stale, nil
+	return stale, errors.Join(errs...)
 }
 
 // deleteAddresses removes addresses from the link.
