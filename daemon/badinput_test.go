@@ -58,7 +58,7 @@ status: {addresses: [{type: InternalIP, address: 192.0.2.1}, {type: InternalIP, 
 // Objects that are broken are reported with their name and field, close what they concern, and leave the rest alone.
 func TestBrokenObjects(t *testing.T) {
 	s := running(t, "wdbroken", 2)
-	s.write("policy", isolate("closed"))
+	s.write("policy", isolateClosed())
 	client := s.pod(0, "client")
 	open, closed, half := s.pod(1, "open"), s.pod(1, "closed"), s.pod(1, "half")
 	unaffected := func(t *testing.T) {
@@ -87,7 +87,7 @@ func TestBrokenObjects(t *testing.T) {
 		s.writeText("policy", lostIndentation)
 		expect(t, s.problem(1, "FileInvalid", "policy.yaml"), "policy.yaml")
 		unaffected(t) // the policy that the file held before is still enforced
-		s.write("policy", isolate("closed"))
+		s.write("policy", isolateClosed())
 	})
 	t.Run("garbage key", func(t *testing.T) {
 		s.writeText("node-9", garbageNode)
@@ -137,7 +137,7 @@ func TestNodeWithoutPodCIDR(t *testing.T) {
 }
 
 // leavesNothing demands that adding a pod fails as "try again later" and leaves nothing.
-func leavesNothing(t *testing.T, s *stage, node *lab.Node) {
+func leavesNothing(t *testing.T, node *lab.Node) {
 	t.Helper()
 	before, err := node.Leftovers(t.Context())
 	if err != nil {
@@ -164,7 +164,7 @@ func TestAddWithoutDaemon(t *testing.T) {
 	if err := s.daemons[0].Stop(); err != nil {
 		t.Fatal(err)
 	}
-	leavesNothing(t, s, s.Nodes[0])
+	leavesNothing(t, s.Nodes[0])
 	s.startDaemon(0, nil)
 	s.ready(0)
 	s.pod(0, "later")
@@ -195,7 +195,7 @@ func TestUnsupportedExtension(t *testing.T) {
 	s.startTunnel(0)
 	s.startDaemon(0, []string{"PATH=" + tools + ":" + os.Getenv("PATH")})
 	s.ready(0)
-	s.write("policy", isolate("closed"))
+	s.write("policy", isolateClosed())
 	client, open, closed := s.pod(0, "client"), s.pod(0, "open"), s.pod(0, "closed")
 	s.reaches(client, open)
 	s.blocked(client, closed)
@@ -215,7 +215,7 @@ spec:
 	}
 	s.reaches(client, open)
 	s.blocked(client, closed)
-	leavesNothing(t, s, s.Nodes[0])
+	leavesNothing(t, s.Nodes[0])
 
 	if err := s.Remove("sctp"); err != nil {
 		t.Fatal(err)

@@ -64,7 +64,7 @@ func generation(t *testing.T, node *lab.Node) uint32 {
 // SIGTERM leaves rules, tunnel and traffic working, and the daemon that comes next takes over without a write.
 func TestRestartIsNotSeen(t *testing.T) {
 	s := running(t, "wdrestart", 2)
-	s.write("policy", isolate("closed"))
+	s.write("policy", isolateClosed())
 	client, open, closed := s.pod(0, "client"), s.pod(1, "open"), s.pod(1, "closed")
 	s.reaches(client, open)
 	s.blocked(client, closed)

@@ -111,11 +111,11 @@ func (s *stage) startTunnel(i int) {
 }
 
 // startDaemon starts a node's daemon and does not wait for it.
-func (s *stage) startDaemon(i int, env []string, flags ...string) {
+func (s *stage) startDaemon(i int, env []string) {
 	s.t.Helper()
 	var err error
-	flags = append(flags, "--wireguard", "userspace", "--log-level", "debug")
-	if s.daemons[i], err = s.Nodes[i].StartDaemon(s.t.Context(), env, flags...); err != nil {
+	s.daemons[i], err = s.Nodes[i].StartDaemon(s.t.Context(), env, "--wireguard", "userspace", "--log-level", "debug")
+	if err != nil {
 		s.t.Fatal(err)
 	}
 }
@@ -170,13 +170,13 @@ func (s *stage) pod(i int, name string) *lab.Pod {
 	return pod
 }
 
-// isolate is a policy that lets nobody in to the pods with that label app.
-func isolate(app string) networkingv1.NetworkPolicy {
+// isolateClosed is a policy that lets nobody in to the pods with the label app=closed.
+func isolateClosed() networkingv1.NetworkPolicy {
 	return networkingv1.NetworkPolicy{
 		TypeMeta:   metav1.TypeMeta{APIVersion: "networking.k8s.io/v1", Kind: "NetworkPolicy"},
-		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "isolate-" + app},
+		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "isolate-closed"},
 		Spec: networkingv1.NetworkPolicySpec{
-			PodSelector: metav1.LabelSelector{MatchLabels: map[string]string{"app": app}},
+			PodSelector: metav1.LabelSelector{MatchLabels: map[string]string{"app": "closed"}},
 			PolicyTypes: []networkingv1.PolicyType{networkingv1.PolicyTypeIngress},
 		},
 	}

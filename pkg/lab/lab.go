@@ -99,10 +99,10 @@ addr add `+host(nodeNetwork6, gatewayHost).String()+` dev wire nodad`)
 	if err != nil {
 		return fmt.Errorf("making the wire: %w", err)
 	}
-	for number := 1; number <= l.options.Nodes; number++ {
-		node, err := l.addNode(ctx, number)
+	for number := range byte(l.options.Nodes) { //nolint:gosec // New allows a few
+		node, err := l.addNode(ctx, number+1)
 		if err != nil {
-			return fmt.Errorf("making node %d: %w", number, err)
+			return fmt.Errorf("making node %d: %w", number+1, err)
 		}
 		l.Nodes = append(l.Nodes, node)
 	}
@@ -129,11 +129,11 @@ func (l *Lab) ClusterCIDRs() []netip.Prefix {
 	return []netip.Prefix{netip.MustParsePrefix(podNetwork4), netip.MustParsePrefix(podNetwork6)}
 }
 
-// Capture counts what passes the wire; Counts is what it saw.
-type (
-	Capture = wire.Capture
-	Counts  = wire.Counts
-)
+// Capture counts what passes the wire until it is stopped.
+type Capture = wire.Capture
+
+// Counts is what a Capture saw.
+type Counts = wire.Counts
 
 // Capture starts to count what passes the wire.
 func (l *Lab) Capture(marker [MarkerSize]byte) (*Capture, error) {

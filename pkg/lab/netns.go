@@ -57,7 +57,7 @@ func sweep(ctx context.Context, name string) error {
 		if err != nil {
 			errs = append(errs, err)
 		}
-		for _, field := range strings.Fields(pids) {
+		for field := range strings.FieldsSeq(pids) {
 			if pid, err := strconv.Atoi(field); err == nil && pid != os.Getpid() {
 				_ = syscall.Kill(pid, syscall.SIGKILL) // it may have ended by itself
 			}

@@ -37,8 +37,8 @@ type Node struct {
 }
 
 // addNode makes a node and its Node object.
-func (l *Lab) addNode(ctx context.Context, number int) (*Node, error) {
-	address4, address6 := host(nodeNetwork4, byte(number)), host(nodeNetwork6, byte(number))
+func (l *Lab) addNode(ctx context.Context, number byte) (*Node, error) {
+	address4, address6 := host(nodeNetwork4, number), host(nodeNetwork6, number)
 	n := &Node{
 		Name:      fmt.Sprintf("node-%d", number),
 		Addresses: []netip.Addr{address4.Addr(), address6.Addr()},
@@ -150,10 +150,12 @@ func (n *Node) Status(ctx context.Context) (agentapi.Status, error) {
 func (n *Node) Ready(ctx context.Context, daemon *Process, peers int) error {
 	ctx, cancel := context.WithTimeout(ctx, startPatience)
 	defer cancel()
-	var gone error
-	err := Until(ctx, func() error {
-		if gone = daemon.ended(); gone != nil {
-			return nil
+	// A daemon that has ended will not become ready.
+	ctx, giveUp := context.WithCancelCause(ctx)
+	defer giveUp(nil)
+	return Until(ctx, func() error {
+		if err := daemon.ended(); err != nil {
+			giveUp(err)
 		}
 		status, err := n.Status(ctx)
 		switch {
@@ -165,7 +167,6 @@ func (n *Node) Ready(ctx context.Context, daemon *Process, peers int) error {
 			return nil
 		}
 	})
-	return errors.Join(gone, err)
 }
 
 // Leftovers lists what of Warren's is in the node's kernel and directories: rules, sets, links, routes, the conflist,

@@ -115,7 +115,9 @@ func (p *Pod) runtime() *libcni.RuntimeConf {
 		IfName:      "eth0",
 		Args: [][2]string{
 			{"IgnoreUnknown", "1"},
-			{"K8S_POD_NAMESPACE", p.Namespace}, {"K8S_POD_NAME", p.Name}, {"K8S_POD_UID", string(p.UID)},
+			{"K8S_POD_NAMESPACE", p.Namespace},
+			{"K8S_POD_NAME", p.Name},
+			{"K8S_POD_UID", string(p.UID)},
 			{"K8S_POD_INFRA_CONTAINER_ID", string(p.UID)},
 		},
 	}

@@ -82,14 +82,14 @@ daemon, warrend. It reads Kubernetes objects from a directory, where a cluster w
 			return err
 		}
 	}
+	begin := d.clock()
 	for _, node := range d.lab.Nodes {
-		tunnel, err := node.StartTunnel(ctx)
-		if err != nil {
-			return err
+		tunnel, tunnelErr := node.StartTunnel(ctx)
+		if tunnelErr != nil {
+			return tunnelErr
 		}
 		d.tunnels = append(d.tunnels, tunnel)
 	}
-	begin := d.clock()
 	if err = d.startDaemons(ctx, len(d.lab.Nodes)-1); err != nil {
 		return err
 	}

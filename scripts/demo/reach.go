@@ -49,9 +49,9 @@ func try(ctx context.Context, attempts []attempt, patience func(attempt) time.Du
 	for i := range attempts {
 		group.Go(func() {
 			a := &attempts[i]
-			ctx, cancel := context.WithTimeout(ctx, patience(*a))
+			within, cancel := context.WithTimeout(ctx, patience(*a))
 			defer cancel()
-			a.seen = a.probe(ctx, a.address) == nil
+			a.seen = a.probe(within, a.address) == nil
 		})
 	}
 	group.Wait()
