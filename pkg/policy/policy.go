@@ -12,7 +12,8 @@
 //
 // Local pods with the same list of policies in a direction form a group, so that a pod costs a set member and not a
 // chain. Peers are sets that all rules with the same selector share. Group chains are entered by goto: their RETURN
-// leaves the dispatch chain too, and its closing DROP catches only a pod whose group does not stand (yet).
+// leaves the dispatch chain too, and its closing DROP catches only a pod whose group does not stand (yet). They may be
+// closed one by one (netfilter.Chain.Closable), so a rule that the kernel refuses stops no other policies.
 //
 // What Kubernetes leaves open is decided like this. A named port is what the destination pod calls so, number by number:
 // on ingress on the selected pods, on egress on the peers; an egress rule whose peer is an ipBlock, or everybody, allows
@@ -183,7 +184,7 @@ func (b *builder) dispatch(d direction, groups []group) []member {
 		set := b.addressSet(netfilter.SetName(b.family, "G"+d.group, names...), d.name+" by "+comment, members)
 		chain := netfilter.Name(d.group, names...)
 		rules = append(rules, words(comment, matchSet(set, d.subject), "-g", chain))
-		b.chain(chain, b.groupRules(d, g))
+		b.chains = append(b.chains, netfilter.Chain{Table: "mangle", Name: chain, Rules: b.groupRules(d, g), Closable: names})
 	}
 	if len(rules) == 0 {
 		return nil
