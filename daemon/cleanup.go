@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -21,25 +23,32 @@ import (
 func cleanupCommand() *cobra.Command {
 	var p paths
 	var logging logOptions
-	var keepKey bool
+	var keepKey, wait bool
 	cmd := &cobra.Command{
 		Use:   "cleanup",
 		Short: "Remove everything of Warren's from this node",
 		Long: `Remove everything of Warren's from this node: the conflist, the links of pods, the tunnel, routes, rules, sets, leases
 and the node's key. Pods of this node lose their network; nothing that is not Warren's is touched.
 
-It goes on after an error, and says at the end what is left. Stop the daemon first.`,
+It goes on after an error, and says at the end what is left. Stop the daemon and the tunnel first. The reference plugins
+that Warren installed (portmap, bandwidth, loopback) stay, because others may use them.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log, err := logging.logger(os.Stderr)
 			if err != nil {
 				return err
 			}
-			return cleanup(cmd.Context(), p, keepKey, log)
+			if err := cleanup(cmd.Context(), p, keepKey, log); err != nil || !wait {
+				return err
+			}
+			log.Info("nothing of Warren's is left on this node")
+			<-cmd.Context().Done()
+			return nil
 		},
 	}
 	p.add(cmd.Flags())
 	logging.add(cmd.Flags())
+	cmd.Flags().BoolVar(&wait, "wait", false, "when done, wait to be stopped (a DaemonSet's container must not end)")
 	cmd.Flags().BoolVar(&keepKey, "keep-key", false, "keep the node's WireGuard key")
 	return cmd
 }
@@ -47,7 +56,7 @@ It goes on after an error, and says at the end what is left. Stop the daemon fir
 // cleanup removes the conflist first, so that no pod starts meanwhile, and the guards last.
 func cleanup(ctx context.Context, p paths, keepKey bool, log *slog.Logger) error {
 	if daemonAnswers(ctx, p.socket()) {
-		return fmt.Errorf("warrend runs on this node and would undo the cleanup: stop it first (kubectl -n warren-system delete daemonset warren)")
+		return errors.New("warrend runs on this node and would undo the cleanup: stop it first (kubectl delete -f manifests/warren.yaml)")
 	}
 	var errs []error
 	do := func(what string, err error) {
@@ -61,6 +70,7 @@ func cleanup(ctx context.Context, p paths, keepKey bool, log *slog.Logger) error
 	do("links of pods", podlink.RemoveAll())
 	do("tunnel and routes", wgdevice.New(wgdevice.Options{Log: log, Mode: wgdevice.ModeAuto}).Cleanup(ctx))
 	do("rules and sets", firewall.Cleanup(ctx, log))
+	do("plugin", removeFile(filepath.Join(p.cniBinDir, "warren")))
 	do("leases and runtime state", removeContents(p.runDir))
 	if !keepKey {
 		do("key", removeContents(p.stateDir))
@@ -76,10 +86,18 @@ func daemonAnswers(ctx context.Context, socket string) bool {
 	return err == nil
 }
 
+// removeFile deletes a file that may be gone already.
+func removeFile(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
 // removeContents empties a directory and removes it where it can be (a mount point stays).
 func removeContents(dir string) error {
 	entries, err := os.ReadDir(dir)
-	if errors.Is(err, os.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
@@ -87,7 +105,7 @@ func removeContents(dir string) error {
 	}
 	var errs []error
 	for _, entry := range entries {
-		errs = append(errs, os.RemoveAll(dir+"/"+entry.Name()))
+		errs = append(errs, os.RemoveAll(filepath.Join(dir, entry.Name())))
 	}
 	_ = os.Remove(dir) // a mount point cannot be removed, and an empty directory does no harm
 	return errors.Join(errs...)

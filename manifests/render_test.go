@@ -43,10 +43,10 @@ func TestRendered(t *testing.T) {
 	}
 }
 
-// TestOneImage checks that daemon and tunnel come from one image.
+// TestOneImage checks that daemon, tunnel and cleanup come from one image.
 func TestOneImage(t *testing.T) {
 	var images []string
-	for _, file := range []string{"warren.yaml", "userspace-tunnel.yaml"} {
+	for _, file := range []string{"warren.yaml", "userspace-tunnel.yaml", "cleanup.yaml"} {
 		text, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)
@@ -57,7 +57,7 @@ func TestOneImage(t *testing.T) {
 			}
 		}
 	}
-	if len(images) != 3 || len(slices.Compact(slices.Clone(images))) != 1 {
-		t.Errorf("the images are %v, want the same in the three containers", images)
+	if len(images) != 5 || len(slices.Compact(slices.Clone(images))) != 1 {
+		t.Errorf("the images are %v, want the same in the five containers", images)
 	}
 }
