@@ -1,6 +1,7 @@
 package guard_test
 
 import (
+	"context"
 	"errors"
 	"net"
 	"net/netip"
@@ -164,7 +165,10 @@ func (n *network) probe(from ns.NetNS, source, destination, destinationPort stri
 		return "" // dropped on the way out of the node that sends it
 	}
 	n.check(err)
-	n.check(listener.SetReadDeadline(time.Now().Add(lost)))
+	wait, cancel := context.WithTimeout(n.t.Context(), lost)
+	defer cancel()
+	deadline, _ := wait.Deadline()
+	n.check(listener.SetReadDeadline(deadline))
 	_, seen, err := listener.ReadFrom(make([]byte, 100))
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return ""
