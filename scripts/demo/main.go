@@ -66,7 +66,7 @@ func run(ctx context.Context, out io.Writer, binaries, examples string, keep boo
 	}
 	d := &demo{out: out, clock: time.Now, lab: network, objects: objects} //nolint:forbidigo // the process's edge: here the clock comes from
 	playErr := d.play(ctx)
-	if playErr != nil {
+	if playErr != nil && ctx.Err() == nil {
 		d.printLogs()
 	}
 	err = errors.Join(playErr, network.Close(ctx))

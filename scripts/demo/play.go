@@ -34,11 +34,19 @@ type demo struct {
 // play plays all acts. The first thing that is not as expected ends it.
 func (d *demo) play(ctx context.Context) error {
 	begin := d.clock()
+	err := d.printf("Warren on this machine: three nodes, nine pods, policies and an encrypted wire. Nothing of the machine's own network\nis touched.\n")
+	if err != nil {
+		return err
+	}
 	for _, act := range []func(context.Context) error{
 		d.startNodes, d.startPods, d.showPolicies, d.showStatus, d.showControl, d.cleanUp,
 	} {
-		if err := act(ctx); err != nil {
-			return errors.Join(err, context.Cause(ctx))
+		err = act(ctx)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return d.printf("\nEverything was as expected, in %.0f seconds.\n", d.clock().Sub(begin).Seconds())
@@ -165,7 +173,10 @@ IPv6, with a random marker as the message. "yes" and "no" are what the policies 
 	if err != nil {
 		return err
 	}
-	reachErr := errors.Join(d.reach(ctx, marker, tiers()), d.change(ctx, marker))
+	reachErr := d.reach(ctx, marker, tiers())
+	if reachErr == nil {
+		reachErr = d.change(ctx, marker)
+	}
 	counts, err := capture.Stop()
 	if err = errors.Join(reachErr, err); err != nil {
 		return err
@@ -221,6 +232,9 @@ func (d *demo) await(ctx context.Context, marker [lab.MarkerSize]byte, open bool
 func (d *demo) reach(ctx context.Context, marker [lab.MarkerSize]byte, wanted []tier) error {
 	attempts := d.attempts(marker, wanted)
 	try(ctx, attempts, attempt.patience)
+	if ctx.Err() != nil {
+		return context.Cause(ctx) // what did not get through proves nothing
+	}
 	var columns []string
 	for _, tier := range wanted {
 		columns = append(columns, tier.name)
