@@ -140,6 +140,34 @@ func TestAddFailsWithoutTrace(t *testing.T) {
 	}
 }
 
+// TestKilledAdd: what an ADD leaves that was killed before it returned goes with DEL, and with GC.
+func TestKilledAdd(t *testing.T) {
+	for _, command := range []string{"DEL", "GC"} {
+		t.Run(command, func(t *testing.T) {
+			n := newNode(t)
+			p := n.newPod("web")
+			before := n.state(p)
+			n.daemon.answers(func(req agentapi.Request) *agentapi.Error {
+				if req.Op == agentapi.OpAttach {
+					run(t, n, "kill -KILL $(ip netns pids "+filepath.Base(n.Path())+" | xargs -r ps -o pid=,comm= -p | awk '$2 == \"warren\" {print $1}')")
+				}
+				return nil
+			})
+			if out, _, err := n.exec(p, "ADD"); err == nil || out != "" {
+				t.Fatalf("the plugin was not killed: %v, %q", err, out)
+			}
+			if n.state(p) == before {
+				t.Fatal("the killed ADD left nothing to clean up")
+			}
+			out, stderr, err := n.exec(p, command, func(c map[string]any) { c["cni.dev/valid-attachments"] = []any{} })
+			if err != nil || out != "" || stderr != "" {
+				t.Errorf("%s: %v\n%s%s", command, err, out, stderr)
+			}
+			n.unchanged(before, p)
+		})
+	}
+}
+
 // TestSecondAddLeavesTheFirst: an ADD without a DEL before must not undo what the first made.
 func TestSecondAddLeavesTheFirst(t *testing.T) {
 	n := newNode(t)

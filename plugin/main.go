@@ -14,7 +14,7 @@ import (
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
-	"github.com/containernetworking/cni/pkg/version"
+	cniversion "github.com/containernetworking/cni/pkg/version"
 
 	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/gate"
@@ -25,10 +25,13 @@ import (
 // not know yet.
 const daemonTimeout = 30 * time.Second
 
+// version is set by the build.
+var version = "dev"
+
 func main() {
 	skel.PluginMainFuncs(skel.CNIFuncs{
 		Add: coded(add), Del: coded(del), Check: coded(check), GC: coded(collect), Status: coded(status),
-	}, version.PluginSupports("0.4.0", "1.0.0", "1.1.0"), "CNI plugin warren")
+	}, cniversion.PluginSupports("0.4.0", "1.0.0", "1.1.0"), "CNI plugin warren "+version)
 }
 
 // coded gives a command's error its CNI error code, and keeps all of its text.

@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/warren-cni/warren/pkg/gate"
-	"github.com/warren-cni/warren/pkg/testnode"
 	"github.com/warren-cni/warren/pkg/netfilter"
+	"github.com/warren-cni/warren/pkg/testnode"
 )
 
 func addresses(texts ...string) []netip.Addr {

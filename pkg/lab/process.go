@@ -69,6 +69,9 @@ func (p *Process) signal(signal syscall.Signal) error {
 	}
 }
 
+// PID is the process's id.
+func (p *Process) PID() int { return p.process.Pid }
+
 // Log returns the last lines that the process (and earlier ones of its name) wrote.
 func (p *Process) Log(lines int) string {
 	data, err := os.ReadFile(p.log)

@@ -1,0 +1,150 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec" //nolint:depguard // the plugins are programs, and how long one takes is what is measured
+	"path/filepath"
+	"time"
+
+	"github.com/containernetworking/plugins/pkg/testutils"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/warren-cni/warren/pkg/lab"
+)
+
+// peer names what the plugin is measured against.
+const peer = "ptp + host-local"
+
+// atOnce is how many plugins the benchmarks of concurrency start together: what a node does when its pods come back.
+const atOnce = 8
+
+// load is what one pair of benchmarks, ADD and DEL, does in a round.
+type load struct {
+	name string
+	dual bool
+	pods int
+	once bool
+}
+
+// loads are IPv4 alone, and both families, for which ptp waits a second or two for duplicate address detection, so that
+// fewer of them tell the same.
+func loads() []load {
+	return []load{
+		{name: "IPv4, one at a time", pods: atOnce},
+		{name: "IPv4, 8 at once", pods: atOnce, once: true},
+		{name: "dual stack, one at a time", pods: 2, dual: true},
+		{name: "dual stack, 8 at once", pods: atOnce, once: true, dual: true},
+	}
+}
+
+// measureLinks measures ADD and DEL of the plugin, one at a time and several at once, with the real daemon behind it.
+// Leases of both contenders are on the same tmpfs.
+func measureLinks(ctx context.Context, binaries string, rounds int) ([]measurement, error) {
+	peers := filepath.Join(binaries, "bench")
+	for name, pkg := range map[string]string{"ptp": "main/ptp", "host-local": "ipam/host-local"} {
+		build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", filepath.Join(peers, name), //nolint:gosec // constants
+			"github.com/containernetworking/plugins/plugins/"+pkg)
+		build.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := build.CombinedOutput(); err != nil {
+			return nil, fmt.Errorf("building %s: %w\n%s", name, err, out)
+		}
+	}
+	dir, err := os.MkdirTemp("/dev/shm", "wb-")
+	if err != nil {
+		return nil, fmt.Errorf("making a directory: %w", err)
+	}
+	network, err := lab.New(ctx, lab.Options{
+		Name: "wrnbench", Dir: dir, Nodes: 1, Warrend: filepath.Join(binaries, "warrend"), Plugins: []string{binaries},
+	})
+	if err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	measured, err := measureOn(ctx, network, binaries, rounds)
+	return measured, errors.Join(err, network.Close(ctx), os.RemoveAll(dir))
+}
+
+// measureOn starts the daemon on the lab's node, makes the pods' namespaces, and measures.
+func measureOn(ctx context.Context, network *lab.Lab, binaries string, rounds int) ([]measurement, error) {
+	node := network.Nodes[0]
+	if _, err := node.StartTunnel(ctx); err != nil {
+		return nil, err
+	}
+	daemon, err := node.StartDaemon(ctx, nil)
+	if err != nil {
+		return nil, err
+	}
+	if err = node.Ready(ctx, daemon, 0); err != nil {
+		return nil, fmt.Errorf("%w\n%s", err, daemon.Log(20))
+	}
+	pods, closePods, err := makePods(network, node)
+	if err != nil {
+		return nil, errors.Join(err, closePods())
+	}
+	contenders, err := newContenders(node, daemon, binaries)
+	if err != nil {
+		return nil, errors.Join(err, closePods())
+	}
+	b := &bench{
+		node: node, pods: pods, contenders: contenders,
+		clock: time.Now, //nolint:forbidigo // the process's edge: here the clock comes from
+	}
+	var measured []measurement
+	for _, l := range loads() {
+		more, loadErr := b.measure(ctx, l, rounds)
+		if loadErr != nil {
+			return nil, errors.Join(fmt.Errorf("%s: %w", l.name, loadErr), closePods())
+		}
+		measured = append(measured, more...)
+	}
+	return measured, closePods()
+}
+
+// pod is what a runtime hands to a plugin.
+type pod struct {
+	id, netns, args string
+}
+
+// makePods makes the namespaces and objects of the pods, and returns what takes the namespaces away.
+func makePods(network *lab.Lab, node *lab.Node) ([]pod, func() error, error) {
+	var pods []pod
+	var closers []func() error
+	closeAll := func() error {
+		var errs []error
+		for _, c := range closers {
+			errs = append(errs, c())
+		}
+		return errors.Join(errs...)
+	}
+	err := network.Write("namespace", corev1.Namespace{
+		TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Namespace"}, ObjectMeta: metav1.ObjectMeta{Name: "bench"},
+	})
+	if err != nil {
+		return nil, closeAll, err
+	}
+	for i := range atOnce {
+		name := fmt.Sprintf("pod-%d", i)
+		err = network.Write(name, corev1.Pod{
+			TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"},
+			ObjectMeta: metav1.ObjectMeta{Namespace: "bench", Name: name, UID: types.UID(name)},
+			Spec:       corev1.PodSpec{NodeName: node.Name, Containers: []corev1.Container{{Name: "main", Image: "none"}}},
+		})
+		if err != nil {
+			return nil, closeAll, err
+		}
+		space, spaceErr := testutils.NewNS()
+		if spaceErr != nil {
+			return nil, closeAll, fmt.Errorf("making a network namespace: %w", spaceErr)
+		}
+		closers = append(closers, space.Close, func() error { return testutils.UnmountNS(space) })
+		pods = append(pods, pod{
+			id: "bench-" + name, netns: space.Path(),
+			args: "IgnoreUnknown=1;K8S_POD_NAMESPACE=bench;K8S_POD_NAME=" + name + ";K8S_POD_UID=" + name,
+		})
+	}
+	return pods, closeAll, nil
+}

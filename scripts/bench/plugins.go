@@ -1,0 +1,204 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"os/exec" //nolint:depguard // the plugins are programs, and how long one takes is what is measured
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/warren-cni/warren/pkg/lab"
+)
+
+// userHZ is the unit of the times in /proc/<pid>/stat, the same on every Linux.
+const userHZ = 100
+
+// contender is a plugin with its configuration.
+type contender struct {
+	binary, path string
+	// ipv4 and both are the configurations for one family and for both.
+	ipv4, both []byte
+	// daemon is the process that takes part in every operation, or nil.
+	daemon *lab.Process
+}
+
+// newContenders returns Warren, configured as its daemon configured it, and the peer.
+func newContenders(node *lab.Node, daemon *lab.Process, binaries string) ([contenders]contender, error) {
+	text, err := os.ReadFile(node.Conflist())
+	if err != nil {
+		return [contenders]contender{}, fmt.Errorf("reading the conflist: %w", err)
+	}
+	var conflist struct {
+		Plugins []map[string]any `json:"plugins"`
+	}
+	if err = json.Unmarshal(text, &conflist); err != nil {
+		return [contenders]contender{}, fmt.Errorf("reading the conflist: %w", err)
+	}
+	own := conflist.Plugins[0]
+	own["name"], own["cniVersion"] = "bench", "1.0.0"
+	first := maps.Clone(own)
+	first["ranges"] = []string{node.PodCIDRs[0].String()}
+	peers := filepath.Join(binaries, "bench")
+	ours := contender{binary: filepath.Join(binaries, "warren"), path: binaries, daemon: daemon}
+	theirs := contender{binary: filepath.Join(peers, "ptp"), path: peers}
+	for to, from := range map[*[]byte]any{
+		&ours.ipv4: first, &ours.both: own,
+		&theirs.ipv4: ptp(filepath.Dir(node.Leases()), own["mtu"], "10.99.0.0/24"),
+		&theirs.both: ptp(filepath.Dir(node.Leases()), own["mtu"], "10.99.0.0/24", "fd99::/64"),
+	} {
+		if *to, err = json.Marshal(from); err != nil {
+			return [contenders]contender{}, fmt.Errorf("encoding a configuration: %w", err)
+		}
+	}
+	return [contenders]contender{ours, theirs}, nil
+}
+
+// ptp is the peer's configuration.
+func ptp(dir string, mtu any, subnets ...string) map[string]any {
+	var ranges [][]map[string]string
+	var routes []map[string]string
+	for _, s := range subnets {
+		everywhere := "0.0.0.0/0"
+		if strings.Contains(s, ":") {
+			everywhere = "::/0"
+		}
+		ranges = append(ranges, []map[string]string{{"subnet": s}})
+		routes = append(routes, map[string]string{"dst": everywhere})
+	}
+	return map[string]any{
+		"name": "peer", "cniVersion": "1.0.0", "type": "ptp", "mtu": mtu,
+		"ipam": map[string]any{"type": "host-local", "dataDir": filepath.Join(dir, "host-local"), "ranges": ranges, "routes": routes},
+	}
+}
+
+// bench runs operations and takes their times.
+type bench struct {
+	node       *lab.Node
+	pods       []pod
+	contenders [contenders]contender
+	clock      func() time.Time
+}
+
+// batch is the same command for a number of pods, one after another or all at once.
+type batch struct {
+	contender
+	command string
+	dual    bool
+	pods    []pod
+	once    bool
+}
+
+// measure runs one load. The contenders take turns, and a first round does not count.
+func (b *bench) measure(ctx context.Context, l load, rounds int) ([]measurement, error) {
+	measured := []measurement{{name: "ADD " + l.name, peer: peer}, {name: "DEL " + l.name, peer: peer}}
+	for round := range rounds + 1 {
+		for i, c := range b.contenders {
+			for j, command := range []string{"ADD", "DEL"} {
+				took, cpu, err := b.run(ctx, batch{contender: c, command: command, dual: l.dual, pods: b.pods[:l.pods], once: l.once})
+				if err != nil {
+					return nil, err
+				}
+				if round > 0 {
+					measured[j].series[i].add(took, cpu, l.pods)
+				}
+			}
+		}
+	}
+	return measured, nil
+}
+
+// run runs a batch in the node's namespace, and returns its time and the processor time of all that took part.
+func (b *bench) run(ctx context.Context, work batch) (took, cpu time.Duration, err error) {
+	before, err := work.daemonCPU()
+	if err != nil {
+		return 0, 0, err
+	}
+	commands := make([]*exec.Cmd, len(work.pods))
+	for i, p := range work.pods {
+		commands[i] = work.prepare(ctx, p)
+	}
+	begin := b.clock()
+	if work.once {
+		err = b.runAtOnce(commands)
+	} else {
+		err = b.node.Do(func() error { return runInTurn(commands) })
+	}
+	took = b.clock().Sub(begin)
+	if err != nil {
+		return 0, 0, fmt.Errorf("%s %s: %w", filepath.Base(work.binary), work.command, err)
+	}
+	after, err := work.daemonCPU()
+	cpu = after - before
+	for _, c := range commands {
+		cpu += c.ProcessState.UserTime() + c.ProcessState.SystemTime() // with the programs that it ran itself
+	}
+	return took, cpu, err
+}
+
+// runInTurn runs one command after another.
+func runInTurn(commands []*exec.Cmd) error {
+	for _, c := range commands {
+		if err := c.Run(); err != nil {
+			return fmt.Errorf("%w: %s", err, c.Stdout)
+		}
+	}
+	return nil
+}
+
+// runAtOnce runs all commands together. Each needs a thread of its own in the node's namespace.
+func (b *bench) runAtOnce(commands []*exec.Cmd) error {
+	errs := make([]error, len(commands))
+	var all sync.WaitGroup
+	for i, c := range commands {
+		all.Go(func() {
+			errs[i] = b.node.Do(func() error { return runInTurn([]*exec.Cmd{c}) })
+		})
+	}
+	all.Wait()
+	return errors.Join(errs...)
+}
+
+// prepare makes the command for a pod, as a runtime calls a plugin.
+func (w batch) prepare(ctx context.Context, p pod) *exec.Cmd {
+	config := w.ipv4
+	if w.dual {
+		config = w.both
+	}
+	cmd := exec.CommandContext(ctx, w.binary) //nolint:gosec // one of the contenders
+	cmd.Env = []string{
+		"CNI_COMMAND=" + w.command, "CNI_CONTAINERID=" + p.id, "CNI_NETNS=" + p.netns, "CNI_IFNAME=eth0",
+		"CNI_PATH=" + w.path, "CNI_ARGS=" + p.args,
+	}
+	cmd.Stdin, cmd.Stdout = bytes.NewReader(config), &bytes.Buffer{}
+	return cmd
+}
+
+// daemonCPU returns the processor time that the contender's daemon has used, zero where it has none.
+func (c contender) daemonCPU() (time.Duration, error) {
+	if c.daemon == nil {
+		return 0, nil
+	}
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", c.daemon.PID()))
+	if err != nil {
+		return 0, fmt.Errorf("reading the daemon's processor time: %w", err)
+	}
+	// The second field is the program's name, in parentheses; utime and stime are the fields 14 and 15 (proc(5)).
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	var ticks int
+	for _, field := range fields[11:13] {
+		n, parseErr := strconv.Atoi(field)
+		if parseErr != nil {
+			return 0, fmt.Errorf("reading the daemon's processor time: %w", parseErr)
+		}
+		ticks += n
+	}
+	return time.Duration(ticks) * time.Second / userHZ, nil
+}
