@@ -9,8 +9,10 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
@@ -21,6 +23,9 @@ import (
 // Publish writes the annotations into the file that holds the own Node. The other documents of the file stay as they are,
 // byte by byte; comments inside the Node's own document are lost.
 func (d *Directory) Publish(_ context.Context, annotations map[string]string) error {
+	if _, node := d.ownNode(); node != nil && containsAll(node.Annotations, annotations) {
+		return nil
+	}
 	unlock, err := lockDirectory(d.path)
 	if err != nil {
 		return err
@@ -33,8 +38,8 @@ func (d *Directory) Publish(_ context.Context, annotations map[string]string) er
 }
 
 func (d *Directory) publish(annotations map[string]string) error {
-	name, ok := d.ownFile()
-	if !ok {
+	name, node := d.ownNode()
+	if node == nil {
 		return fmt.Errorf("no file in %s holds the node", d.path)
 	}
 	path := filepath.Join(d.path, name)
@@ -57,18 +62,18 @@ func (d *Directory) publish(annotations map[string]string) error {
 	return replaceFile(path, edited)
 }
 
-// ownFile returns the name of the file with the own Node.
-func (d *Directory) ownFile() (string, bool) {
+// ownNode returns the own Node and the name of the file that holds it, or nil.
+func (d *Directory) ownNode() (string, *corev1.Node) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for name, f := range d.files {
-		for _, o := range f.objects {
+	for _, name := range slices.Sorted(maps.Keys(d.files)) {
+		for _, o := range d.files[name].objects {
 			if node, ok := o.(*corev1.Node); ok && node.Name == d.self {
-				return name, true
+				return name, node
 			}
 		}
 	}
-	return "", false
+	return "", nil
 }
 
 // lockDirectory keeps the daemons of other nodes out, which may edit the same file.

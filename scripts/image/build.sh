@@ -10,8 +10,6 @@ cd "$(dirname "$0")/../.."
 image=warren:dev
 archive=$PWD/build/warren-image.tar
 cache=$PWD/build/cache/image
-work=$PWD/build/image
-rootfs=$work/rootfs
 
 # iptables in both variants, and what it links. No shell: `kubectl exec` runs warrend and iptables-save directly.
 packages=(iptables libip4tc2 libip6tc2 libxtables12 libmnl0 libnetfilter-conntrack3 libnfnetlink0 libnftnl11 libc6)
@@ -83,10 +81,9 @@ pack() {
 # write_archive writes the image: its one layer, its configuration, and a manifest that names both.
 write_archive() {
   local out=$work/archive layer config
-  mkdir -p "$out"
+  mkdir "$out"
   # Mount points of the manifests, so that the runtime need not make them in a read-only root.
-  mkdir -p "$rootfs"/{dev,etc,host/proc/sys/net,opt/cni/bin,proc,run/warren,sys,tmp,var/lib/warren,var/run/wireguard}
-  mkdir -p "$rootfs/etc/cni/net.d"
+  mkdir -p "$rootfs"/{dev,etc/cni/net.d,host/proc/sys/net,opt/cni/bin,proc,run/warren,sys,tmp,var/lib/warren,var/run/wireguard}
   : >"$rootfs/run/xtables.lock"
   chmod -R go-w,a+rX "$rootfs"
   pack "$out/layer.tar" "$rootfs" .
@@ -109,8 +106,12 @@ END
 
 megabytes() { awk -v bytes="$1" 'BEGIN { printf "%.1f MB", bytes / 1000000 }'; }
 
-rm -rf "$work"
-mkdir -p "$work"
+mkdir -p build
+exec 9>build/.image.lock # one build at a time: they share the cache
+flock 9
+work=$(mktemp -d "$PWD/build/image.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+rootfs=$work/rootfs
 fetch_packages
 unpack_packages
 choose_iptables
@@ -118,4 +119,3 @@ add_programs
 scripts/image/check.sh "$rootfs"
 write_archive
 say "$archive: $(megabytes "$(stat -c %s "$archive")"), $(megabytes "$(gzip -9 -c "$archive" | wc -c)") compressed"
-rm -rf "$work"

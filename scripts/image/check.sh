@@ -5,8 +5,10 @@
 set -euo pipefail
 rootfs=$1
 
-# inside runs a program of the rootfs; a user namespace gives it the rights that it needs, without root.
-inside() { unshare --map-root-user --net chroot "$rootfs" "$@"; }
+# inside runs a program of the rootfs in a network namespace of its own. Who is not root needs a user namespace for that.
+own=(--net)
+[ "$(id -u)" -eq 0 ] || own+=(--map-root-user)
+inside() { unshare "${own[@]}" chroot "$rootfs" "$@"; }
 
 for program in ip{,6}tables-{nft,legacy}{,-save,-restore} iptables ip6tables; do
   inside "/usr/sbin/$program" --version >/dev/null
