@@ -68,7 +68,7 @@ func cleanup(ctx context.Context, p paths, keepKey bool, log *slog.Logger) error
 	}
 	do("conflist", cniconf.Remove(p.cniConfDir, p.runDir))
 	do("links of pods", podlink.RemoveAll())
-	do("tunnel and routes", wgdevice.New(wgdevice.Options{Log: log, Mode: wgdevice.ModeAuto}).Cleanup(ctx))
+	do("tunnel and routes", wgdevice.New(wgdevice.Options{Log: log, Mode: wgdevice.ModeAuto}).Cleanup())
 	do("rules and sets", firewall.Cleanup(ctx, log))
 	do("plugin", removeFile(filepath.Join(p.cniBinDir, "warren")))
 	do("leases and runtime state", removeContents(p.runDir))

@@ -122,17 +122,31 @@ func (d *Device) Apply(ctx context.Context, want mesh.Config, key Key) (Changes,
 	return changes, errors.Join(errNet, errAdd, errUp, errRoutes, errDelete)
 }
 
-// applyPlain makes the mesh of a cluster without encryption: routes by the nodes' addresses, and no link.
+// applyPlain makes the mesh of a cluster without encryption: routes by the nodes' addresses. A link of the kernel's goes. The
+// link of a user-space tunnel is that process's own, and losing it would end the process: it stays, without addresses.
 func (d *Device) applyPlain(k *kernel, want mesh.Config) (Changes, error) {
 	var changes Changes
 	errRoutes := k.syncRoutes(plainRoutes(want), &changes)
-	return changes, errors.Join(errRoutes, k.deleteLink(&changes))
+	link, err := k.link()
+	if err != nil || link == nil {
+		return changes, errors.Join(errRoutes, err)
+	}
+	if link.Type() != typeTUN {
+		return changes, errors.Join(errRoutes, k.deleteLink(&changes))
+	}
+	stale, err := k.addAddresses(link, nil, &changes)
+	return changes, errors.Join(errRoutes, err, k.deleteAddresses(link, stale, &changes))
 }
 
 // Cleanup removes the link and every route of ours. It is for a node that Warren leaves.
-func (d *Device) Cleanup(ctx context.Context) error {
-	_, err := d.Apply(ctx, mesh.Config{}, Key{})
-	return err
+func (d *Device) Cleanup() error {
+	k, err := openKernel()
+	if err != nil {
+		return err
+	}
+	defer k.Close()
+	var changes Changes
+	return errors.Join(k.syncRoutes(nil, &changes), k.deleteLink(&changes))
 }
 
 // Status reads the state of the peers.

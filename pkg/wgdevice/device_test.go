@@ -76,6 +76,15 @@ func TestMeshEncrypts(t *testing.T) {
 	if got := wire.count(t); got.clear == 0 || got.wireGuard != 0 {
 		t.Errorf("without encryption on the wire: %+v, want packets in clear and none of WireGuard", got)
 	}
+
+	// The tunnels' processes have outlived that.
+	l.joinAll(t, true)
+	wire.count(t)
+	a.reach(t, b, marker)
+	b.reach(t, a, marker)
+	if got := wire.count(t); got.clear != 0 || got.wireGuard == 0 {
+		t.Errorf("with encryption on again, on the wire: %+v, want nothing in clear", got)
+	}
 }
 
 func TestPeersChangeByDifference(t *testing.T) {
@@ -176,7 +185,7 @@ func TestApplyWithoutTunnelClosesTheWay(t *testing.T) {
 	l := newLab(t, 2)
 	a, b := l.nodes[0], l.nodes[1]
 	l.joinAll(t, true)
-	a.do(t, func() error { return a.device.Cleanup(t.Context()) })
+	a.do(t, func() error { return a.device.Cleanup() })
 	if testMode() == wgdevice.ModeUserspace {
 		_ = a.tunnel.Wait() // it ends with an error, because its link was deleted
 	}
@@ -230,7 +239,7 @@ func TestStraysGoAndForeignThingsStay(t *testing.T) {
 
 	// A route of another program where ours should be is reported and left alone; the other family is not affected.
 	taken, _ := b.podCIDRs()
-	a.do(t, func() error { return a.device.Cleanup(t.Context()) })
+	a.do(t, func() error { return a.device.Cleanup() })
 	if got := describe(t, a); got != "198.51.100.0/24 unreachable\n" {
 		t.Errorf("cleanup left:\n%s", got)
 	}
@@ -276,7 +285,7 @@ func TestForeignLinkOfOurName(t *testing.T) {
 	n := newLab(t, 1).nodes[0]
 	if testMode() == wgdevice.ModeUserspace {
 		_ = n.signalTunnel(t, syscall.SIGTERM)
-		n.do(t, func() error { return n.device.Cleanup(t.Context()) })
+		n.do(t, func() error { return n.device.Cleanup() })
 	}
 	n.do(t, func() error {
 		attrs := netlink.NewLinkAttrs()
@@ -287,7 +296,7 @@ func TestForeignLinkOfOurName(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "rename or delete") {
 		t.Errorf("apply: %v", err)
 	}
-	if _, err = try(n.host, func() (any, error) { return nil, n.device.Cleanup(t.Context()) }); err == nil {
+	if _, err = try(n.host, func() (any, error) { return nil, n.device.Cleanup() }); err == nil {
 		t.Error("cleanup says nothing of the foreign link")
 	}
 	n.do(t, func() error { _, err := netlinksafe.LinkByName(mesh.Link); return err })

@@ -53,7 +53,7 @@ func TestTunnelProcess(t *testing.T) {
 
 	// The positive control: with the routes and the link gone the same probe leaves in clear.
 	_ = a.signalTunnel(t, syscall.SIGKILL) // it ends by the signal, which Wait calls an error
-	a.do(t, func() error { return a.device.Cleanup(t.Context()) })
+	a.do(t, func() error { return a.device.Cleanup() })
 	a.miss(t, b, marker)
 	if got := wire.count(t); got.clear == 0 {
 		t.Errorf("without the mesh on the wire: %+v, want packets in clear", got)
@@ -86,7 +86,7 @@ func kernelTakesOver(t *testing.T) {
 	l.joinAll(t, true)
 	marker := newMarker()
 	wire := l.listen(t, marker)
-	a.do(t, func() error { return a.device.Cleanup(t.Context()) })
+	a.do(t, func() error { return a.device.Cleanup() })
 
 	a.device = newDevice(t, wgdevice.ModeUserspace)
 	a.startTunnel(t, wgdevice.ModeUserspace)
