@@ -21,7 +21,7 @@ demo: build ## Three nodes in namespaces: who reaches whom, and what the wire sh
 
 test: build ## Run all tests: units, network namespaces, a real API server, and kernel WireGuard under QEMU
 	@scripts/deps.sh test
-	scripts/tools/build.sh kube-apiserver etcd
+	scripts/tools/build.sh kube-apiserver etcd kubectl
 	go test -timeout 20m ./...
 	$(MAKE) --no-print-directory test-vm
 
@@ -41,6 +41,11 @@ bench: build ## Measure against peers in one run; a table, and a JSON line a ben
 image: build ## Write build/warren-image.tar, which ctr, docker and kind load
 	@scripts/deps.sh build image
 	scripts/image/build.sh
+
+manifests: ## Render manifests/warren.yaml from its parts
+	@scripts/deps.sh build
+	scripts/tools/build.sh kubectl
+	go test ./manifests -update
 
 kind: image ## Create a kind cluster on Warren (options: scripts/kind/up.sh --help)
 	@scripts/deps.sh kind
