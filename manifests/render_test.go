@@ -30,7 +30,7 @@ func TestRendered(t *testing.T) {
 	}
 	rendered := header + string(text)
 	if *update {
-		if err = os.WriteFile("warren.yaml", []byte(rendered), 0o600); err != nil {
+		if err = os.WriteFile("warren.yaml", []byte(rendered), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
