@@ -9,6 +9,7 @@ package netfilter
 import (
 	"net/netip"
 	"slices"
+	"strings"
 )
 
 // Prefix begins the name of every chain and set of Warren's.
@@ -119,6 +120,16 @@ type Chain struct {
 	Table string
 	Name  string
 	Rules []Rule
+	// Closable names the objects that the rules come from, for example "shop/api", where the kernel may hold Closed in the
+	// chain's place: when it refuses one of the rules, the rest of the table must not wait for it. Such a chain leads to no
+	// other chain of ours. A chain without names is never closed: that it cannot be written is a failure of the whole.
+	Closable []string
+}
+
+// Closed returns the chain with a DROP in the place of its rules.
+func (c Chain) Closed() Chain {
+	c.Rules = []Rule{{Args: []string{"-j", "DROP"}, Comment: "not applied, so closed: " + strings.Join(c.Closable, " ")}}
+	return c
 }
 
 // Rule is one rule: its matches and target in the words of iptables, one argument an element, without the comment.
