@@ -22,6 +22,9 @@ type Pod struct {
 	Namespace string
 	Name      string
 	Labels    map[string]string
+	// Listen is called in AddPod with the pod's network namespace, before any plugin: what listens then sees the first packet
+	// that ever reaches the pod. It may be nil.
+	Listen func(netns ns.NetNS) error
 	// UID is set by AddPod.
 	UID types.UID
 	// Addresses are the leased ones, IPv4 first; set by AddPod.
@@ -67,6 +70,11 @@ func (p *Pod) wire(ctx context.Context) error {
 	}
 	if err = batch(ctx, p.namespace, "link set lo up"); err != nil {
 		return err
+	}
+	if p.Listen != nil {
+		if err = p.Listen(p.netns); err != nil {
+			return err
+		}
 	}
 	list, config, err := p.cni()
 	if err != nil {
