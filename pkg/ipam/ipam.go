@@ -23,8 +23,8 @@ import (
 	"sync"
 )
 
-// ErrLeased says that the attachment has a lease already.
-var ErrLeased = errors.New("the interface already has a lease")
+// errLeased says that the attachment has a lease already.
+var errLeased = errors.New("the interface already has a lease")
 
 // ExhaustedError says that every address of a range is leased.
 type ExhaustedError struct {
@@ -75,8 +75,8 @@ func Open(dir string) (*Store, error) {
 	return &Store{dir: dir}, nil
 }
 
-// Allocate leases one address of each range to the owner: of all ranges or of none. The error is ErrLeased where the
-// attachment has a lease, and an *ExhaustedError where a range has no free address.
+// Allocate leases one address of each range to the owner: of all ranges or of none. It refuses an attachment that
+// has a lease. The error is an *ExhaustedError where a range has no free address.
 func (s *Store) Allocate(ranges []netip.Prefix, owner Owner) ([]netip.Addr, error) {
 	unlock, err := s.lock()
 	if err != nil {
@@ -92,7 +92,7 @@ func (s *Store) allocate(ranges []netip.Prefix, owner Owner) (Lease, error) {
 	name := attachment(owner.ContainerID, owner.Interface)
 	switch _, err := os.Lstat(s.path(name)); {
 	case err == nil:
-		return Lease{}, fmt.Errorf("leasing for %s: %w", name, ErrLeased)
+		return Lease{}, fmt.Errorf("leasing for %s: %w", name, errLeased)
 	case !errors.Is(err, fs.ErrNotExist):
 		return Lease{}, fmt.Errorf("leasing for %s: %w", name, err)
 	}

@@ -90,7 +90,7 @@ func Links() ([]string, error) {
 	}
 	var names []string
 	for _, l := range links {
-		if l.Type() == "veth" && strings.HasPrefix(l.Attrs().Name, Prefix) {
+		if l.Type() == "veth" && strings.HasPrefix(l.Attrs().Name, prefixOfNames) {
 			names = append(names, l.Attrs().Name)
 		}
 	}

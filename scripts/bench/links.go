@@ -20,25 +20,24 @@ import (
 // peer names what the plugin is measured against.
 const peer = "ptp + host-local"
 
-// atOnce is how many plugins the benchmarks of concurrency start together: what a node does when its pods come back.
-const atOnce = 8
+// storm is how many plugins start together in the benchmarks of concurrency: what a node does when its pods come back.
+const storm = 8
 
 // load is what one pair of benchmarks, ADD and DEL, does in a round.
 type load struct {
-	name string
-	dual bool
-	pods int
-	once bool
+	name         string
+	pods, atOnce int
+	dual         bool
 }
 
 // loads are IPv4 alone, and both families, for which ptp waits a second or two for duplicate address detection, so that
 // fewer of them tell the same.
 func loads() []load {
 	return []load{
-		{name: "IPv4, one at a time", pods: atOnce},
-		{name: "IPv4, 8 at once", pods: atOnce, once: true},
-		{name: "dual stack, one at a time", pods: 2, dual: true},
-		{name: "dual stack, 8 at once", pods: atOnce, once: true, dual: true},
+		{name: "IPv4, one at a time", pods: storm, atOnce: 1},
+		{name: "IPv4, 8 at once", pods: storm, atOnce: storm},
+		{name: "dual stack, one at a time", pods: 2, atOnce: 1, dual: true},
+		{name: "dual stack, 8 at once", pods: storm, atOnce: storm, dual: true},
 	}
 }
 
@@ -126,7 +125,7 @@ func makePods(network *lab.Lab, node *lab.Node) ([]pod, func() error, error) {
 	if err != nil {
 		return nil, closeAll, err
 	}
-	for i := range atOnce {
+	for i := range storm {
 		name := fmt.Sprintf("pod-%d", i)
 		err = network.Write(name, corev1.Pod{
 			TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"},

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec" //nolint:depguard // the plugins are programs, and how long one takes is what is measured
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -87,28 +88,38 @@ type bench struct {
 	clock      func() time.Time
 }
 
-// batch is the same command for a number of pods, one after another or all at once.
+// batch is the same command for a number of pods at once.
 type batch struct {
 	contender
 	command string
 	dual    bool
 	pods    []pod
-	once    bool
 }
 
-// measure runs one load. The contenders take turns, and a first round does not count.
+// measure runs one load. The contenders take turns after every batch, so that what else the machine does meets both, and a
+// first round does not count.
 func (b *bench) measure(ctx context.Context, l load, rounds int) ([]measurement, error) {
 	measured := []measurement{{name: "ADD " + l.name, peer: peer}, {name: "DEL " + l.name, peer: peer}}
 	for round := range rounds + 1 {
-		for i, c := range b.contenders {
-			for j, command := range []string{"ADD", "DEL"} {
-				took, cpu, err := b.run(ctx, batch{contender: c, command: command, dual: l.dual, pods: b.pods[:l.pods], once: l.once})
-				if err != nil {
-					return nil, err
+		var took, cpu [2][contenders]time.Duration
+		for pods := range slices.Chunk(b.pods[:l.pods], l.atOnce) {
+			for i, c := range b.contenders {
+				for j, command := range []string{"ADD", "DEL"} {
+					wall, processor, err := b.run(ctx, batch{contender: c, command: command, dual: l.dual, pods: pods})
+					if err != nil {
+						return nil, err
+					}
+					took[j][i] += wall
+					cpu[j][i] += processor
 				}
-				if round > 0 {
-					measured[j].series[i].add(took, cpu, l.pods)
-				}
+			}
+		}
+		if round == 0 {
+			continue
+		}
+		for j := range measured {
+			for i := range b.contenders {
+				measured[j].series[i].add(took[j][i], cpu[j][i], l.pods)
 			}
 		}
 	}
@@ -126,11 +137,7 @@ func (b *bench) run(ctx context.Context, work batch) (took, cpu time.Duration, e
 		commands[i] = work.prepare(ctx, p)
 	}
 	begin := b.clock()
-	if work.once {
-		err = b.runAtOnce(commands)
-	} else {
-		err = b.node.Do(func() error { return runInTurn(commands) })
-	}
+	err = b.runAtOnce(commands)
 	took = b.clock().Sub(begin)
 	if err != nil {
 		return 0, 0, fmt.Errorf("%s %s: %w", filepath.Base(work.binary), work.command, err)
@@ -143,23 +150,15 @@ func (b *bench) run(ctx context.Context, work batch) (took, cpu time.Duration, e
 	return took, cpu, err
 }
 
-// runInTurn runs one command after another.
-func runInTurn(commands []*exec.Cmd) error {
-	for _, c := range commands {
-		if err := c.Run(); err != nil {
-			return fmt.Errorf("%w: %s", err, c.Stdout)
-		}
-	}
-	return nil
-}
-
 // runAtOnce runs all commands together. Each needs a thread of its own in the node's namespace.
 func (b *bench) runAtOnce(commands []*exec.Cmd) error {
 	errs := make([]error, len(commands))
 	var all sync.WaitGroup
 	for i, c := range commands {
 		all.Go(func() {
-			errs[i] = b.node.Do(func() error { return runInTurn([]*exec.Cmd{c}) })
+			if err := b.node.Do(c.Run); err != nil {
+				errs[i] = fmt.Errorf("%w: %s", err, c.Stdout)
+			}
 		})
 	}
 	all.Wait()

@@ -39,7 +39,8 @@ type result struct {
 	Benchmark string `json:"benchmark"`
 	Peer      string `json:"peer"`
 	Rounds    int    `json:"rounds"`
-	// WarrenMS and PeerMS are the median times of one operation; Ratio is the first over the second.
+	// WarrenMS and PeerMS are the median times of one operation. Ratio is the median of the rounds' ratios, so that what
+	// slows a round down, and both contenders with it, does not count.
 	WarrenMS float64 `json:"warrenMs"`
 	PeerMS   float64 `json:"peerMs"`
 	Ratio    float64 `json:"ratio"`
@@ -51,17 +52,20 @@ type result struct {
 // result sums a measurement up.
 func (m measurement) result() result {
 	ours, theirs := m.series[0], m.series[1]
-	ourTime, theirTime := median(ours.rounds), median(theirs.rounds)
+	ratios := make([]float64, len(ours.rounds))
+	for i := range ratios {
+		ratios[i] = float64(ours.rounds[i]) / float64(theirs.rounds[i])
+	}
 	return result{
 		Benchmark: m.name, Peer: m.peer, Rounds: len(ours.rounds),
-		WarrenMS: milliseconds(ourTime), PeerMS: milliseconds(theirTime), Ratio: float64(ourTime) / float64(theirTime),
+		WarrenMS: milliseconds(median(ours.rounds)), PeerMS: milliseconds(median(theirs.rounds)), Ratio: median(ratios),
 		WarrenCPUMS: milliseconds(ours.cpu) / float64(ours.operations), PeerCPUMS: milliseconds(theirs.cpu) / float64(theirs.operations),
 	}
 }
 
 // median returns the middle one, or the mean of the two in the middle.
-func median(times []time.Duration) time.Duration {
-	sorted := slices.Sorted(slices.Values(times))
+func median[T time.Duration | float64](values []T) T {
+	sorted := slices.Sorted(slices.Values(values))
 	n := len(sorted)
 	return (sorted[(n-1)/2] + sorted[n/2]) / 2
 }
