@@ -80,8 +80,8 @@ make_images() {
   for component in "${kubernetes[@]}"; do
     add "$component" "usr/local/bin/$component"
     if [ "$component" = kube-proxy ]; then
-      add_programs "$base" "$rootfs" "${proxy_programs[@]}"
-      (cd "$base" && cp --parents -r usr/lib/*/xtables "$rootfs/")
+      # shellcheck disable=SC2046 # the matches and targets of iptables: a list of paths without spaces
+      add_programs "$base" "$rootfs" "${proxy_programs[@]}" $(cd "$base" && printf '/%s ' usr/lib/*/xtables/*.so)
       for program in {iptables,ip6tables}{,-save,-restore}; do ln -s xtables-nft-multi "$rootfs/usr/sbin/$program"; done
       ln -s ../bin/kmod "$rootfs/usr/sbin/modprobe"
       mkdir -p "$rootfs/run" "$rootfs/tmp"
