@@ -2,7 +2,6 @@ package kube_test
 
 import (
 	"context"
-	"encoding/json"
 	"log/slog"
 	"os/exec"
 	"path/filepath"
@@ -268,39 +267,34 @@ func testSource(t *testing.T, daemon *rest.Config) {
 
 // testPodSecurity checks that the namespace's label is needed, and enough.
 func testPodSecurity(t *testing.T, f fixture) {
-	// A controller makes this account in a cluster.
-	_, err := f.admin.CoreV1().ServiceAccounts(namespace).Create(t.Context(),
-		&corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: "default"}}, metav1.CreateOptions{})
+	const strict = "strict"
+	_, err := f.admin.CoreV1().Namespaces().Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{
+		Name: strict, Labels: map[string]string{"pod-security.kubernetes.io/enforce": "baseline"},
+	}}, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)
+	}
+	// A controller makes the account "default" in a cluster; "warren" is that of the daemon.
+	for _, a := range [][2]string{{namespace, "default"}, {strict, "default"}, {strict, account}} {
+		object := &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: a[1]}}
+		if _, err = f.admin.CoreV1().ServiceAccounts(a[0]).Create(t.Context(), object, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
 	}
 	for _, name := range []string{"warren", "warren-tunnel"} {
 		set, err := f.admin.AppsV1().DaemonSets(namespace).Get(t.Context(), name, metav1.GetOptions{})
 		if err != nil {
 			t.Fatal(err)
 		}
-		create := func() error {
+		create := func(namespace string) error {
 			pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: name + "-probe"}, Spec: set.Spec.Template.Spec}
 			_, err := f.admin.CoreV1().Pods(namespace).Create(t.Context(), pod, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
 			return err
 		}
-		if err = create(); err != nil {
+		if err = create(namespace); err != nil {
 			t.Errorf("a pod of %s in its namespace: %v", name, err)
 		}
-		f.labelNamespace(t, "baseline")
-		expectForbidden(t, "a pod of "+name+" under the baseline standard", create(), "violates PodSecurity")
-		f.labelNamespace(t, "privileged")
-	}
-}
-
-func (f fixture) labelNamespace(t *testing.T, standard string) {
-	t.Helper()
-	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{"labels": map[string]string{"pod-security.kubernetes.io/enforce": standard}}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err = f.admin.CoreV1().Namespaces().Patch(t.Context(), namespace, types.MergePatchType, patch, metav1.PatchOptions{}); err != nil {
-		t.Fatal(err)
+		expectForbidden(t, "a pod of "+name+" under the baseline standard", create(strict), "violates PodSecurity")
 	}
 }
 
