@@ -297,7 +297,7 @@ func TestGC(t *testing.T) {
 	if err := os.WriteFile(junk, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	n.cni = libcni.NewCNIConfigWithCacheDir([]string{binaries}, t.TempDir(), nil) // so that libcni itself deletes nothing
+	n.cni = libcni.NewCNIConfigWithCacheDir([]string{binaries}, t.TempDir(), executor()) // so that libcni itself deletes nothing
 	list := n.conflist()
 	args := &libcni.GCArgs{ValidAttachments: []types.GCAttachment{{ContainerID: "c-kept", IfName: "eth0"}, {ContainerID: "c-never", IfName: "eth0"}}}
 	err := n.cni.GCNetworkList(context.Background(), list, args)

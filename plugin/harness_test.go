@@ -16,6 +16,7 @@ import (
 	"testing"
 
 	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/invoke"
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/plugins/pkg/ns"
@@ -77,7 +78,7 @@ type node struct {
 func newNode(t *testing.T) *node {
 	t.Helper()
 	n := &node{NetNS: testnode.Enter(t), t: t, runDir: t.TempDir()}
-	n.cni = libcni.NewCNIConfigWithCacheDir([]string{binaries}, t.TempDir(), nil)
+	n.cni = libcni.NewCNIConfigWithCacheDir([]string{binaries}, t.TempDir(), executor())
 	for f, family := range map[netfilter.Family]uint8{netfilter.IPv4: unix.AF_INET, netfilter.IPv6: unix.AF_INET6} {
 		if err := netlink.IpsetCreate(netfilter.ReadySet(f), "hash:ip", netlink.IpsetCreateOptions{Family: family}); err != nil {
 			t.Fatal(err)
@@ -85,6 +86,11 @@ func newNode(t *testing.T) *node {
 	}
 	n.startDaemon()
 	return n
+}
+
+// executor runs plugins; libcni's own is made on first use, which is not safe where several goroutines use it.
+func executor() invoke.Exec {
+	return &invoke.DefaultExec{RawExec: &invoke.RawExec{Stderr: os.Stderr}}
 }
 
 // startDaemon starts the stand-in, and returns when it answers.
