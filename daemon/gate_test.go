@@ -15,7 +15,7 @@ import (
 )
 
 // newPods is how many pods are made under fire.
-const newPods = 10
+const newPods = 5
 
 // sink counts the datagrams that reach a pod.
 type sink struct {
