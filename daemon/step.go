@@ -46,21 +46,16 @@ func makePlan(snapshot cluster.Snapshot, open []netip.Addr, p planning, uplinkMT
 		Encrypted:    p.encryptionMode,
 	})
 	policyRules, policyProblems := policy.Compile(snapshot)
-	self, _ := snapshot.Node(snapshot.Self)
-	var known []netip.Prefix
-	for _, node := range snapshot.Nodes {
-		known = append(known, node.PodCIDRs...)
-	}
 	base := guard.Compile(guard.Config{
-		PodCIDRs:      self.PodCIDRs,
-		KnownPodCIDRs: known,
+		PodCIDRs:      config.PodCIDRs,
+		KnownPodCIDRs: config.KnownPodCIDRs,
 		ClusterCIDRs:  p.parsedCluster,
 		NonMasquerade: p.parsedNonMasq,
 		Encrypted:     p.encryptionMode,
 		Ready:         open,
 	})
 	return plan{
-		podCIDRs: self.PodCIDRs,
+		podCIDRs: config.PodCIDRs,
 		rules:    netfilter.Merge(base, policyRules),
 		mesh:     config,
 		open:     open,

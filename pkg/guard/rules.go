@@ -115,8 +115,9 @@ func (p plan) nat() []netfilter.Rule {
 	for _, prefix := range p.outside {
 		rules = append(rules, rule("keeps the pod's address", "-d "+prefix.String()+" -j RETURN"))
 	}
-	for _, own := range p.own {
-		rules = append(rules, rule("out of the cluster", "-s "+own.String()+" -j MASQUERADE --random-fully"))
+	// By all pods' addresses: a pod keeps its own when the node's podCIDR changes or its Node goes away.
+	for _, f := range p.fence {
+		rules = append(rules, matching("out of the cluster", f.match("src"), "-j MASQUERADE --random-fully"))
 	}
 	return rules
 }

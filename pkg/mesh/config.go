@@ -12,6 +12,9 @@ type Config struct {
 	// Encrypted is false with --encryption off: then there is no link, and Routes go by the nodes' addresses.
 	Encrypted  bool
 	ListenPort uint16
+	// PodCIDRs are the own node's, KnownPodCIDRs those of all nodes: the claims that were accepted.
+	PodCIDRs      []netip.Prefix
+	KnownPodCIDRs []netip.Prefix
 	// MTU is that of the link and of the pods.
 	MTU int
 	// Addresses are the node's own: the first address of each of its podCIDRs, as /32 and /128 on the link.

@@ -46,14 +46,18 @@ func Plan(s cluster.Snapshot, o Options) (Config, []cluster.Problem) {
 		r.refuse(nodeWithoutPodCIDR(s.Self))
 	}
 
-	c := Config{Encrypted: o.Encrypted}
+	c := Config{Encrypted: o.Encrypted, PodCIDRs: slices.Clone(self.podCIDRs), KnownPodCIDRs: r.known()}
 	if o.Encrypted {
 		c.ListenPort = o.ListenPort
 		for _, p := range self.podCIDRs {
 			a := podcidr.NodeAddress(p)
 			c.Addresses = append(c.Addresses, netip.PrefixFrom(a, a.BitLen()))
 		}
-		c.Unreachable = r.unreachable(o.ClusterCIDRs)
+		// What must never fall to the default route.
+		c.Unreachable = slices.Clone(o.ClusterCIDRs)
+		if len(o.ClusterCIDRs) == 0 {
+			c.Unreachable = slices.Clone(c.KnownPodCIDRs)
+		}
 	}
 	for _, n := range s.Nodes {
 		if n.Name == s.Self {
@@ -135,11 +139,8 @@ func (c claim) prefers(a netip.Addr) bool {
 	return a.Is4() != only6
 }
 
-// unreachable returns what must never fall to the default route.
-func (r *registry) unreachable(clusterCIDRs []netip.Prefix) []netip.Prefix {
-	if len(clusterCIDRs) > 0 {
-		return slices.Clone(clusterCIDRs)
-	}
+// known returns the accepted podCIDRs of all nodes.
+func (r *registry) known() []netip.Prefix {
 	var known []netip.Prefix
 	for _, c := range r.claims {
 		known = append(known, c.podCIDRs...)
@@ -166,6 +167,8 @@ func mtu(peers []Peer, self claim, o Options) int {
 // sortConfig brings a Config into its order.
 func sortConfig(c *Config) {
 	slices.SortFunc(c.Addresses, comparePrefixes)
+	slices.SortFunc(c.PodCIDRs, comparePrefixes)
+	slices.SortFunc(c.KnownPodCIDRs, comparePrefixes)
 	slices.SortFunc(c.Unreachable, comparePrefixes)
 	c.Unreachable = slices.Compact(c.Unreachable)
 	slices.SortFunc(c.Peers, func(a, b Peer) int { return cmp.Compare(a.Node, b.Node) })

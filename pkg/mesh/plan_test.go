@@ -88,8 +88,11 @@ func TestPlanDualStack(t *testing.T) {
 	want := mesh.Config{
 		Encrypted:  true,
 		ListenPort: 51820,
-		MTU:        1440,
-		Addresses:  prefixes("10.244.1.1/32", "fd00:0:0:1::1/128"),
+		PodCIDRs:   prefixes("10.244.1.0/24", "fd00:0:0:1::/64"),
+		KnownPodCIDRs: prefixes("10.244.1.0/24", "10.244.2.0/24",
+			"fd00:0:0:1::/64", "fd00:0:0:2::/64"),
+		MTU:       1440,
+		Addresses: prefixes("10.244.1.1/32", "fd00:0:0:1::1/128"),
 		Peers: []mesh.Peer{{
 			Node:       "node-2",
 			PublicKey:  [32]byte{2},
@@ -111,6 +114,9 @@ func TestPlanWithoutEncryption(t *testing.T) {
 	nodes := snapshot(node(1), node(2, func(n *cluster.Node) { n.WireGuard = nil }), node(3, addresses("192.0.2.3")))
 	got, problems := mesh.Plan(nodes, options(func(o *mesh.Options) { o.Encrypted = false }))
 	want := mesh.Config{
+		PodCIDRs: prefixes("10.244.1.0/24", "fd00:0:0:1::/64"),
+		KnownPodCIDRs: prefixes("10.244.1.0/24", "10.244.2.0/24", "10.244.3.0/24",
+			"fd00:0:0:1::/64", "fd00:0:0:2::/64", "fd00:0:0:3::/64"),
 		MTU: 1500,
 		Routes: []mesh.Route{
 			{Destination: netip.MustParsePrefix("10.244.2.0/24"), Via: netip.MustParseAddr("192.0.2.2")},
