@@ -28,7 +28,7 @@ func (c *cluster) testInstall(t *testing.T) {
 	eventually(t, time.Minute, "CoreDNS runs", c.dnsReady)
 
 	// Pods may now run on the control plane too, so that the upstream suite crosses nodes.
-	c.kubectl(t, "taint", "nodes", "--all", "node-role.kubernetes.io/control-plane-")
+	c.kubectl(t, "taint", "nodes", c.controlPlane, "node-role.kubernetes.io/control-plane-")
 	for _, node := range c.nodes() {
 		c.checkConflist(t, node)
 		c.checkMesh(t, node)

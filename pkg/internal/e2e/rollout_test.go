@@ -22,23 +22,39 @@ type flowReport struct {
 	LongestGapNanoseconds         time.Duration
 }
 
+// flowsEach is how many flows there are over TCP and over UDP.
+const flowsEach = 50
+
 // testRollout replaces both daemons under load: 50 TCP and 50 UDP flows between the nodes, 50 messages a second each way.
+// The same load without a rollout comes first, because on a busy machine flows have gaps anyway.
 func (c *cluster) testRollout(t *testing.T) {
 	const namespace = "e2e-rollout"
-	const flows = 50
 	c.namespace(t, namespace)
 	client, server := &probePod{name: "client", node: c.worker}, &probePod{name: "server", node: c.controlPlane}
 	c.start(t, namespace, client, server)
+	underLoad := func(t *testing.T, during func()) {
+		t.Helper()
+		load := c.startFlows(t, namespace, client.name, net.JoinHostPort(server.address, strconv.Itoa(port)))
+		during()
+		checkFlows(t, load.stop(t))
+	}
+	t.Run("nothing happens", func(t *testing.T) {
+		underLoad(t, func() { <-time.After(5 * time.Second) })
+	})
+	t.Run("rollout", func(t *testing.T) {
+		underLoad(t, func() { c.replaceDaemons(t) })
+	})
+}
+
+// replaceDaemons restarts the daemons by a rollout.
+func (c *cluster) replaceDaemons(t *testing.T) {
+	t.Helper()
 	before, err := c.daemonPods(t.Context(), daemonSet)
 	if err != nil {
 		t.Fatal(err)
 	}
-
-	load := c.startFlows(t, namespace, client.name, "-tcp", "50", "-udp", "50", "-rate", "50", net.JoinHostPort(server.address, strconv.Itoa(port)))
 	c.kubectl(t, "rollout", "restart", "--namespace", system, "daemonset/"+daemonSet)
 	c.rolledOut(t)
-	reports := load.stop(t)
-
 	after, err := c.daemonPods(t.Context(), daemonSet)
 	if err != nil {
 		t.Fatal(err)
@@ -48,12 +64,17 @@ func (c *cluster) testRollout(t *testing.T) {
 			t.Errorf("node %s still has the daemon from before", node)
 		}
 	}
+}
+
+// checkFlows checks that no flow was cut, and reports the gaps.
+func checkFlows(t *testing.T, reports map[string]flowReport) {
+	t.Helper()
 	for _, protocol := range []string{"tcp", "udp"} {
 		r := reports[protocol]
 		t.Logf("%s: %d flows, %d sent, %d received, %d errors, longest gap %v",
 			protocol, r.Flows, r.Sent, r.Received, r.Errors, r.LongestGapNanoseconds.Round(time.Millisecond))
-		if r.Flows != flows || r.Errors != 0 || r.Received == 0 {
-			t.Errorf("%s: want %d flows and no error; first error: %q", protocol, flows, r.FirstError)
+		if r.Flows != flowsEach || r.Errors != 0 || r.Received == 0 {
+			t.Errorf("%s: want %d flows and no error; first error: %q", protocol, flowsEach, r.FirstError)
 		}
 	}
 }
@@ -66,12 +87,15 @@ type flows struct {
 	errors  *bytes.Buffer
 }
 
-// startFlows starts flows in a pod and returns when all are established.
-func (c *cluster) startFlows(t *testing.T, namespace, pod string, args ...string) *flows {
+// startFlows starts flows from a pod to an address and returns when all are established.
+func (c *cluster) startFlows(t *testing.T, namespace, pod, address string) *flows {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	t.Cleanup(cancel)
-	args = append([]string{"exec", "--stdin", "--namespace", namespace, pod, "--", probeFolder + "/probe", "flows"}, args...)
+	args := []string{
+		"exec", "--stdin", "--namespace", namespace, pod, "--", probeFolder + "/probe", "flows",
+		"-tcp", strconv.Itoa(flowsEach), "-udp", strconv.Itoa(flowsEach), "-rate", "50", address,
+	}
 	f := &flows{process: exec.CommandContext(ctx, c.tool("kubectl"), args...), errors: &bytes.Buffer{}}
 	f.process.Stderr = f.errors
 	in, err := f.process.StdinPipe()

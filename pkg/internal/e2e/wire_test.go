@@ -77,7 +77,6 @@ func (c *cluster) testPlaintext(t *testing.T) {
 
 	t.Run("encryption off", func(t *testing.T) {
 		c.setEncryption(t, "off")
-		t.Cleanup(func() { c.setEncryption(t, "on") })
 		counts := c.capture(t, func(marker string) {
 			if err := c.compare(t.Context(), both, marker); err != nil {
 				t.Error(err)
@@ -87,6 +86,7 @@ func (c *cluster) testPlaintext(t *testing.T) {
 			t.Error("the capture does not see what is in clear")
 		}
 	})
+	c.setEncryption(t, "on")
 	c.awaitTable(t, both)
 }
 

@@ -33,8 +33,9 @@ func echoServer(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	go echoPackets(packets)
 	done := make(chan error, 1)
-	go func() { done <- serveOn(ctx, listener, packets) }()
+	go func() { done <- serveOn(ctx, listener, []io.Closer{listener, packets}) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {

@@ -2,34 +2,50 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
+	"syscall"
+
+	"golang.org/x/sys/unix"
 )
+
+// packetSockets share the UDP port, so that a busy machine does not overflow the buffer of one and lose what the network
+// has delivered.
+const packetSockets = 16
 
 // serve echoes what arrives at an address, over TCP and UDP, until the context ends.
 func serve(ctx context.Context, address string) error {
-	var config net.ListenConfig
-	listener, err := config.Listen(ctx, "tcp", address)
+	var plain net.ListenConfig
+	listener, err := plain.Listen(ctx, "tcp", address)
 	if err != nil {
 		return fmt.Errorf("listening for TCP: %w", err)
 	}
-	packets, err := config.ListenPacket(ctx, "udp", address)
-	if err != nil {
-		_ = listener.Close()
-		return fmt.Errorf("listening for UDP: %w", err)
+	sockets := []io.Closer{listener}
+	shared := net.ListenConfig{Control: sharePort}
+	for range packetSockets {
+		packets, err := shared.ListenPacket(ctx, "udp", address)
+		if err != nil {
+			return errors.Join(fmt.Errorf("listening for UDP: %w", err), closeAll(sockets))
+		}
+		sockets = append(sockets, packets)
+		go echoPackets(packets)
 	}
-	return serveOn(ctx, listener, packets)
+	return serveOn(ctx, listener, sockets)
 }
 
-// serveOn echoes on two sockets, and closes them when the context ends.
-func serveOn(ctx context.Context, listener net.Listener, packets net.PacketConn) error {
-	stop := context.AfterFunc(ctx, func() {
-		_ = listener.Close()
-		_ = packets.Close()
-	})
+// sharePort lets several sockets listen on one port; the kernel keeps each flow on one of them.
+func sharePort(_, _ string, raw syscall.RawConn) error {
+	var inner error
+	err := raw.Control(func(fd uintptr) { inner = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1) })
+	return errors.Join(err, inner)
+}
+
+// serveOn echoes what comes over TCP, and closes all sockets when the context ends.
+func serveOn(ctx context.Context, listener net.Listener, sockets []io.Closer) error {
+	stop := context.AfterFunc(ctx, func() { _ = closeAll(sockets) })
 	defer stop()
-	go echoPackets(packets)
 	for {
 		conn, err := listener.Accept()
 		if ctx.Err() != nil {
@@ -43,6 +59,15 @@ func serveOn(ctx context.Context, listener net.Listener, packets net.PacketConn)
 			_, _ = io.Copy(conn, conn) // the client sees what went wrong
 		}()
 	}
+}
+
+// closeAll closes sockets.
+func closeAll(sockets []io.Closer) error {
+	var errs []error
+	for _, s := range sockets {
+		errs = append(errs, s.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // echoPackets sends each packet back until the socket is closed.
