@@ -85,7 +85,12 @@ func count(snapshot cluster.Snapshot) counts {
 func (n *node) step(ctx context.Context, full bool) error {
 	before := n.outcomeNow()
 	snapshot, problems := n.source.Snapshot()
-	leases, leaseProblems := n.readLeases()
+	leases, leaseProblems, err := n.readLeases()
+	if err != nil { // to plan without them would close every pod that runs
+		before.problems = leaseProblems
+		n.record(before)
+		return err
+	}
 	bound, open := snapshot.Bind(leases)
 
 	now := outcome{synced: true, ready: before.ready, applied: before.applied, guarded: before.guarded, host: before.host}
@@ -96,7 +101,7 @@ func (n *node) step(ctx context.Context, full bool) error {
 		now.host = n.setUpHost(snapshot, before.host.uplinkMTU)
 	}
 	now.plan = makePlan(bound, open, n.options.planning, now.host.uplinkMTU)
-	err := n.apply(ctx, &now)
+	err = n.apply(ctx, &now)
 	now.problems = cluster.SortProblems(slices.Concat(problems, leaseProblems, now.host.problems, now.plan.problems, now.problems))
 	if err == nil {
 		now.applied = n.clock()
@@ -176,13 +181,16 @@ func (n *node) publish(ctx context.Context) error {
 	})
 }
 
-// readLeases returns the addresses that pods of this node hold.
-func (n *node) readLeases() ([]cluster.Attachment, []cluster.Problem) {
+// readLeases returns the addresses that pods of this node hold; the error says that nothing is known of them.
+func (n *node) readLeases() ([]cluster.Attachment, []cluster.Problem, error) {
 	leases, err := n.leases.List()
 	var problems []cluster.Problem
 	if err != nil {
 		problems = append(problems, applyProblem("LeaseUnreadable", n.options.leases(), err,
 			"the pod that holds the address stays closed; delete it, or the file if no pod holds the address"))
+		if leases == nil {
+			return nil, problems, err
+		}
 	}
 	attachments := make([]cluster.Attachment, 0, len(leases))
 	for _, l := range leases {
@@ -191,7 +199,7 @@ func (n *node) readLeases() ([]cluster.Attachment, []cluster.Problem) {
 			Namespace: l.Namespace, Name: l.Name, UID: l.UID, Addresses: l.Addresses,
 		})
 	}
-	return attachments, problems
+	return attachments, problems, nil
 }
 
 // setUpHost lets the node forward packets, and reads the MTU of the link that holds the node's own address; it stays
