@@ -9,10 +9,10 @@
 
 suite=bookworm # the last Debian whose systemd boots on cgroup v1
 node_packages=systemd,dbus,containerd,runc,iptables,nftables,ipset,conntrack,iproute2,ethtool,socat,kmod,jq,procps
-node_packages+=,util-linux,mount,ca-certificates,busybox,curl,iputils-ping,tcpdump,hostname
+node_packages+=,util-linux,mount,ca-certificates,busybox,curl,netcat-openbsd,iputils-ping,tcpdump,hostname
 # Programs that kube-proxy and the test suite run in their images.
 proxy_programs=(/usr/sbin/{xtables-nft-multi,nft,conntrack} /usr/bin/kmod)
-suite_programs=(/usr/bin/{busybox,curl,bash} /usr/bin/{ip,ss})
+suite_programs=(/usr/bin/{bash,busybox,curl,ip,nc.openbsd,ss})
 kubernetes=(kube-apiserver kube-controller-manager kube-scheduler kube-proxy)
 
 [ "$(id -u)" -eq 0 ] || die "making a node image needs root; or name an image in NODE_IMAGE"
@@ -97,6 +97,7 @@ make_images() {
   add agnhost agnhost
   ln -s agnhost "$rootfs/agnhost-2"
   add_programs "$base" "$rootfs" "${suite_programs[@]}"
+  ln -s nc.openbsd "$rootfs/usr/bin/nc"
   mkdir -p "$rootfs/"{bin,tmp,uploads}
   for program in $(chroot "$base" busybox --list); do
     [ -e "$rootfs/usr/bin/$program" ] || ln -s ../usr/bin/busybox "$rootfs/bin/$program"
