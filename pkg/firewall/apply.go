@@ -14,6 +14,7 @@ type apply struct {
 	*Firewall
 	plans   map[netfilter.Family][]setPlan
 	changes Changes
+	closed  []ClosedChain
 }
 
 // run goes through the phases. Their order is the package's promise.
@@ -33,7 +34,7 @@ func (a *apply) run(ctx context.Context, r *netfilter.Ruleset) error {
 	}
 	// The gate opens only when everything stands, in both families: a pod has addresses in both.
 	if err == nil {
-		err = a.late(a.fill)
+		err = a.late(a.open)
 	}
 	a.collect(ctx, r, done)
 	return err
@@ -107,6 +108,17 @@ func (a *apply) fill(p *setPlan) error {
 	return a.sets.Add(p.Name, p.Type, p.add)
 }
 
+// open adds to a Late set what it lacks, as far as that may still enter: since the plan was made, others went on.
+func (a *apply) open(p *setPlan) error {
+	if len(p.add) == 0 || a.admit == nil {
+		return a.fill(p)
+	}
+	return a.admit(p.add, func(members []netfilter.Entry) error {
+		a.changes.SetOps += len(members)
+		return a.sets.Add(p.Name, p.Type, members)
+	})
+}
+
 // close removes the members that the set must not have. Doing it a second time is no change.
 func (a *apply) close(p *setPlan) error {
 	if len(p.remove) == 0 {
@@ -142,7 +154,7 @@ func (a *apply) enlarge(p *setPlan) error {
 	return a.sets.Destroy(temporary)
 }
 
-// table writes the chains that differ, and then the hooks, so that none ever leads to a chain that is not complete.
+// table writes the chains that differ, and then the hooks, so that none ever leads to a chain that is neither complete nor closed.
 func (a *apply) table(ctx context.Context, p place, r *netfilter.Rules) error {
 	t, err := a.readTable(ctx, p)
 	if err != nil {
@@ -150,11 +162,13 @@ func (a *apply) table(ctx context.Context, p place, r *netfilter.Rules) error {
 	}
 	wanted := chainsOf(r, p.table)
 	if chains := t.rewrite(wanted); len(chains) > 0 {
-		if err := a.restore(ctx, p, netfilter.Delta{Table: p.table, Write: chains}); err != nil {
+		if err := a.write(ctx, p, t, chains); err != nil {
 			return err
 		}
+		delete(a.suspect, p) // whatever was written with a warning was written again
 	}
 	t.hold(wanted)
+	a.closed = append(a.closed, t.refusals(wanted)...)
 	return a.hook(t, p, hooksOf(r, p.table))
 }
 
@@ -164,13 +178,11 @@ func (a *apply) restore(ctx context.Context, p place, d netfilter.Delta) error {
 	a.changes.RuleBytes += len(text)
 	a.changes.Execs++
 	err := a.tools[p.family].write(ctx, text)
-	switch {
-	case errors.Is(err, errWarned):
-		a.suspect[p] = true
-	case err == nil && len(d.Write) > 0:
-		delete(a.suspect, p)
-	}
 	if err != nil {
+		// What was refused has changed nothing. After any other end of the program nobody knows.
+		if errors.Is(err, errWarned) || !refused(err) {
+			a.suspect[p] = true
+		}
 		return fmt.Errorf("restoring %s: %w", p, err)
 	}
 	return nil

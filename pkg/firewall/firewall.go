@@ -7,6 +7,9 @@
 // not done. Every state in between is one that the cluster could have asked for, had its changes come one by one. After an error
 // the next Apply reads the kernel and goes on from whatever stands.
 //
+// One kind of failure stops nothing else: a chain that may be closed (netfilter.Chain.Closable) and whose rules are refused is
+// replaced by a DROP, which counts as standing, because it lets less pass than the rules would. See ClosedError.
+//
 // What carries the prefix netfilter.Prefix is ours, whoever made it; nothing else is ever changed.
 package firewall
 
@@ -24,6 +27,9 @@ type Options struct {
 	Log *slog.Logger
 	// Backend chooses the iptables programs: "nft", "legacy", or "" for those that the node calls iptables.
 	Backend string
+	// Admit is asked before members enter a Late set. It calls add with those that still may, and keeps that true until add
+	// returns. Without it all may.
+	Admit func(members []netfilter.Entry, add func([]netfilter.Entry) error) error
 }
 
 // Changes counts what an Apply wrote; all zero when the kernel agreed already.
@@ -40,10 +46,12 @@ type Changes struct {
 type Firewall struct {
 	log   *slog.Logger
 	sets  ipsets
+	admit func(members []netfilter.Entry, add func([]netfilter.Entry) error) error
 	tools map[netfilter.Family]*tools
 	// known is what the kernel holds, as far as it has been read or written since the last error or Forget.
 	known known
-	// suspect are tables that were written with a warning: their rules are not believed, whatever their hashes say.
+	// suspect are tables that were written with a warning, or may have been: their rules are not believed, whatever their
+	// hashes say.
 	suspect map[place]bool
 }
 
@@ -72,6 +80,7 @@ func New(o Options) (*Firewall, error) {
 	w := &Firewall{
 		log:     o.Log,
 		sets:    kernelSets{},
+		admit:   o.Admit,
 		tools:   map[netfilter.Family]*tools{},
 		suspect: map[place]bool{},
 	}
@@ -93,12 +102,16 @@ func (w *Firewall) Forget() {
 
 // Apply makes the kernel agree with the ruleset and returns what it wrote. It does as much as is safe when something
 // fails, and then returns all errors joined; calling it again goes on from whatever stands. After an error nothing has been
-// added to a Late set, unless adding is what failed.
+// added to a Late set, unless adding is what failed. Only a *ClosedError, which never comes joined to another, means that
+// everything has been done but for the chains that it names.
 func (w *Firewall) Apply(ctx context.Context, r netfilter.Ruleset) (Changes, error) {
 	a := &apply{Firewall: w, plans: map[netfilter.Family][]setPlan{}}
 	if err := a.run(ctx, &r); err != nil {
 		w.Forget()
 		return a.changes, err
+	}
+	if len(a.closed) > 0 {
+		return a.changes, &ClosedError{Chains: a.closed}
 	}
 	return a.changes, nil
 }

@@ -118,6 +118,14 @@ func (t *tools) run(ctx context.Context, stdin, path string, args ...string) (st
 	return stdout, nil
 }
 
+// refused says whether an error means that a program did not take its input as it is. Otherwise (somebody else holds the lock, it
+// could not be run, it was killed) it may take the same input another time.
+func refused(err error) bool {
+	var exit *exec.ExitError
+	return errors.Is(err, errWarned) ||
+		errors.As(err, &exit) && exit.Exited() && !strings.Contains(err.Error(), "holding the xtables lock")
+}
+
 // complaint returns the lines of an error output that mean something, as one line.
 func complaint(stderr string) string {
 	var lines []string

@@ -22,9 +22,11 @@ type chain struct {
 	hashes []string
 	// rules are the rules as written or found equal, nil when only the hashes are known.
 	rules []netfilter.Rule
+	// refused says why the chain stands closed instead of with these rules; nil where it does not.
+	refused error
 }
 
-// holds says whether the chain has exactly these rules.
+// holds says whether the chain has exactly these rules, or stands closed because they were refused.
 func (c chain) holds(rules []netfilter.Rule) bool {
 	if c.rules != nil {
 		return slices.EqualFunc(c.rules, rules, func(a, b netfilter.Rule) bool {
@@ -143,9 +145,11 @@ func (t *table) leftOver(wanted []netfilter.Chain) []string {
 	return names
 }
 
-// hold notes that the wanted chains stand.
+// hold notes that the wanted chains stand, but for those whose rules were refused.
 func (t *table) hold(wanted []netfilter.Chain) {
 	for _, w := range wanted {
-		t.chains[w.Name] = chain{rules: w.Rules}
+		if have := t.chains[w.Name]; have.refused == nil || !have.holds(w.Rules) {
+			t.chains[w.Name] = chain{rules: w.Rules}
+		}
 	}
 }
