@@ -92,8 +92,10 @@ func TestBrokenObjects(t *testing.T) {
 	t.Run("garbage key", func(t *testing.T) {
 		s.writeText("node-9", garbageNode)
 		expect(t, s.problem(0, "NodeInvalid", "node-9"), "warren.cni/wireguard-public-key")
-		if peers := s.status(0).Peers; len(peers) != 1 || peers[0].Node != "node-2" {
-			t.Errorf("peers: %+v", peers)
+		for i, other := range []string{"node-2", "node-1"} {
+			if peers := s.status(i).Peers; len(peers) != 1 || peers[0].Node != other {
+				t.Errorf("peers of %s: %+v", s.Nodes[i].Name, peers)
+			}
 		}
 		unaffected(t)
 	})
@@ -170,56 +172,65 @@ func TestAddWithoutDaemon(t *testing.T) {
 	s.pod(0, "later")
 }
 
-// withoutSCTP is an iptables-restore of a system that lacks the match: it warns, leaves the rules out, and succeeds.
+// withoutSCTP is an iptables-restore of a system that lacks the match: it warns, leaves the rules out, and succeeds. The match
+// is there again as soon as the file %[2]s is.
 const withoutSCTP = `#!/bin/sh
 input=$(cat)
-case "$input" in
+[ -e %[2]s ] || case "$input" in
 *"-p sctp"*) echo "Warning: Extension sctp revision 0 not supported, missing kernel module?" >&2; exit 0 ;;
 esac
-printf '%%s\n' "$input" | exec %s "$@"
+printf '%%s\n' "$input" | exec %[1]s "$@"
 `
 
-// A policy that the node's iptables cannot express is a problem, it opens nothing, and what stood before stays.
+// A policy that the node's iptables cannot express is a problem and isolates the pods that it selects. Everybody else's policies
+// are enforced, pods start, and it is applied as soon as the node can.
 func TestUnsupportedExtension(t *testing.T) {
 	s := newStage(t, "wdext", 1)
 	tools := t.TempDir()
+	match := filepath.Join(tools, "sctp")
 	for _, name := range []string{"iptables-restore", "ip6tables-restore"} {
 		actual, err := exec.LookPath(name)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err = os.WriteFile(filepath.Join(tools, name), fmt.Appendf(nil, withoutSCTP, actual), 0o755); err != nil {
+		if err = os.WriteFile(filepath.Join(tools, name), fmt.Appendf(nil, withoutSCTP, actual, match), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
 	s.startTunnel(0)
 	s.startDaemon(0, []string{"PATH=" + tools + ":" + os.Getenv("PATH")})
 	s.ready(0)
-	s.write("policy", isolateClosed())
-	client, open, closed := s.pod(0, "client"), s.pod(0, "open"), s.pod(0, "closed")
+	client, open := s.pod(0, "client"), s.pod(0, "open")
 	s.reaches(client, open)
-	s.blocked(client, closed)
+	s.reaches(open, client)
 
 	s.writeText("sctp", `apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
 metadata: {namespace: shop, name: signalling}
 spec:
-  podSelector: {matchLabels: {app: client}}
+  podSelector: {matchExpressions: [{key: app, operator: In, values: [client, phone]}]}
   policyTypes: [Ingress]
   ingress:
-  - ports: [{protocol: SCTP, port: 2905}]
+  - ports: [{protocol: SCTP, port: 2905}, {protocol: TCP, port: 8080}]
 `)
-	problem := s.problem(0, "FirewallApplyFailed", "node-1")
+	problem := s.problem(0, "PolicyNotApplied", "shop/signalling")
 	if !strings.Contains(problem.Message, "Extension sctp") {
 		t.Errorf("the problem does not say what is missing: %+v", problem)
 	}
-	s.reaches(client, open)
+	s.write("policy", isolateClosed())
+	closed, phone := s.pod(0, "closed"), s.pod(0, "phone")
 	s.blocked(client, closed)
-	leavesNothing(t, s.Nodes[0])
+	s.reaches(client, open)
+	s.reaches(phone, open)
+	s.blocked(open, client)
+	s.blocked(open, phone)
+	s.problem(0, "PolicyNotApplied", "shop/signalling")
 
-	if err := s.Remove("sctp"); err != nil {
+	if err := os.WriteFile(match, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s.healthy(0)
-	s.pod(0, "later")
+	s.healthy(0) // after the next audit
+	s.reaches(open, client)
+	s.reaches(open, phone)
+	s.blocked(client, closed)
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"os"
 	"strings"
 	"testing"
@@ -148,6 +149,83 @@ func TestTunnelDies(t *testing.T) {
 	s.startTunnel(0)
 	s.reaches(client, server)
 	s.healthy(0)
+}
+
+// A Node is deleted: its peer goes, and what is still sent to its pods does not show on the wire; it comes back, and works.
+func TestNodeLeaves(t *testing.T) {
+	s := running(t, "wdleave", 2)
+	client, server := s.pod(0, "client"), s.pod(1, "server")
+	s.reaches(client, server)
+	node, err := s.ReadText("node-2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err = s.Remove("node-2"); err != nil {
+		t.Fatal(err)
+	}
+	s.eventually(func() error {
+		if peers := s.status(0).Peers; len(peers) > 0 {
+			return fmt.Errorf("peers: %+v", peers)
+		}
+		return nil
+	})
+	s.problem(1, "NodeUnknown", "node-2")
+	capture, err := s.Capture(marker)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.blocked(client, server)
+	counts, err := capture.Stop()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if counts.Marked > 0 || counts.Pods > 0 {
+		t.Errorf("after the node left the wire shows %v: %q", counts, counts.Examples)
+	}
+	s.writeText("node-2", string(node))
+	s.ready(0)
+	s.ready(1)
+	s.reaches(client, server)
+	s.healthy(0)
+	s.healthy(1)
+}
+
+// Encryption is switched off and on again under a tunnel that keeps running: pods reach each other in each state, and what
+// the wire shows follows the flag.
+func TestEncryptionOffAndOnAgain(t *testing.T) {
+	s := running(t, "wdflip", 2)
+	client, server := s.pod(0, "client"), s.pod(1, "server")
+	s.reaches(client, server)
+	for _, mode := range []string{"off", "on"} {
+		for i, daemon := range s.daemons {
+			if err := daemon.Stop(); err != nil {
+				t.Fatal(err)
+			}
+			s.startDaemon(i, []string{"WARREN_ENCRYPTION=" + mode})
+		}
+		peers := map[string]int{"off": 0, "on": 1}[mode]
+		for i, node := range s.Nodes {
+			if err := node.Ready(t.Context(), s.daemons[i], peers); err != nil {
+				t.Fatal(err)
+			}
+			s.healthy(i)
+		}
+		capture, err := s.Capture(marker)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.reaches(client, server)
+		s.reaches(server, client)
+		counts, err := capture.Stop()
+		if err != nil {
+			t.Fatal(err)
+		}
+		inClear := counts.Marked > 0 && counts.Pods > 0
+		encrypted := counts.Marked == 0 && counts.Pods == 0 && counts.WireGuard > 0
+		if mode == "off" && !inClear || mode == "on" && !encrypted {
+			t.Errorf("with --encryption %s the wire shows %v: %q", mode, counts, counts.Examples)
+		}
+	}
 }
 
 // On a node with neither kernel WireGuard nor a tunnel process no pod can start, and the problem says what to do.

@@ -65,9 +65,10 @@ link set eth0 addrgenmode none
 link set eth0 up
 addr add %[3]s dev eth0
 addr add %[4]s dev eth0 nodad
+addr add fe80::%[7]d/64 dev eth0 nodad
 route add default via %[5]s
 route add default via %[6]s`, n.Name, l.wireName(), address4, address6,
-		host(nodeNetwork4, gatewayHost).Addr(), host(nodeNetwork6, gatewayHost).Addr()))
+		host(nodeNetwork4, gatewayHost).Addr(), host(nodeNetwork6, gatewayHost).Addr(), number))
 	if err == nil {
 		err = batch(ctx, l.wireName(), "link set "+n.Name+" addrgenmode none\nlink set "+n.Name+" master wire up")
 	}
