@@ -8,9 +8,11 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/warren-cni/warren/pkg/cluster"
 	"github.com/warren-cni/warren/pkg/cniconf"
+	"github.com/warren-cni/warren/pkg/firewall"
 	"github.com/warren-cni/warren/pkg/guard"
 	"github.com/warren-cni/warren/pkg/kube"
 	"github.com/warren-cni/warren/pkg/mesh"
@@ -114,6 +116,11 @@ func (n *node) step(ctx context.Context, full bool) error {
 // then the mesh, then the annotations that other nodes need, and the conflist when all of it was well.
 func (n *node) apply(ctx context.Context, o *outcome) error {
 	changes, filterErr := n.filter.Apply(ctx, o.plan.rules)
+	var closed *firewall.ClosedError
+	if errors.As(filterErr, &closed) {
+		o.problems = append(o.problems, closedProblems(closed)...)
+		filterErr = nil // all else stands, and the pods of these chains are isolated
+	}
 	if filterErr != nil {
 		filterErr = fmt.Errorf("applying the packet filter: %w", filterErr)
 		o.problems = append(o.problems, applyProblem("FirewallApplyFailed", "Node "+n.options.nodeName, filterErr,
@@ -241,6 +248,17 @@ func meshCode(err error) string {
 func publicKey(key wgdevice.Key) string {
 	public := key.Public()
 	return base64.StdEncoding.EncodeToString(public[:])
+}
+
+// closedProblems describes the policies that the packet filter refused.
+func closedProblems(closed *firewall.ClosedError) []cluster.Problem {
+	var problems []cluster.Problem
+	for _, c := range closed.Chains {
+		problems = append(problems, applyProblem("PolicyNotApplied", "NetworkPolicy "+strings.Join(c.Objects, ", "),
+			fmt.Errorf("the pods selected are isolated: chain %s is closed: %w", c.Name, c.Err),
+			"give the node the iptables extension or kernel module that is missing, or do without it in the policy; the daemon retries"))
+	}
+	return problems
 }
 
 // applyProblem describes an error of applying.
