@@ -29,10 +29,11 @@ test-vm: ## Run the mesh's tests on kernel WireGuard in a QEMU guest
 	@scripts/deps.sh test vm
 	scripts/vm/run.sh
 
-lint: ## Run the linters and check that generated files are current
-	@scripts/deps.sh build
+lint: ## Run the linters
+	@scripts/deps.sh lint
 	scripts/tools/build.sh golangci-lint
 	build/tools/golangci-lint run ./...
+	shellcheck -x scripts/*.sh scripts/*/*.sh scripts/kind/runc-capped .ci/run
 
 bench: build ## Measure against peers in one run; a table, and a JSON line a benchmark
 	@scripts/deps.sh test
@@ -58,5 +59,5 @@ e2e: image ## Test on a real two-node kind cluster
 	@scripts/deps.sh kind test
 	scripts/kind/e2e.sh
 
-clean: ## Remove build outputs (caches too)
+clean: kind-down ## Remove build outputs, caches too
 	rm -rf build

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that a target needs, and only those that are missing.
-# Usage: scripts/deps.sh build|test|image|vm|kind [...]    (no argument: test)
+# Usage: scripts/deps.sh build|lint|test|image|vm|kind [...]    (no argument: test)
 set -euo pipefail
 
 packages() {
   case "$1" in
     build) echo ca-certificates git make ;;
     test)  echo ca-certificates git make iptables ipset iproute2 conntrack tcpdump procps iputils-ping kmod ;;
-    image) echo xz-utils zstd ;;
+    lint)  echo ca-certificates git make shellcheck ;;
+    image) echo ca-certificates ;;
     vm)    echo qemu-system-x86 busybox-static cpio kmod xz-utils ;;
     kind)  echo docker.io runc debootstrap iptables iproute2 jq tcpdump conntrack procps ;;
-    *) echo "deps.sh: unknown target '$1' (build, test, image, vm, kind)" >&2; return 2 ;;
+    *) echo "deps.sh: unknown target '$1' (build, lint, test, image, vm, kind)" >&2; return 2 ;;
   esac
 }
 

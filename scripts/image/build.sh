@@ -44,7 +44,7 @@ unpack_packages() {
     dpkg -x "$package" "$rootfs"
   done
   find "$rootfs/usr/share/doc" ! -type d ! -name copyright -delete
-  rm -rf "$rootfs"/usr/share/{man,locale,lintian,bug,iptables} "$rootfs"/usr/lib/*/gconv "$rootfs"/usr/sbin/*-apply "$rootfs"/{etc,var}
+  rm -rf "$rootfs"/usr/share/{man,locale,lintian,bug,iptables} "$rootfs"/usr/lib/*/gconv "$rootfs"/usr/sbin/*-apply "${rootfs:?}"/{etc,var}
   find "$rootfs" -depth -type d -empty -delete
 }
 
@@ -60,7 +60,7 @@ choose_iptables() {
 add_programs() {
   local bin=$rootfs/opt/warren/bin version plugin
   mkdir -p "$bin" "$rootfs/usr/bin"
-  [ -x build/warren ] && [ -x build/warrend ] || die "build/warren or build/warrend is missing: run make build"
+  if ! [ -x build/warren ] || ! [ -x build/warrend ]; then die "build/warren or build/warrend is missing: run make build"; fi
   install -m 0755 build/warrend "$rootfs/usr/bin/warrend"
   install -m 0755 build/warren "$bin/warren"
   version=$(go list -m -f '{{.Version}}' github.com/containernetworking/plugins)
