@@ -50,7 +50,7 @@ func (n *node) attach(ctx context.Context, pod agentapi.Pod) agentapi.Response {
 	for {
 		next := n.nextStep()
 		err := n.loop.Sync(ctx)
-		if n.isOpen(pod) { // an error may be the mesh's, which opens nothing
+		if ctx.Err() == nil && n.isOpen(pod) { // an error may be the mesh's, which opens nothing
 			return agentapi.Response{}
 		}
 		if err != nil && ctx.Err() == nil {
@@ -59,7 +59,8 @@ func (n *node) attach(ctx context.Context, pod agentapi.Pod) agentapi.Response {
 		select {
 		case <-next:
 		case <-ctx.Done():
-			err := fmt.Errorf("pod %s/%s (uid %s) is not known to the daemon after %v", pod.Namespace, pod.Name, pod.UID, attachPatience)
+			err := fmt.Errorf("pod %s/%s (uid %s) is not known to the daemon, or its policies are not in the kernel, after %v",
+				pod.Namespace, pod.Name, pod.UID, attachPatience)
 			return refuse(types.ErrTryAgainLater, errors.Join(err, fetchErr))
 		}
 	}
@@ -85,11 +86,12 @@ func (n *node) check(pod agentapi.Pod) agentapi.Response {
 	return agentapi.Response{}
 }
 
-// isOpen says whether the last step opened the gate for all of the pod's addresses.
+// isOpen says whether the last step opened the gate for all of the pod's addresses, and for this pod: who had an address
+// before does not count.
 func (n *node) isOpen(pod agentapi.Pod) bool {
 	o := n.outcomeNow()
 	for _, address := range pod.Addresses {
-		if !o.open[address] {
+		if o.open[address] != (holder{pod.ContainerID, pod.Interface}) {
 			return false
 		}
 	}

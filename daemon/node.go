@@ -53,6 +53,8 @@ type node struct {
 	key       wgdevice.Key
 	uplinkMTU func(netip.Addr) (int, error)
 	loop      *reconcile.Loop
+	// planned are the addresses that the step which runs wants to let pass; only the loop touches it.
+	planned map[netip.Addr]holder
 
 	mu      sync.Mutex
 	last    outcome
@@ -67,13 +69,16 @@ type outcome struct {
 	ready    bool
 	plan     plan
 	problems []cluster.Problem
-	// open are the addresses that the start gate lets pass.
-	open    map[netip.Addr]bool
+	// open are the addresses that the start gate lets pass, each for one attachment.
+	open    map[netip.Addr]holder
 	applied time.Time
 	// guarded is true once the packet filter was applied as a whole in this run: only then may there be a tunnel.
 	guarded bool
 	host    host
 }
+
+// holder is the attachment that holds an address.
+type holder struct{ containerID, ifname string }
 
 // host is what full steps read and set on the node itself.
 type host struct {

@@ -39,15 +39,14 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 	if err != nil {
 		return err
 	}
-	packetFilter, err := firewall.New(firewall.Options{Log: log})
-	if err != nil {
-		return err
-	}
 	n := &node{
 		options: o, log: log, clock: time.Now,
-		source: objects, filter: packetFilter, tunnel: wgdevice.New(wgdevice.Options{Log: log, Mode: mode}), leases: leases, key: key,
+		source: objects, tunnel: wgdevice.New(wgdevice.Options{Log: log, Mode: mode}), leases: leases, key: key,
 		uplinkMTU: wgdevice.UplinkMTU,
 		stepped:   make(chan struct{}),
+	}
+	if n.filter, err = firewall.New(firewall.Options{Log: log, Admit: n.admit}); err != nil {
+		return err
 	}
 	n.loop = reconcile.New(n.step, resync)
 	log.Info("starting", "version", version, "node", o.nodeName, "encryption", o.encryption, "public_key", publicKey(key))

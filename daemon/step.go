@@ -14,6 +14,7 @@ import (
 	"github.com/warren-cni/warren/pkg/cniconf"
 	"github.com/warren-cni/warren/pkg/firewall"
 	"github.com/warren-cni/warren/pkg/guard"
+	"github.com/warren-cni/warren/pkg/ipam"
 	"github.com/warren-cni/warren/pkg/kube"
 	"github.com/warren-cni/warren/pkg/mesh"
 	"github.com/warren-cni/warren/pkg/netfilter"
@@ -103,6 +104,7 @@ func (n *node) step(ctx context.Context, full bool) error {
 		now.host = n.setUpHost(snapshot, before.host.uplinkMTU)
 	}
 	now.plan = makePlan(bound, open, n.options.planning, now.host.uplinkMTU)
+	n.planned = holders(leases, open)
 	err = n.apply(ctx, &now)
 	now.problems = cluster.SortProblems(slices.Concat(problems, leaseProblems, now.host.problems, now.plan.problems, now.problems))
 	if err == nil {
@@ -127,10 +129,7 @@ func (n *node) apply(ctx context.Context, o *outcome) error {
 			"pods that this concerns stay closed; the daemon retries"))
 	} else {
 		o.guarded = true
-		o.open = make(map[netip.Addr]bool, len(o.plan.open))
-		for _, address := range o.plan.open {
-			o.open[address] = true
-		}
+		o.open = n.planned
 	}
 	if !o.guarded {
 		return filterErr // without the guards there must be no tunnel and no route
@@ -207,6 +206,31 @@ func (n *node) readLeases() ([]cluster.Attachment, []cluster.Problem, error) {
 		})
 	}
 	return attachments, problems, nil
+}
+
+// holders says which attachments hold the addresses that the start gate may let pass.
+func holders(attachments []cluster.Attachment, open []netip.Addr) map[netip.Addr]holder {
+	all := make(map[netip.Addr]holder, len(open))
+	for _, a := range attachments {
+		for _, address := range a.Addresses {
+			if _, found := slices.BinarySearchFunc(open, address, netip.Addr.Compare); found {
+				all[address] = holder{a.ContainerID, a.Interface}
+			}
+		}
+	}
+	return all
+}
+
+// admit lets the addresses through the start gate that still belong to the attachments whose policies were applied. An
+// address that another pod has got meanwhile would let that one pass before its own policies stand; no address changes
+// hands while they are added, and who gets one later closes the gate for it first.
+func (n *node) admit(members []netfilter.Entry, add func([]netfilter.Entry) error) error {
+	return n.leases.Freeze(func(owner func(netip.Addr) (ipam.Owner, bool)) error {
+		return add(slices.DeleteFunc(slices.Clone(members), func(e netfilter.Entry) bool {
+			now, held := owner(e.Prefix.Addr())
+			return !held || n.planned[e.Prefix.Addr()] != holder{now.ContainerID, now.Interface}
+		}))
+	})
 }
 
 // setUpHost lets the node forward packets, and reads the MTU of the link that holds the node's own address; it stays

@@ -5,8 +5,13 @@ import (
 	"slices"
 )
 
-// Bind returns a snapshot in which the pods of the own node have the addresses of their attachments and no others, and
-// the addresses of the attachments whose pod is known.
+// Bind returns a snapshot in which every pod has the addresses that it can really have, and the addresses of the
+// attachments whose pod is known and not finished.
+//
+// The pods of the own node have the addresses of their attachments and no others. Those of another node have what their
+// status says, as far as it lies in that node's podCIDRs: a status is written by the pod's kubelet, and one that is stale
+// or not honest must not give its pod's identity to who has the address. A finished pod has no addresses: its labels
+// choose it for no policy any more, so what still runs of it must not pass.
 //
 // An attachment counts for a pod only when namespace, name and uid agree: a pod that was deleted and made again under
 // the same name is another pod. The second result is what the start gate may let pass once the snapshot's policies are
@@ -19,10 +24,21 @@ func (s Snapshot) Bind(attachments []Attachment) (Snapshot, []netip.Addr) {
 		byPod[k] = append(byPod[k], a)
 	}
 
+	podCIDRs := make(map[string][]netip.Prefix, len(s.Nodes))
+	for _, n := range s.Nodes {
+		podCIDRs[n.Name] = n.PodCIDRs
+	}
+
 	var known []netip.Addr
 	pods := make([]Pod, len(s.Pods))
 	for i, pod := range s.Pods {
-		if pod.Node == s.Self && !pod.HostNetwork {
+		switch {
+		case pod.Finished:
+			pod.Addresses = nil
+		case pod.HostNetwork: // in no policy, and at its node's addresses
+		case pod.Node != s.Self:
+			pod.Addresses = inside(pod.Addresses, podCIDRs[pod.Node], podCIDRs[s.Self])
+		default:
 			pod.Addresses = nil
 			for _, a := range byPod[key{pod.Namespace, pod.Name}] {
 				if a.UID == pod.UID || (pod.StaticUID != "" && a.UID == pod.StaticUID) {
@@ -37,6 +53,14 @@ func (s Snapshot) Bind(attachments []Attachment) (Snapshot, []netip.Addr) {
 	s.Pods = pods
 	slices.SortFunc(known, netip.Addr.Compare)
 	return s, slices.Compact(known)
+}
+
+// inside returns those of the addresses that lie in the prefixes of a node, and not in the own node's.
+func inside(addresses []netip.Addr, node, own []netip.Prefix) []netip.Addr {
+	return slices.DeleteFunc(slices.Clone(addresses), func(a netip.Addr) bool {
+		holds := func(p netip.Prefix) bool { return p.Contains(a) }
+		return !slices.ContainsFunc(node, holds) || slices.ContainsFunc(own, holds)
+	})
 }
 
 // Node returns the node with that name.

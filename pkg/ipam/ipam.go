@@ -182,6 +182,19 @@ func (s *Store) Release(containerID, ifname string) ([]netip.Addr, error) {
 	return addresses, nil
 }
 
+// Freeze calls do while no lease is made and none ends. The function that do gets says who holds an address.
+func (s *Store) Freeze(do func(holder func(netip.Addr) (Owner, bool)) error) error {
+	unlock, err := s.lock()
+	if err != nil {
+		return err
+	}
+	err = do(func(a netip.Addr) (Owner, bool) {
+		lease, readErr := s.read(a.String())
+		return lease.Owner, readErr == nil
+	})
+	return errors.Join(err, unlock())
+}
+
 // Held returns the addresses of an attachment: those of its lease, or what a killed process left of one.
 func (s *Store) Held(containerID, ifname string) ([]netip.Addr, error) {
 	lease, err := s.read(attachment(containerID, ifname))
