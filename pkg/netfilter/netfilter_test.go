@@ -111,6 +111,21 @@ func TestLongComment(t *testing.T) {
 	}
 }
 
+func TestClosed(t *testing.T) {
+	chain := netfilter.Chain{
+		Table: "mangle", Name: "WARREN-I-X", Closable: []string{"shop/api", "shop/db"},
+		Rules: []netfilter.Rule{{Args: []string{"-p", "sctp", "-j", "RETURN"}}, {Args: []string{"-j", "DROP"}}},
+	}
+	closed := chain.Closed()
+	text := netfilter.Delta{Table: "mangle", Write: []netfilter.Chain{closed}}.Render()
+	if want := "not applied, so closed: shop/api shop/db\" -j DROP\nCOMMIT"; strings.Count(text, "-A ") != 1 || !strings.Contains(text, want) {
+		t.Errorf("the closed chain is\n%s", text)
+	}
+	if closed.Name != chain.Name || closed.Table != chain.Table || len(chain.Rules) != 2 {
+		t.Errorf("%+v became %+v", chain, closed)
+	}
+}
+
 func TestRender(t *testing.T) {
 	address := netip.MustParseAddr("fd00::1")
 	port := netfilter.Address(address)
