@@ -118,8 +118,7 @@ func (n *node) step(ctx context.Context, full bool) error {
 // then the mesh, then the annotations that other nodes need, and the conflist when all of it was well.
 func (n *node) apply(ctx context.Context, o *outcome) error {
 	changes, filterErr := n.filter.Apply(ctx, o.plan.rules)
-	var closed *firewall.ClosedError
-	if errors.As(filterErr, &closed) {
+	if closed, ok := errors.AsType[*firewall.ClosedError](filterErr); ok {
 		o.problems = append(o.problems, closedProblems(closed)...)
 		filterErr = nil // all else stands, and the pods of these chains are isolated
 	}
