@@ -24,16 +24,18 @@ import (
 type capabilityCheck struct {
 	set, container string
 	capability     corev1.Capability
-	// symptom matches what the container or the daemon's status then says.
+	// fails names what needs the capability.
+	fails string
+	// symptom matches what the container's log or the daemon's status then says.
 	symptom *regexp.Regexp
 }
 
 // capabilityChecks has a check for each capability of the manifests.
 func capabilityChecks() []capabilityCheck {
 	return []capabilityCheck{
-		{daemonSet, daemon, "NET_ADMIN", regexp.MustCompile(`(?i)operation not permitted`)},
-		{daemonSet, daemon, "NET_RAW", regexp.MustCompile(`(?i)operation not permitted`)},
-		{tunnelSet, "tunnel", "NET_ADMIN", regexp.MustCompile(`(?i)operation not permitted`)},
+		{daemonSet, daemon, "NET_ADMIN", "sets, rules and links", regexp.MustCompile(`FirewallApplyFailed.*operation not permitted`)},
+		{daemonSet, daemon, "NET_RAW", "rules that match sets", regexp.MustCompile(`FirewallApplyFailed.*Can't open socket to ipset`)},
+		{tunnelSet, "tunnel", "NET_ADMIN", "the tunnel's link", regexp.MustCompile(`asking the kernel for WireGuard: operation not permitted`)},
 	}
 }
 
@@ -51,7 +53,7 @@ func (c *cluster) testCapabilities(t *testing.T) {
 					t.Errorf("DaemonSet %s, container %s: no check says what %s is for", set.Name, container.Name, capability)
 					continue
 				}
-				t.Run(fmt.Sprintf("%s without %s", container.Name, capability), func(t *testing.T) {
+				t.Run(fmt.Sprintf("%s without %s: %s", container.Name, capability, checks[i].fails), func(t *testing.T) {
 					c.checkCapability(t, set, checks[i])
 				})
 			}
@@ -96,8 +98,8 @@ func (c *cluster) checkCapability(t *testing.T, set appsv1.DaemonSet, check capa
 		}
 		said := c.whatIsSaid(ctx, node, pod, check.container)
 		found := check.symptom.FindString(said)
-		if found == "" {
-			return fmt.Errorf("pod %s says:\n%s", pod.Name, lastLines(said, 20))
+		if found == "" || podReady(&pod) {
+			return fmt.Errorf("pod %s is ready: %v, and says:\n%s", pod.Name, podReady(&pod), lastLines(said, 20))
 		}
 		t.Logf("without %s: %q", check.capability, found)
 		return nil
@@ -160,7 +162,7 @@ func (c *cluster) whatIsSaid(ctx context.Context, node string, pod corev1.Pod, c
 	var said strings.Builder
 	for _, state := range slices.Concat(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses) {
 		if state.Name == container {
-			fmt.Fprintf(&said, "%+v\n", state)
+			fmt.Fprintln(&said, state.State.String())
 		}
 	}
 	for _, previous := range []bool{true, false} {

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -43,21 +44,31 @@ func (c *cluster) awaitTable(t *testing.T, table reachTable) {
 	})
 }
 
-// compare probes everything in a table and returns an error that lists what differs. A pod that is not reached must be
-// silent: an error of any other kind is not what a policy does.
+// compare probes everything in a table, all sources at once, and returns an error that lists what differs.
 func (c *cluster) compare(ctx context.Context, table reachTable, marker string) error {
+	sources := slices.Sorted(maps.Keys(table))
+	errs := make([]error, len(sources))
+	var group sync.WaitGroup
+	for i, from := range sources {
+		group.Go(func() { errs[i] = c.compareFrom(ctx, from, table[from], marker) })
+	}
+	group.Wait()
+	return errors.Join(errs...)
+}
+
+// compareFrom probes the targets of one pod. A target that is not to be reached must be silent: an error of any other
+// kind is not what a policy does.
+func (c *cluster) compareFrom(ctx context.Context, from string, targets map[string]bool, marker string) error {
+	namespace, name, _ := strings.Cut(from, "/")
+	results, err := c.probe(ctx, namespace, name, marker, slices.Sorted(maps.Keys(targets))...)
+	if err != nil {
+		return err
+	}
 	var errs []error
-	for _, from := range slices.Sorted(maps.Keys(table)) {
-		namespace, name, _ := strings.Cut(from, "/")
-		results, err := c.probe(ctx, namespace, name, marker, slices.Sorted(maps.Keys(table[from]))...)
-		if err != nil {
-			return err
-		}
-		for _, r := range results {
-			want := table[from][r.Target]
-			if r.Reached != want || !want && !r.Silent {
-				errs = append(errs, fmt.Errorf("%s -> %s: reached %v, want %v %s", from, r.Target, r.Reached, want, r.Error))
-			}
+	for _, r := range results {
+		want := targets[r.Target]
+		if r.Reached != want || !want && !r.Silent {
+			errs = append(errs, fmt.Errorf("%s -> %s: reached %v, want %v %s", from, r.Target, r.Reached, want, r.Error))
 		}
 	}
 	return errors.Join(errs...)
