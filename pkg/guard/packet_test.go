@@ -92,6 +92,9 @@ func TestForward(t *testing.T) {
 		hook("untracked from a pod", with(route("wrn1", "eth0", "10.244.1.7", "192.0.2.1"), state("UNTRACKED")), "DROP"),
 		hook("established", with(route("wrn1", "eth0", "10.244.1.7", "192.0.2.1"), state("ESTABLISHED")), ""),
 		hook("another program's", with(route("docker0", "eth0", "172.17.0.2", "192.0.2.1"), state("INVALID")), ""),
+		hook("another host that routes through the node", route("eth0", "warren0", "2001:db8::1", "fd00:10:244:2::9"), ""),
+		hook("another host with the node's address", with(route("eth0", "warren0", "2001:db8::1", "fd00:10:244:2::9"),
+			func(p *trace.Packet) { p.FromNode = true }), "DROP"),
 		hook("IPv6 of a ready pod", route("wrn1", "warren0", "fd00:10:244:1::7", "fd00:10:244:2::9"), ""),
 		hook("IPv6 of a pod that is not ready", route("wrn1", "warren0", "fd00:10:244:1::3", "fd00:10:244:2::9"), "DROP"),
 	})

@@ -58,6 +58,9 @@ func (p plan) forward() []netfilter.Rule {
 		// Ahead of ESTABLISHED, because the answer to a SYN is.
 		clamp := " -p tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu"
 		rules = append(rules,
+			// IPv6 lets another host send from this node's address (IPv4 has a check of its own), and the translation for
+			// the tunnel would give it the node's identity towards remote pods.
+			rule("the node's own packets are not forwarded", "! -i wrn+ -o "+link+" -m addrtype --src-type LOCAL -j DROP"),
 			rule("segments that fit the tunnel", "-o "+link+clamp),
 			rule("segments that fit the tunnel", "-i "+link+clamp))
 	}
