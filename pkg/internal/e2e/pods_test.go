@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
+	"slices"
 	"strconv"
 	"testing"
 	"time"
@@ -31,13 +32,18 @@ type probePod struct {
 	port int32
 	// hostPort is a port of the node that leads to the pod; none if zero.
 	hostPort int32
-	// address is known once the pod runs.
-	address string
+	// addresses, one a family, are known once the pod runs.
+	addresses []string
 }
 
-// tcp and udp are the pod as a target of probes.
-func (p *probePod) tcp() string { return target("tcp", p.address, cmp.Or(p.port, port)) }
-func (p *probePod) udp() string { return target("udp", p.address, cmp.Or(p.port, port)) }
+// targets are the pod as targets of probes over a network, tcp or udp.
+func (p *probePod) targets(network string) []string {
+	var targets []string
+	for _, address := range p.addresses {
+		targets = append(targets, target(network, address, cmp.Or(p.port, port)))
+	}
+	return targets
+}
 
 // target names what a probe is sent to.
 func target(network, host string, port int32) string {
@@ -76,7 +82,9 @@ func (c *cluster) start(t *testing.T, namespace string, pods ...*probePod) {
 		})
 	}
 	for _, p := range pods {
-		p.address = c.awaitPod(t, namespace, p.name).Status.PodIP
+		for _, ip := range c.awaitPod(t, namespace, p.name).Status.PodIPs {
+			p.addresses = append(p.addresses, ip.IP)
+		}
 	}
 }
 
@@ -194,14 +202,14 @@ func (c *cluster) testPods(t *testing.T) {
 		{name: "four", node: c.worker, labels: label, hostPort: 18080},
 	}
 	c.start(t, namespace, pods...)
-	service := c.startService(t, namespace, label)
+	services := c.startService(t, namespace, label)
 	c.watch(t, func(marker string) {
 		for _, from := range pods {
 			var targets []string
 			for _, to := range pods {
-				targets = append(targets, to.tcp(), to.udp())
+				targets = append(targets, slices.Concat(to.targets("tcp"), to.targets("udp"))...)
 			}
-			for _, host := range []string{service, "echo." + namespace, "echo." + namespace + ".svc.cluster.local"} {
+			for _, host := range append(services, "echo."+namespace, "echo."+namespace+".svc.cluster.local") {
 				targets = append(targets, target("tcp", host, port), target("udp", host, port))
 			}
 			c.reaches(t, namespace, from.name, marker, targets...)
@@ -219,34 +227,27 @@ func (c *cluster) testPods(t *testing.T) {
 	}
 }
 
-// startService makes a Service "echo" for the pods with a label and returns its address.
-func (c *cluster) startService(t *testing.T, namespace string, selector map[string]string) string {
+// startService makes a Service "echo" for the pods with a label and returns its addresses, one a family.
+func (c *cluster) startService(t *testing.T, namespace string, selector map[string]string) []string {
 	t.Helper()
+	families := corev1.IPFamilyPolicyPreferDualStack
 	service, err := c.client.CoreV1().Services(namespace).Create(t.Context(), &corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{Name: "echo"},
-		Spec: corev1.ServiceSpec{Selector: selector, Ports: []corev1.ServicePort{
+		Spec: corev1.ServiceSpec{Selector: selector, IPFamilyPolicy: &families, Ports: []corev1.ServicePort{
 			{Name: "tcp", Protocol: corev1.ProtocolTCP, Port: port}, {Name: "udp", Protocol: corev1.ProtocolUDP, Port: port},
 		}},
 	}, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	tcp, udp := target("tcp", service.Spec.ClusterIP, port), target("udp", service.Spec.ClusterIP, port)
+	served := map[string]bool{}
+	for _, address := range service.Spec.ClusterIPs {
+		served[target("tcp", address, port)], served[target("udp", address, port)] = true, true
+	}
 	eventually(t, 30*time.Second, "kube-proxy serves the Service on both nodes", func(ctx context.Context) error {
-		for _, pod := range []string{"one", "three"} {
-			results, err := c.probe(ctx, namespace, pod, newMarker(t), tcp, udp)
-			if err != nil {
-				return err
-			}
-			for _, r := range results {
-				if !r.Reached {
-					return fmt.Errorf("from pod %s: %s", pod, r.Error)
-				}
-			}
-		}
-		return nil
+		return c.compare(ctx, reachTable{namespace + "/one": served, namespace + "/three": served}, newMarker(t))
 	})
-	return service.Spec.ClusterIP
+	return service.Spec.ClusterIPs
 }
 
 // testDenied shows that a policy closes a pod to others on both nodes, and only that pod, and that it opens again when

@@ -34,7 +34,7 @@ func (c *cluster) testRollout(t *testing.T) {
 	c.start(t, namespace, client, server)
 	underLoad := func(t *testing.T, during func()) {
 		t.Helper()
-		load := c.startFlows(t, namespace, client.name, net.JoinHostPort(server.address, strconv.Itoa(port)))
+		load := c.startFlows(t, namespace, client.name, net.JoinHostPort(server.addresses[0], strconv.Itoa(port)))
 		during()
 		checkFlows(t, load.stop(t))
 	}

@@ -27,7 +27,12 @@ func (r reachTable) setEach(from string, to *probePod, tcp, udp bool) {
 	if r[from] == nil {
 		r[from] = map[string]bool{}
 	}
-	r[from][to.tcp()], r[from][to.udp()] = tcp, udp
+	for _, target := range to.targets("tcp") {
+		r[from][target] = tcp
+	}
+	for _, target := range to.targets("udp") {
+		r[from][target] = udp
+	}
 }
 
 // awaitTable waits until the cluster is as the table says, which takes the daemons a moment after a policy changes, and
