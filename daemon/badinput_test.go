@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -134,6 +135,47 @@ func TestNodeWithoutPodCIDR(t *testing.T) {
 	}
 	s.writeText("node-1", string(whole))
 	s.ready(0)
+	s.healthy(0)
+	s.pod(0, "works")
+}
+
+// A cluster CIDR that holds the node's own address would have the guards cut the node off: nothing is applied, nothing opens.
+func TestClusterCIDRHoldsNode(t *testing.T) {
+	s := newStage(t, "wdcidr", 1)
+	s.startTunnel(0)
+	daemon, err := s.Nodes[0].StartDaemon(t.Context(), nil, "--wireguard", "userspace", "--cluster-cidr", "192.0.0.0/8")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p := s.problem(0, "ClusterCIDRHoldsNode", "node-1"); !strings.Contains(p.Message, "192.0.0.0/8 holds 192.0.2.1") {
+		t.Errorf("the problem does not name CIDR and address: %+v", p)
+	}
+	if s.status(0).Ready {
+		t.Error("the node is ready")
+	}
+	if rules, err := s.Nodes[0].Run(t.Context(), "iptables-save"); err != nil || strings.Contains(rules, "WARREN") {
+		t.Errorf("there are rules (%v):\n%s", err, rules)
+	}
+	if _, err = os.Stat(s.Nodes[0].Conflist()); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("there is a conflist (%v)", err)
+	}
+	if err = daemon.Stop(); err != nil {
+		t.Error(err)
+	}
+	s.startDaemon(0, nil)
+	s.ready(0)
+	s.healthy(0)
+}
+
+// A second daemon on a node refuses to run, and the first one answers as before.
+func TestSecondDaemon(t *testing.T) {
+	s := running(t, "wdtwice", 1)
+	ctx, cancel := context.WithTimeout(t.Context(), changePatience)
+	defer cancel()
+	second, err := s.Nodes[0].Command(ctx, "run", "--node-name", "node-1", "--objects", s.Objects, "--metrics-address", "")
+	if err == nil || !strings.Contains(err.Error(), "another warrend runs on this node") {
+		t.Errorf("the second daemon: %v, %s", err, second)
+	}
 	s.healthy(0)
 	s.pod(0, "works")
 }

@@ -7,12 +7,12 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"path"
 	"path/filepath"
-	"time"
+	"slices"
 
 	"github.com/spf13/cobra"
 
-	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/cniconf"
 	"github.com/warren-cni/warren/pkg/firewall"
 	"github.com/warren-cni/warren/pkg/podlink"
@@ -55,8 +55,14 @@ that Warren installed (portmap, bandwidth, loopback) stay, because others may us
 
 // cleanup removes the conflist first, so that no pod starts meanwhile, and the guards last.
 func cleanup(ctx context.Context, p paths, keepKey bool, log *slog.Logger) error {
-	if daemonAnswers(ctx, p.socket()) {
-		return errors.New("warrend runs on this node and would undo the cleanup: stop it first (kubectl delete -f manifests/warren.yaml)")
+	unlock, err := p.lock()
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		unlock = func() error { return nil } // no daemon has run since the last boot
+	case errors.Is(err, errTaken):
+		return fmt.Errorf("%w and would undo the cleanup: stop it first (kubectl delete -f manifests/warren.yaml)", err)
+	case err != nil:
+		return err
 	}
 	var errs []error
 	do := func(what string, err error) {
@@ -71,19 +77,11 @@ func cleanup(ctx context.Context, p paths, keepKey bool, log *slog.Logger) error
 	do("tunnel and routes", wgdevice.New(wgdevice.Options{Log: log, Mode: wgdevice.ModeAuto}).Cleanup())
 	do("rules and sets", firewall.Cleanup(ctx, log))
 	do("plugin", removeFile(filepath.Join(p.cniBinDir, "warren")))
-	do("leases and runtime state", removeContents(p.runDir))
+	do("leases and runtime state", removeFrom(p.runDir, "warrend.sock", ".s[0-9]*", "ipam", "wireguard"))
 	if !keepKey {
-		do("key", removeContents(p.stateDir))
+		do("key", removeFrom(p.stateDir, wgdevice.KeyFile, "."+wgdevice.KeyFile+".*"))
 	}
-	return errors.Join(errs...)
-}
-
-// daemonAnswers says whether a daemon runs.
-func daemonAnswers(ctx context.Context, socket string) bool {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	_, err := agentapi.Call(ctx, socket, agentapi.Request{Op: agentapi.OpStatus})
-	return err == nil
+	return errors.Join(append(errs, unlock())...)
 }
 
 // removeFile deletes a file that may be gone already.
@@ -94,8 +92,9 @@ func removeFile(path string) error {
 	return nil
 }
 
-// removeContents empties a directory and removes it where it can be (a mount point stays).
-func removeContents(dir string) error {
+// removeFrom deletes what has one of the names (patterns of path.Match) from a directory of the daemon's, and the directory where
+// nothing is left in it. A flag may name a directory that others use too.
+func removeFrom(dir string, names ...string) error {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -105,8 +104,13 @@ func removeContents(dir string) error {
 	}
 	var errs []error
 	for _, entry := range entries {
-		errs = append(errs, os.RemoveAll(filepath.Join(dir, entry.Name())))
+		if slices.ContainsFunc(names, func(pattern string) bool {
+			ours, matchErr := path.Match(pattern, entry.Name())
+			return ours && matchErr == nil
+		}) {
+			errs = append(errs, os.RemoveAll(filepath.Join(dir, entry.Name())))
+		}
 	}
-	_ = os.Remove(dir) // a mount point cannot be removed, and an empty directory does no harm
+	_ = os.Remove(dir) // neither a mount point nor what holds files of others can be removed, and an empty directory does no harm
 	return errors.Join(errs...)
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -265,8 +266,15 @@ func TestCleanup(t *testing.T) {
 	if _, err := node.Run(t.Context(), "sh", "-c", foreign); err != nil {
 		t.Fatal(err)
 	}
+	neighbour := filepath.Join(node.StateDir(), "of-another-program")
+	if err := os.WriteFile(neighbour, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := node.Command(t.Context(), "cleanup"); err != nil {
 		t.Fatal(err)
+	}
+	if err := os.Remove(neighbour); err != nil {
+		t.Errorf("cleanup removed a file that is not Warren's: %v", err)
 	}
 	left, err := node.Leftovers(t.Context())
 	if err != nil || len(left) > 0 {

@@ -94,6 +94,9 @@ func parsePrefixes(flag string, values []string) ([]netip.Prefix, error) {
 		if err != nil {
 			return nil, fmt.Errorf("--%s=%s: say a prefix such as 10.244.0.0/16: %w", flag, value, err)
 		}
+		if prefix.Addr().Is4In6() {
+			return nil, fmt.Errorf("--%s=%s: say an IPv4 prefix such as 10.244.0.0/16, not one inside IPv6", flag, value)
+		}
 		prefixes = append(prefixes, prefix.Masked())
 	}
 	return prefixes, nil

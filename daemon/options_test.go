@@ -53,6 +53,7 @@ func TestOptionsRefusedNameTheFlag(t *testing.T) {
 		"no node name":     {nil, nil, "--node-name"},
 		"two sources":      {[]string{"--node-name=a", "--objects=x", "--kubeconfig=y"}, nil, "--objects and --kubeconfig"},
 		"bad prefix":       {[]string{"--node-name=a", "--cluster-cidr=10.244"}, nil, "--cluster-cidr=10.244"},
+		"IPv4 in IPv6":     {[]string{"--node-name=a", "--cluster-cidr=::ffff:10.244.0.0/112"}, nil, "--cluster-cidr=::ffff:10.244.0.0/112"},
 		"bad encryption":   {[]string{"--node-name=a", "--encryption=maybe"}, nil, "--encryption=maybe"},
 		"bad mode":         {[]string{"--node-name=a", "--wireguard=magic"}, nil, "--wireguard=magic"},
 		"small MTU":        {[]string{"--node-name=a", "--mtu=576"}, nil, "--mtu=576"},

@@ -27,6 +27,11 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 			return fmt.Errorf("making a directory of the daemon: %w", err)
 		}
 	}
+	unlock, err := o.lock()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = unlock() }() // the process ends, and with it the lock
 	key, err := wgdevice.LoadOrCreateKey(o.stateDir)
 	if err != nil {
 		return err

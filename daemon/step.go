@@ -105,13 +105,34 @@ func (n *node) step(ctx context.Context, full bool) error {
 	}
 	now.plan = makePlan(bound, open, n.options.planning, now.host.uplinkMTU)
 	n.planned = holders(leases, open)
-	err = n.apply(ctx, &now)
+	if err = n.cutOff(snapshot); err != nil {
+		now.problems = append(now.problems, applyProblem("ClusterCIDRHoldsNode", "Node "+n.options.nodeName, err,
+			"set --cluster-cidr to the pods' network, which holds no node"))
+	} else {
+		err = n.apply(ctx, &now)
+	}
+	if ctx.Err() != nil {
+		return err // the daemon stops: what was cut short says nothing of the node
+	}
 	now.problems = cluster.SortProblems(slices.Concat(problems, leaseProblems, now.host.problems, now.plan.problems, now.problems))
 	if err == nil {
 		now.applied = n.clock()
 	}
 	n.record(now)
 	return err
+}
+
+// cutOff is an error where the guards would cut the node off from all others, the API server included, because the cluster CIDR
+// holds the node's own address. Nothing is applied then, and so nothing opens.
+func (n *node) cutOff(snapshot cluster.Snapshot) error {
+	self, _ := snapshot.Node(snapshot.Self)
+	for _, prefix := range n.options.parsedCluster {
+		if at := slices.IndexFunc(self.Addresses, prefix.Contains); at >= 0 && n.options.encryptionMode {
+			return fmt.Errorf("the cluster CIDR %s holds %s, the node's own InternalIP: the guards would cut the node off, so nothing is applied",
+				prefix, self.Addresses[at])
+		}
+	}
+	return nil
 }
 
 // apply makes the kernel agree with the plan: packet filter first, so that the guards stand before anything can be sent,
@@ -232,18 +253,22 @@ func (n *node) admit(members []netfilter.Entry, add func([]netfilter.Entry) erro
 	})
 }
 
-// setUpHost lets the node forward packets, and reads the MTU of the link that holds the node's own address; it stays
-// what it was where it cannot be read.
+// setUpHost lets the node forward packets, and reads the MTU of the link that holds the node's own address unless a flag
+// gives one; it stays what it was where it cannot be read.
 func (n *node) setUpHost(snapshot cluster.Snapshot, mtu int) host {
 	h := host{uplinkMTU: mtu}
 	if err := nodenet.EnableForwarding(n.options.sysctlDir); err != nil {
 		h.problems = append(h.problems, applyProblem("ForwardingOff", "Node "+n.options.nodeName, err,
 			"pods reach nothing beyond their node; set net.ipv4.ip_forward=1 and net.ipv6.conf.all.forwarding=1, or make --sysctl-dir writable"))
 	}
+	if n.options.mtu != 0 {
+		h.uplinkMTU = n.options.mtu // all that the uplink is asked for
+		return h
+	}
 	read, err := n.readMTU(snapshot)
 	if err != nil {
 		h.problems = append(h.problems, applyProblem("UplinkUnknown", "Node "+n.options.nodeName, err,
-			"set the kubelet's --node-ip to an address of the node's uplink"))
+			"set the kubelet's --node-ip to an address of the node's uplink, or set --mtu"))
 		return h
 	}
 	h.uplinkMTU = read

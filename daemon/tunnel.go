@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -21,6 +22,9 @@ It is a process of its own, so that a restart of the daemon costs no packet. The
 When it ends, device, addresses and routes stay, and nothing leaves in clear.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if m := wgdevice.Mode(mode); m != wgdevice.ModeAuto && m != wgdevice.ModeUserspace {
+				return fmt.Errorf("--wireguard=%s: say auto or userspace", mode)
+			}
 			log, err := logging.logger(os.Stderr)
 			if err != nil {
 				return err

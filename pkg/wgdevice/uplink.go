@@ -46,5 +46,5 @@ func UplinkMTU(node netip.Addr) (int, error) {
 			return l.Attrs().MTU, nil
 		}
 	}
-	return 0, fmt.Errorf("looking for the uplink: no link has the address %s, and there is no default route: set --mtu", node)
+	return 0, fmt.Errorf("looking for the uplink: no link has the address %s, and there is no default route", node)
 }
