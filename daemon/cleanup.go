@@ -85,8 +85,8 @@ func cleanup(ctx context.Context, p paths, keepKey bool, log *slog.Logger) error
 }
 
 // removeFile deletes a file that may be gone already.
-func removeFile(path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+func removeFile(name string) error {
+	if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil
