@@ -3,6 +3,7 @@ package kube
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -119,13 +120,18 @@ func setDefaults(o apiObject) bool {
 // that isolates the whole namespace.
 func (c *content) failDecoding(where string, raw []byte, err error) {
 	var identity metav1.PartialObjectMetadata
+	var flat struct{ Name, Namespace string } // of a document that has lost its indentation
 	// As much of the identity as can be read; the fault itself is reported below.
-	_ = json.Unmarshal(raw, &identity)
-	if identity.Name != "" {
-		where += fmt.Sprintf(" (%s %s)", identity.Kind, strings.TrimPrefix(identity.Namespace+"/"+identity.Name, "/"))
+	_, _ = json.Unmarshal(raw, &identity), json.Unmarshal(raw, &flat)
+	namespace, name := cmp.Or(identity.Namespace, flat.Namespace), cmp.Or(identity.Name, flat.Name)
+	if name != "" {
+		where += fmt.Sprintf(" (%s %s)", identity.Kind, strings.TrimPrefix(namespace+"/"+name, "/"))
 	}
-	if identity.Kind == "NetworkPolicy" && identity.Name != "" {
-		c.broken = append(c.broken, isolating(identity.Namespace, identity.Name))
+	if identity.Kind == "NetworkPolicy" {
+		c.broken = append(c.broken, isolating(namespace, cmp.Or(name, "unnamed")))
+	}
+	if runtime.IsNotRegisteredError(err) {
+		err = fmt.Errorf("objects of kind %q in version %q are not read here", identity.Kind, identity.APIVersion)
 	}
 	strict, ok := runtime.AsStrictDecodingError(err)
 	if !ok {
@@ -155,6 +161,6 @@ func isolating(namespace, name string) *networkingv1.NetworkPolicy {
 
 func (c *content) fail(where, path string, err error) {
 	c.problems = append(c.problems, cluster.Problem{
-		Code: codeFile, Object: where, Field: path, Message: err.Error(), Remedy: "correct the file",
+		Code: codeFile, Object: where, Field: path, Message: shorten(err.Error()), Remedy: "correct the file",
 	})
 }

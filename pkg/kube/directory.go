@@ -25,6 +25,13 @@ import (
 // not read in the middle.
 const settleTime = 50 * time.Millisecond
 
+// settleLimit is how long it may take to become quiet: a program that writes there all the time must not keep a new policy
+// from being seen.
+const settleLimit = 2 * time.Second
+
+// maxFile bounds a file, in bytes.
+const maxFile = 16 << 20
+
 // Directory follows the objects in the *.yaml, *.yml and *.json files of a directory, not of the directories below.
 //
 // A file that becomes unreadable, or empty, keeps the objects that it had until it is corrected or deleted. A file that is
@@ -93,8 +100,15 @@ func (d *Directory) Run(ctx context.Context) error {
 }
 
 func (d *Directory) watch(ctx context.Context, watcher *fsnotify.Watcher) error {
-	var settled <-chan time.Time
+	var settled, latest <-chan time.Time
+	changed := func() {
+		settled = time.After(settleTime)
+		if latest == nil {
+			latest = time.After(settleLimit)
+		}
+	}
 	for {
+		var due bool
 		select {
 		case <-ctx.Done():
 			return nil
@@ -102,11 +116,17 @@ func (d *Directory) watch(ctx context.Context, watcher *fsnotify.Watcher) error 
 			if event.Has(fsnotify.Remove) && event.Name == filepath.Clean(d.path) {
 				return fmt.Errorf("following directory %s: it was deleted", d.path)
 			}
-			settled = time.After(settleTime)
+			changed()
 		case err := <-watcher.Errors:
 			d.log.Warn("reading the whole directory, since events were lost", "directory", d.path, "error", err)
-			settled = time.After(settleTime)
+			changed()
 		case <-settled:
+			due = true
+		case <-latest:
+			due = true
+		}
+		if due {
+			settled, latest = nil, nil
 			if err := d.load(); err != nil {
 				return err
 			}
@@ -172,7 +192,7 @@ func isObjectFile(entry fs.DirEntry) bool {
 
 // read returns the file's new state, which is the old one as long as it cannot be read; nil where there is no file.
 func (d *Directory) read(name string, before *file) *file {
-	data, err := fs.ReadFile(os.DirFS(d.path), name)
+	data, err := readRegular(os.DirFS(d.path), name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -196,6 +216,20 @@ func (d *Directory) read(name string, before *file) *file {
 	}
 	now.objects, now.broken, now.complete = before.objects, nil, true
 	return now
+}
+
+// readRegular reads a file, or the file that a link names, and nothing that never ends.
+func readRegular(dir fs.FS, name string) ([]byte, error) {
+	info, err := fs.Stat(dir, name)
+	switch {
+	case err != nil:
+		return nil, err
+	case !info.Mode().IsRegular():
+		return nil, errors.New("it is no regular file")
+	case info.Size() > maxFile:
+		return nil, fmt.Errorf("it has %d bytes, and at most %d are read", info.Size(), maxFile)
+	}
+	return fs.ReadFile(dir, name)
 }
 
 // assemble makes the snapshot of all files. The first of two objects with one name counts, in the order of file names.

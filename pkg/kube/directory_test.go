@@ -7,8 +7,11 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/warren-cni/warren/pkg/cluster"
 )
@@ -116,9 +119,10 @@ func TestLoadReportsWhatIsNotKubernetes(t *testing.T) {
 		policies []string
 	}{
 		"indentation lost": {
-			text:    "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata:\nname: deny\nnamespace: shop\nspec:\npodSelector: {}\n",
-			field:   "name",
-			message: "unknown field",
+			text:     "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata:\nname: deny\nnamespace: shop\nspec:\npodSelector: {}\n",
+			field:    "name",
+			message:  "unknown field",
+			policies: []string{"policy shop/deny "},
 		},
 		"unknown field in a rule": {
 			text:     strings.Replace(policyYAML, "spec: {", "spec: {ingress: [{form: []}], ", 1),
@@ -136,10 +140,10 @@ func TestLoadReportsWhatIsNotKubernetes(t *testing.T) {
 			policies: []string{"policy shop/deny "},
 		},
 		"kind not used":    {text: "apiVersion: v1\nkind: Service\nmetadata: {name: x}\n", field: "kind", message: "Service objects are not read here"},
-		"kind not known":   {text: strings.Replace(policyYAML, "NetworkPolicy", "Networkpolicy", 1), message: `no kind "Networkpolicy" is registered`},
+		"kind not known":   {text: strings.Replace(policyYAML, "NetworkPolicy", "Networkpolicy", 1), message: `objects of kind "Networkpolicy" in version "networking.k8s.io/v1" are not read here`},
 		"version unknown":  {text: strings.Replace(policyYAML, "networking.k8s.io/v1", "extensions/v1beta1", 1), message: "extensions/v1beta1", policies: []string{"policy shop/deny "}},
 		"no kind":          {text: "metadata: {name: x}\n", message: "'Kind' is missing"},
-		"no name":          {text: strings.Replace(policyYAML, "name: deny, ", "", 1), message: "metadata.name is missing"},
+		"no name":          {text: strings.Replace(policyYAML, "name: deny, ", "", 1), message: "metadata.name is missing", policies: []string{"policy shop/unnamed "}},
 		"not a mapping":    {text: "just words\n", message: "cannot unmarshal"},
 		"not YAML":         {text: "{[\n", message: "yaml"},
 		"tabs":             {text: "apiVersion: v1\nkind:\tPod\nmetadata:\n\tname: x\n", message: "cannot start any token"},
@@ -279,6 +283,14 @@ func TestDirectoryRun(t *testing.T) {
 	expect("at the start", "node n1")
 	write(t, dir, "shop.yaml", policyYAML)
 	expect("after a file was written", "node n1", "policy shop/deny app=api")
+	stop := writeAllTheTime(t, filepath.Join(dir, ".noise"))
+	write(t, dir, "noisy.yaml", podYAML)
+	expect("while another file is written all the time", "node n1", "pod shop/api-1", "policy shop/deny app=api")
+	stop()
+	if err := os.Remove(filepath.Join(dir, "noisy.yaml")); err != nil {
+		t.Fatal(err)
+	}
+	expect("after the noise", "node n1", "policy shop/deny app=api")
 	write(t, dir, ".new", strings.Replace(policyYAML, "app: api", "app: web", 1))
 	if err := os.Rename(filepath.Join(dir, ".new"), filepath.Join(dir, "shop.yaml")); err != nil {
 		t.Fatal(err)
@@ -292,6 +304,54 @@ func TestDirectoryRun(t *testing.T) {
 	if err := <-ended; err != nil {
 		t.Errorf("Run ended with %v, want nil", err)
 	}
+}
+
+// writeAllTheTime writes a file much more often than the directory settles, until stop is called.
+func writeAllTheTime(t *testing.T, path string) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	var writer sync.WaitGroup
+	writer.Go(func() {
+		again := time.NewTicker(settleTime / 10)
+		defer again.Stop()
+		for ctx.Err() == nil {
+			if err := os.WriteFile(path, nil, 0o600); err != nil {
+				t.Error(err)
+				return
+			}
+			<-again.C
+		}
+	})
+	return func() {
+		cancel()
+		writer.Wait()
+	}
+}
+
+// What never ends, or is too large, is reported and does not hold up the other files.
+func TestDirectoryReadsOnlyRegularFiles(t *testing.T) {
+	d := newDirectory(t, map[string]string{"n1.yaml": nodeYAML})
+	if err := unix.Mkfifo(filepath.Join(d.dir, "fifo.yaml"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("/dev/zero", filepath.Join(d.dir, "zero.yaml")); err != nil {
+		t.Fatal(err)
+	}
+	write(t, d.dir, "large.yaml", "")
+	if err := os.Truncate(filepath.Join(d.dir, "large.yaml"), maxFile+1); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("n1.yaml", filepath.Join(d.dir, "link.yml")); err != nil {
+		t.Fatal(err)
+	}
+	d.update("shop.yaml", policyYAML)
+	snapshot, problems := d.Snapshot()
+	checkEqual(t, "objects", []string{"node n1", "policy shop/deny app=api"}, summary(snapshot))
+	var files []string
+	for _, p := range problems {
+		files = append(files, p.Code+" "+p.Object)
+	}
+	checkEqual(t, "problems", []string{"FileInvalid fifo.yaml", "FileInvalid large.yaml", "FileInvalid zero.yaml", "ObjectDuplicate nodes/n1"}, files)
 }
 
 func TestDirectoryRunNeedsTheDirectory(t *testing.T) {

@@ -3,6 +3,7 @@ package kube
 import (
 	"fmt"
 	"net/netip"
+	"strings"
 
 	"k8s.io/apimachinery/pkg/util/validation/field"
 
@@ -20,8 +21,22 @@ type findings struct {
 // add reports a field; the message says what is wrong and what follows from it.
 func (f *findings) add(path *field.Path, format string, args ...any) {
 	f.list = append(f.list, cluster.Problem{
-		Code: f.code, Object: f.object, Field: path.String(), Message: fmt.Sprintf(format, args...), Remedy: f.remedy,
+		Code: f.code, Object: f.object, Field: path.String(), Message: shorten(fmt.Sprintf(format, args...)), Remedy: f.remedy,
 	})
+}
+
+// What is kept of a message's beginning and of its end, in bytes.
+const (
+	messageHead = 300
+	messageTail = 150
+)
+
+// shorten cuts the middle out of a long message: it may quote an annotation of 256 KiB, and stands in every node's status and log.
+func shorten(message string) string {
+	if len(message) <= messageHead+messageTail {
+		return message
+	}
+	return strings.ToValidUTF8(message[:messageHead]+" [...] "+message[len(message)-messageTail:], "")
 }
 
 // parseAddr reads an address, unwrapping IPv4 in IPv6. Zones mean nothing outside of their host.

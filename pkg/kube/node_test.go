@@ -67,6 +67,7 @@ func TestConvertNodeWireGuard(t *testing.T) {
 		"no port":         {annotations: map[string]string{AnnotationPublicKey: keyText}, fields: []string{badPort}},
 		"port 0":          {annotations: map[string]string{AnnotationPublicKey: keyText, AnnotationPort: "0"}, fields: []string{badPort}},
 		"port 65536":      {annotations: map[string]string{AnnotationPublicKey: keyText, AnnotationPort: "65536"}, fields: []string{badPort}},
+		"huge port":       {annotations: map[string]string{AnnotationPublicKey: keyText, AnnotationPort: strings.Repeat("9", 200_000)}, fields: []string{badPort}},
 		"port with space": {annotations: map[string]string{AnnotationPublicKey: keyText, AnnotationPort: " 1"}, fields: []string{badPort}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -74,6 +75,9 @@ func TestConvertNodeWireGuard(t *testing.T) {
 			checkEqual(t, "WireGuard", test.want, node.WireGuard)
 			checkEqual(t, "fields of the problems", test.fields, fieldsOf(problems))
 			for _, p := range problems {
+				if len(p.Message) > 500 {
+					t.Errorf("the message has %d bytes", len(p.Message))
+				}
 				if p.Object != "Node n1" || p.Code != "NodeInvalid" || !strings.Contains(p.Message, "no tunnel") {
 					t.Errorf("problem %v: want one that names Node n1 and says that there is no tunnel", p)
 				}
