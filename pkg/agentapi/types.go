@@ -71,12 +71,12 @@ type Status struct {
 
 // Encryption says what is encrypted and what is not.
 type Encryption struct {
-	// Mode is "kernel", "userspace" or "off".
+	// Mode is "kernel", "userspace", "off", or "unknown" while the tunnel does not answer.
 	Mode      string `json:"mode"`
 	PublicKey string `json:"publicKey,omitempty"`
 	Port      uint16 `json:"port,omitempty"`
 	MTU       int    `json:"mtu"`
-	// Guard is "cluster-cidr" or "known nodes only".
+	// Guard says what the guards against plaintext cover: "cluster-cidr", "known nodes only", or "none" where Mode is "off".
 	Guard string `json:"guard"`
 	// NotCovered are the kinds of traffic that leave in clear in this mode.
 	NotCovered []string `json:"notCovered"`
