@@ -55,6 +55,8 @@ func TestInbound(t *testing.T) {
 	steps := []step{
 		hook("pod from its own address", from("wrn1", "10.244.1.7"), ""),
 		hook("pod from a foreign address", with(from("wrn1", "10.244.1.8"), func(p *trace.Packet) { p.Spoofed = true }), "DROP"),
+		hook("pod from no address", from("wrn1", "0.0.0.0"), "DROP"),
+		hook("pod from no address, IPv6", from("wrn1", "::"), "DROP"),
 		hook("pod to the node's loopback", with(from("wrn1", "10.244.1.7"), toLoopback), "DROP"),
 		hook("remote pod by the tunnel", from("warren0", "10.244.2.9"), ""),
 		hook("the node to itself", from("lo", "10.244.1.1"), ""),

@@ -28,12 +28,14 @@ func matching(comment string, match []string, target string) netfilter.Rule {
 
 // raw judges packets as they come in, before conntrack: a source address must be where it can only be.
 func (p plan) raw() []netfilter.Rule {
-	loopback := "127.0.0.0/8"
+	loopback, nobody := "127.0.0.0/8", "0.0.0.0/8"
 	if p.family == netfilter.IPv6 {
-		loopback = "::1/128"
+		loopback, nobody = "::1/128", "::/128"
 	}
 	rules := []netfilter.Rule{
 		rule("a pod sends from its own address only", "-i wrn+ -m rpfilter --invert -j DROP"),
+		// rpfilter lets it pass: routing never forwards it, but the node itself takes it.
+		rule("and not from none", "-i wrn+ -s "+nobody+" -j DROP"),
 		// kube-proxy and portmap may set route_localnet, and then a pod reaches servers on the node's loopback.
 		rule("the node's loopback is not for pods", "-i wrn+ -d "+loopback+" -j DROP"),
 	}
