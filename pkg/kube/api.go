@@ -144,14 +144,14 @@ func (a *API) FetchPod(ctx context.Context, namespace, name, uid string) error {
 	var read corev1.Pod
 	err := a.core.Get().Namespace(namespace).Resource(resourcePods).Name(name).Do(ctx).Into(&read)
 	if apierrors.IsNotFound(err) {
-		return fmt.Errorf("reading pod %s/%s: %w", namespace, name, ErrPodUnknown)
+		return fmt.Errorf("reading pod %s/%s: %w", namespace, name, errPodUnknown)
 	}
 	if err != nil {
 		return fmt.Errorf("reading pod %s/%s: %w", namespace, name, err)
 	}
 	pod, problems := convertPod(trimPod(&read))
 	if !isPod(pod, uid) {
-		return fmt.Errorf("reading pod %s/%s: it has uid %s and not %s: %w", namespace, name, pod.UID, uid, ErrPodUnknown)
+		return fmt.Errorf("reading pod %s/%s: it has uid %s and not %s: %w", namespace, name, pod.UID, uid, errPodUnknown)
 	}
 
 	a.mu.Lock()

@@ -127,13 +127,13 @@ func testAPIFetchPod(t *testing.T, server *apiserver.Server, admin kubernetes.In
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err = late.FetchPod(t.Context(), "shop", "api", "u"); !errors.Is(err, ErrPodUnknown) {
-		t.Errorf("fetching a pod that does not exist: got %v, want ErrPodUnknown", err)
+	if err = late.FetchPod(t.Context(), "shop", "api", "u"); !errors.Is(err, errPodUnknown) {
+		t.Errorf("fetching a pod that does not exist: got %v, want errPodUnknown", err)
 	}
 	pod := create(t, admin, newPod("api"))
 	defer deletePod(t, admin, "api")
-	if err = late.FetchPod(t.Context(), "shop", "api", "other"); !errors.Is(err, ErrPodUnknown) {
-		t.Errorf("fetching a pod with another uid: got %v, want ErrPodUnknown", err)
+	if err = late.FetchPod(t.Context(), "shop", "api", "other"); !errors.Is(err, errPodUnknown) {
+		t.Errorf("fetching a pod with another uid: got %v, want errPodUnknown", err)
 	}
 	if err = late.FetchPod(t.Context(), "shop", "api", string(pod.UID)); err != nil {
 		t.Fatal(err)

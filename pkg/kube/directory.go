@@ -150,7 +150,7 @@ func (d *Directory) FetchPod(_ context.Context, namespace, name, uid string) err
 		return err
 	}
 	if !d.knows(namespace, name, uid) {
-		return fmt.Errorf("looking for pod %s/%s with uid %q in %s: %w", namespace, name, uid, d.path, ErrPodUnknown)
+		return fmt.Errorf("looking for pod %s/%s with uid %q in %s: %w", namespace, name, uid, d.path, errPodUnknown)
 	}
 	return nil
 }

@@ -22,8 +22,8 @@ const (
 	codeUnreachable = "APIUnreachable"
 )
 
-// ErrPodUnknown says that a pod with that namespace, name and uid does not exist.
-var ErrPodUnknown = errors.New("the pod is not known")
+// errPodUnknown says that a pod with that namespace, name and uid does not exist.
+var errPodUnknown = errors.New("the pod is not known")
 
 // signals is what an API and a Directory have in common: they tell others of their state.
 type signals struct {
