@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -28,6 +29,9 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 		}
 	}
 	unlock, err := o.lock()
+	if errors.Is(err, errTaken) {
+		return fmt.Errorf("%w: stop it first, or give this one directories of its own", err)
+	}
 	if err != nil {
 		return err
 	}
