@@ -70,9 +70,6 @@ func attach(ctx context.Context, conf *config, netns string, owner ipam.Owner, p
 	if err := gate.Close(addresses); err != nil {
 		return err
 	}
-	if err := gate.Forget(addresses); err != nil {
-		return err
-	}
 	if err := podlink.Attach(netns, pair); err != nil {
 		return err
 	}

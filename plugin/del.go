@@ -26,7 +26,7 @@ func del(_ context.Context, args *skel.CmdArgs) error {
 }
 
 // release takes away everything that an attachment has, whatever is left of it: passage through the gate, link, addresses.
-// A step is tried even when the one before failed; but the addresses are kept while the link stands, so
+// A step is tried even when the one before failed; but the addresses are kept while the link or a connection stands, so
 // that no other pod gets an address that one still uses.
 func release(leases *ipam.Store, containerID, ifname string) error {
 	addresses, heldErr := leases.Held(containerID, ifname)
@@ -37,6 +37,9 @@ func release(leases *ipam.Store, containerID, ifname string) error {
 	err := errors.Join(heldErr, gateErr)
 	if linkErr := podlink.Detach(podlink.HostName(containerID, ifname)); linkErr != nil {
 		return errors.Join(err, linkErr)
+	}
+	if forgetErr := gate.Forget(addresses); forgetErr != nil {
+		return errors.Join(err, forgetErr)
 	}
 	_, releaseErr := leases.Release(containerID, ifname)
 	return errors.Join(err, releaseErr)

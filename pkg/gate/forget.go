@@ -7,23 +7,34 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/containernetworking/plugins/pkg/netlinksafe"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
 // Forget deletes the connections of the addresses from the kernel's table, in the network namespace of the calling thread. It
-// is for addresses that change hands, while the gate is closed for them: what began with the pod before would pass as
-// established to the pod that has the address now, whatever its policies say. The table lives for as long as somebody
-// goes on sending, also to nobody.
+// is for addresses that end, once the gate is closed and the link is gone, so that no packet begins one anew: what began
+// with the pod before would pass as established to the pod that has the address next, whatever its policies say. An
+// entry stays for as long as somebody goes on sending, also to nobody.
 func Forget(addresses []netip.Addr) error {
-	var errs []error
-	for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
-		of := slices.DeleteFunc(slices.Clone(addresses), func(a netip.Addr) bool { return a.Is6() != (family == unix.AF_INET6) })
-		if len(of) == 0 {
-			continue
+	if len(addresses) == 0 {
+		return nil
+	}
+	// One look for both families: the table is large, also when it is empty.
+	flows, err := netlinksafe.ConntrackTableList(netlink.ConntrackTable, unix.AF_UNSPEC)
+	if err != nil {
+		return fmt.Errorf("reading the table of connections: %w", err)
+	}
+	families := map[uint8]bool{}
+	for _, flow := range flows {
+		if involved(addresses).MatchConntrackFlow(flow) {
+			families[flow.FamilyType] = true
 		}
-		if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, family, involved(of)); err != nil {
-			errs = append(errs, fmt.Errorf("deleting the connections of %v: %w", of, err))
+	}
+	var errs []error
+	for family := range families {
+		if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(family), involved(addresses)); err != nil {
+			errs = append(errs, fmt.Errorf("deleting the connections of %v: %w", addresses, err))
 		}
 	}
 	return errors.Join(errs...)

@@ -70,7 +70,7 @@ func (n *network) nodeTakes(source, destination netip.Addr) bool {
 		}
 		return errors.Join(unix.Sendto(socket, packet, 0, to), unix.Close(socket))
 	}))
-	n.check(listener.SetReadDeadline(time.Now().Add(lost)))
+	n.check(listener.SetReadDeadline(time.Now().Add(lost))) //nolint:forbidigo // sockets know no contexts
 	buffer := make([]byte, 100)
 	count, _, err := listener.ReadFrom(buffer)
 	if errors.Is(err, os.ErrDeadlineExceeded) {
