@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"slices"
 
-	"github.com/containernetworking/plugins/pkg/netlinksafe"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -21,7 +20,7 @@ func Forget(addresses []netip.Addr) error {
 		return nil
 	}
 	// One look for both families: the table is large, also when it is empty.
-	flows, err := netlinksafe.ConntrackTableList(netlink.ConntrackTable, unix.AF_UNSPEC)
+	flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_UNSPEC) //nolint:forbidigo // an interrupted one is an error, and DEL comes again
 	if err != nil {
 		return fmt.Errorf("reading the table of connections: %w", err)
 	}
