@@ -12,6 +12,7 @@ import (
 	"net"
 	"slices"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -28,6 +29,8 @@ const port = 8080
 type probePod struct {
 	name, node string
 	labels     map[string]string
+	// bandwidth is the most that the pod may receive; no limit if empty.
+	bandwidth string
 	// port is where it serves; 8080 if zero.
 	port int32
 	// hostPort is a port of the node that leads to the pod; none if zero.
@@ -120,8 +123,12 @@ func podReady(pod *corev1.Pod) bool {
 func (c *cluster) podObject(p *probePod) *corev1.Pod {
 	grace := int64(0)
 	serves := cmp.Or(p.port, port)
+	var annotations map[string]string
+	if p.bandwidth != "" {
+		annotations = map[string]string{"kubernetes.io/ingress-bandwidth": p.bandwidth}
+	}
 	return &corev1.Pod{
-		ObjectMeta: metav1.ObjectMeta{Name: p.name, Labels: p.labels},
+		ObjectMeta: metav1.ObjectMeta{Name: p.name, Labels: p.labels, Annotations: annotations},
 		Spec: corev1.PodSpec{
 			NodeName:                      p.node,
 			TerminationGracePeriodSeconds: &grace,
@@ -199,7 +206,7 @@ func (c *cluster) testPods(t *testing.T) {
 		{name: "one", node: c.controlPlane, labels: label},
 		{name: "two", node: c.controlPlane, labels: label},
 		{name: "three", node: c.worker, labels: label},
-		{name: "four", node: c.worker, labels: label, hostPort: 18080},
+		{name: "four", node: c.worker, labels: label, hostPort: 18080, bandwidth: "77M"},
 	}
 	c.start(t, namespace, pods...)
 	services := c.startService(t, namespace, label)
@@ -215,15 +222,26 @@ func (c *cluster) testPods(t *testing.T) {
 			c.reaches(t, namespace, from.name, marker, targets...)
 		}
 	})
-	// What goes to a node's own address is in clear by design, so that this marker is not watched for.
+	c.checkChainedPlugins(t, namespace, "one")
+}
+
+// checkChainedPlugins checks what the plugins after ours have done for pod "four": its port of the node, which other pods
+// reach, and its limit.
+func (c *cluster) checkChainedPlugins(t *testing.T, namespace, from string) {
+	t.Helper()
 	node, err := c.client.CoreV1().Nodes().Get(t.Context(), c.worker, metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, address := range node.Status.Addresses {
 		if address.Type == corev1.NodeInternalIP {
-			c.reaches(t, namespace, "one", newMarker(t), target("tcp", address.Address, 18080))
+			// What goes to a node's own address is in clear by design, so that this marker is not watched for.
+			c.reaches(t, namespace, from, newMarker(t), target("tcp", address.Address, 18080))
 		}
+	}
+	limits := run(t, command{name: "docker", args: []string{"exec", c.worker, "tc", "qdisc", "show"}})
+	if !strings.Contains(limits, "rate 77Mbit") {
+		t.Errorf("node %s has no limit of 77Mbit:\n%s", c.worker, limits)
 	}
 }
 

@@ -19,6 +19,7 @@ func TestWarren(t *testing.T) {
 	t.Run("tiers", c.testTiers)
 	t.Run("plaintext", c.testPlaintext)
 	t.Run("rollout", c.testRollout)
+	t.Run("killed", c.testKilled)
 	t.Run("capabilities", c.testCapabilities)
 	t.Run("upstream", c.testUpstream)
 }

@@ -3,8 +3,12 @@
 package e2e
 
 import (
+	"context"
+	"net"
 	"net/netip"
+	"strconv"
 	"testing"
+	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -95,4 +99,30 @@ func (c *cluster) setEncryption(t *testing.T, mode string) {
 	t.Helper()
 	c.kubectl(t, "set", "env", "--namespace", system, "daemonset/"+daemonSet, "--containers", daemon, "WARREN_ENCRYPTION="+mode)
 	c.rolledOut(t)
+}
+
+// testKilled kills the daemons and the tunnels of both nodes under load: not one packet takes another way meanwhile, and the
+// same flows go on when Warren is back.
+func (c *cluster) testKilled(t *testing.T) {
+	const namespace = "e2e-killed"
+	c.namespace(t, namespace)
+	near, far := &probePod{name: "near", node: c.worker}, &probePod{name: "far", node: c.controlPlane}
+	c.start(t, namespace, near, far)
+	both := reachTable{}
+	both.set(namespace+"/near", far, true)
+	both.set(namespace+"/far", near, true)
+
+	load := c.startFlows(t, namespace, near.name, net.JoinHostPort(far.addresses[0], strconv.Itoa(port)))
+	c.watch(t, func(marker string) {
+		c.kubectl(t, "delete", "pods", "--namespace", system, "--all", "--force", "--grace-period=0")
+		c.rolledOut(t)
+		eventually(t, time.Minute, "the pods reach one another", func(ctx context.Context) error {
+			return c.compare(ctx, both, marker)
+		})
+	})
+	report := load.stop(t)["tcp"]
+	t.Logf("tcp: %d flows, %d errors, longest gap %v", report.Flows, report.Errors, report.LongestGapNanoseconds.Round(time.Millisecond))
+	if report.Errors != 0 {
+		t.Errorf("flows were cut; first error: %q", report.FirstError)
+	}
 }
