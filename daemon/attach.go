@@ -43,6 +43,7 @@ func (n *node) handle(ctx context.Context, request agentapi.Request) agentapi.Re
 func (n *node) attach(ctx context.Context, pod agentapi.Pod) agentapi.Response {
 	ctx, cancel := context.WithTimeout(ctx, attachPatience)
 	defer cancel()
+	asked := n.clock()
 	if o := n.outcomeNow(); !o.ready {
 		return refuse(types.ErrTryAgainLater, errNotReady(o))
 	}
@@ -60,7 +61,7 @@ func (n *node) attach(ctx context.Context, pod agentapi.Pod) agentapi.Response {
 		case <-next:
 		case <-ctx.Done():
 			err := fmt.Errorf("pod %s/%s (uid %s) is not known to the daemon, or its policies are not in the kernel, after %v",
-				pod.Namespace, pod.Name, pod.UID, attachPatience)
+				pod.Namespace, pod.Name, pod.UID, n.clock().Sub(asked).Round(time.Millisecond))
 			return refuse(types.ErrTryAgainLater, errors.Join(err, fetchErr))
 		}
 	}

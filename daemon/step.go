@@ -115,9 +115,6 @@ func (n *node) step(ctx context.Context, full bool) error {
 		return err // the daemon stops: what was cut short says nothing of the node
 	}
 	now.problems = cluster.SortProblems(slices.Concat(problems, leaseProblems, now.host.problems, now.plan.problems, now.problems))
-	if err == nil {
-		now.applied = n.clock()
-	}
 	n.record(now)
 	return err
 }
@@ -170,11 +167,14 @@ func (n *node) apply(ctx context.Context, o *outcome) error {
 			"other nodes cannot reach this one until it succeeds; check the daemon's access to the API server"))
 	}
 	n.log.Debug("applied", "set_operations", changes.SetOps, "rule_bytes", changes.RuleBytes, "mesh", meshChanges)
-	err := errors.Join(filterErr, meshErr, publishErr)
-	if err != nil {
+	if err := errors.Join(filterErr, meshErr, publishErr); err != nil {
 		return err
 	}
-	return n.installConflist(o)
+	if err := n.installConflist(o); err != nil {
+		return err
+	}
+	o.applied = n.clock()
+	return nil
 }
 
 // installConflist tells the container runtime that the node has a network.
