@@ -64,7 +64,7 @@ func (d decoder) file(name string, data []byte) content {
 		}
 		raw, err := yaml.YAMLToJSONStrict(document)
 		if err != nil {
-			c.fail(where, "", err)
+			c.fail(where, "", fmt.Errorf("nothing of this document is read: %w", err))
 			continue
 		}
 		if !bytes.Equal(raw, []byte("null")) {
