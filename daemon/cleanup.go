@@ -34,21 +34,20 @@ It goes on after an error, and says at the end what is left. Stop the daemon and
 that Warren installed (portmap, bandwidth, loopback) stay, because others may use them.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if wait {
+				<-cmd.Context().Done()
+				return nil
+			}
 			log, err := logging.logger(os.Stderr)
 			if err != nil {
 				return err
 			}
-			if err := cleanup(cmd.Context(), p, keepKey, log); err != nil || !wait {
-				return err
-			}
-			log.Info("nothing of Warren's is left on this node")
-			<-cmd.Context().Done()
-			return nil
+			return cleanup(cmd.Context(), p, keepKey, log)
 		},
 	}
 	p.add(cmd.Flags())
 	logging.add(cmd.Flags())
-	cmd.Flags().BoolVar(&wait, "wait", false, "when done, wait to be stopped (a DaemonSet's container must not end)")
+	cmd.Flags().BoolVar(&wait, "wait", false, "remove nothing, only wait to be stopped: for the container that keeps a DaemonSet's pod after another has cleaned up")
 	cmd.Flags().BoolVar(&keepKey, "keep-key", false, "keep the node's WireGuard key")
 	return cmd
 }

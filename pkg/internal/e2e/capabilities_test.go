@@ -22,8 +22,9 @@ import (
 
 // capabilityCheck says what fails on a node when a container of the manifests lacks a capability.
 type capabilityCheck struct {
-	set, container string
-	capability     corev1.Capability
+	namespace, set, container string
+
+	capability corev1.Capability
 	// fails names what needs the capability.
 	fails string
 	// symptom matches what the container's log or the daemon's status then says.
@@ -33,9 +34,9 @@ type capabilityCheck struct {
 // capabilityChecks has a check for each capability of the manifests.
 func capabilityChecks() []capabilityCheck {
 	return []capabilityCheck{
-		{daemonSet, daemon, "NET_ADMIN", "sets, rules and links", regexp.MustCompile(`FirewallApplyFailed.*operation not permitted`)},
-		{daemonSet, daemon, "NET_RAW", "rules that match sets", regexp.MustCompile(`FirewallApplyFailed.*Can't open socket to ipset`)},
-		{tunnelSet, "tunnel", "NET_ADMIN", "the tunnel's link", regexp.MustCompile(`asking the kernel for WireGuard: operation not permitted`)},
+		{system, daemonSet, daemon, "NET_ADMIN", "sets, rules and links", regexp.MustCompile(`FirewallApplyFailed.*operation not permitted`)},
+		{system, daemonSet, daemon, "NET_RAW", "rules that match sets", regexp.MustCompile(`FirewallApplyFailed.*Can't open socket to ipset`)},
+		{system, tunnelSet, "tunnel", "NET_ADMIN", "the tunnel's link", regexp.MustCompile(`asking the kernel for WireGuard: operation not permitted`)},
 	}
 }
 
@@ -91,6 +92,12 @@ func (c *cluster) checkCapability(t *testing.T, set appsv1.DaemonSet, check capa
 	without(&crippled.Spec.Template.Spec, check)
 	c.setTemplate(t, *crippled)
 
+	c.awaitSymptom(t, check)
+}
+
+// awaitSymptom waits until a pod that lacks a capability says so.
+func (c *cluster) awaitSymptom(t *testing.T, check capabilityCheck) {
+	t.Helper()
 	eventually(t, time.Minute, fmt.Sprintf("a log or status matches %q", check.symptom), func(ctx context.Context) error {
 		node, pod, err := c.crippledPod(ctx, check)
 		if err != nil {
@@ -132,7 +139,7 @@ func (c *cluster) setTemplate(t *testing.T, set appsv1.DaemonSet) {
 	if set.Spec.UpdateStrategy.Type != appsv1.OnDeleteDaemonSetStrategyType {
 		return
 	}
-	pods, err := c.daemonPods(ctx, set.Name)
+	pods, err := c.daemonPods(ctx, system, set.Name)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -143,7 +150,7 @@ func (c *cluster) setTemplate(t *testing.T, set appsv1.DaemonSet) {
 
 // crippledPod returns the pod that has lost its capability, and its node.
 func (c *cluster) crippledPod(ctx context.Context, check capabilityCheck) (string, corev1.Pod, error) {
-	pods, err := c.daemonPods(ctx, check.set)
+	pods, err := c.daemonPods(ctx, check.namespace, check.set)
 	if err != nil {
 		return "", corev1.Pod{}, err
 	}
@@ -167,7 +174,7 @@ func (c *cluster) whatIsSaid(ctx context.Context, node string, pod corev1.Pod, c
 	}
 	for _, previous := range []bool{true, false} {
 		options := &corev1.PodLogOptions{Container: container, Previous: previous}
-		if log, err := c.client.CoreV1().Pods(system).GetLogs(pod.Name, options).Stream(ctx); err == nil {
+		if log, err := c.client.CoreV1().Pods(pod.Namespace).GetLogs(pod.Name, options).Stream(ctx); err == nil {
 			_, _ = io.Copy(&said, log)
 			_ = log.Close()
 		}

@@ -30,6 +30,9 @@ const (
 	daemonSet = "warren"
 	daemon    = "warrend"
 	tunnelSet = "warren-tunnel"
+
+	cleanupNamespace = "warren-cleanup"
+	cleanupSet       = "warren-cleanup"
 )
 
 // cluster is the kind cluster under test.
@@ -196,9 +199,9 @@ func (c *cluster) nodesReady(ctx context.Context, want corev1.ConditionStatus) e
 	return nil
 }
 
-// daemonPods returns the pods of a DaemonSet of Warren's by node.
-func (c *cluster) daemonPods(ctx context.Context, set string) (map[string]corev1.Pod, error) {
-	list, err := c.client.CoreV1().Pods(system).List(ctx, metav1.ListOptions{})
+// daemonPods returns the pods of a DaemonSet by node.
+func (c *cluster) daemonPods(ctx context.Context, namespace, set string) (map[string]corev1.Pod, error) {
+	list, err := c.client.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{})
 	if err != nil {
 		return nil, err
 	}
@@ -215,7 +218,7 @@ func (c *cluster) daemonPods(ctx context.Context, set string) (map[string]corev1
 // status asks the daemon of a node for its status.
 func (c *cluster) status(ctx context.Context, node string) (agentapi.Status, error) {
 	var status agentapi.Status
-	pods, err := c.daemonPods(ctx, daemonSet)
+	pods, err := c.daemonPods(ctx, system, daemonSet)
 	if err != nil {
 		return status, err
 	}

@@ -22,10 +22,7 @@ func (c *cluster) testInstall(t *testing.T) {
 	if err := c.dnsReady(t.Context()); err == nil {
 		t.Fatal("CoreDNS runs before there is a network")
 	}
-	run(t, command{name: c.root + "/scripts/kind/install.sh", timeout: 5 * time.Minute})
-	c.rolledOut(t)
-	eventually(t, time.Minute, "the nodes are Ready", func(ctx context.Context) error { return c.nodesReady(ctx, corev1.ConditionTrue) })
-	eventually(t, time.Minute, "CoreDNS runs", c.dnsReady)
+	c.install(t)
 
 	// Pods may now run on the control plane too, so that the upstream suite crosses nodes.
 	c.kubectl(t, "taint", "nodes", c.controlPlane, "node-role.kubernetes.io/control-plane-")
@@ -33,6 +30,15 @@ func (c *cluster) testInstall(t *testing.T) {
 		c.checkConflist(t, node)
 		c.checkMesh(t, node)
 	}
+}
+
+// install installs Warren and waits until the cluster works.
+func (c *cluster) install(t *testing.T) {
+	t.Helper()
+	run(t, command{name: c.root + "/scripts/kind/install.sh", timeout: 5 * time.Minute})
+	c.rolledOut(t)
+	eventually(t, time.Minute, "the nodes are Ready", func(ctx context.Context) error { return c.nodesReady(ctx, corev1.ConditionTrue) })
+	eventually(t, time.Minute, "CoreDNS runs", c.dnsReady)
 }
 
 // dnsReady returns an error unless CoreDNS has a ready pod.

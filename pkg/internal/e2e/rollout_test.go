@@ -49,13 +49,13 @@ func (c *cluster) testRollout(t *testing.T) {
 // replaceDaemons restarts the daemons by a rollout.
 func (c *cluster) replaceDaemons(t *testing.T) {
 	t.Helper()
-	before, err := c.daemonPods(t.Context(), daemonSet)
+	before, err := c.daemonPods(t.Context(), system, daemonSet)
 	if err != nil {
 		t.Fatal(err)
 	}
 	c.kubectl(t, "rollout", "restart", "--namespace", system, "daemonset/"+daemonSet)
 	c.rolledOut(t)
-	after, err := c.daemonPods(t.Context(), daemonSet)
+	after, err := c.daemonPods(t.Context(), system, daemonSet)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -22,4 +22,5 @@ func TestWarren(t *testing.T) {
 	t.Run("killed", c.testKilled)
 	t.Run("capabilities", c.testCapabilities)
 	t.Run("upstream", c.testUpstream)
+	t.Run("uninstall", c.testUninstall)
 }

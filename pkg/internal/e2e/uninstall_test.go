@@ -1,0 +1,83 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/warren-cni/warren/pkg/wgdevice"
+)
+
+// testUninstall takes Warren away as the README says, checks that nothing of it is left, and installs it again.
+func (c *cluster) testUninstall(t *testing.T) {
+	for _, node := range c.nodes() {
+		if c.leftovers(t, node) == "" {
+			t.Fatalf("node %s: nothing of Warren's is found while it runs, so that finding nothing afterwards means nothing", node)
+		}
+	}
+	c.kubectl(t, "delete", "--ignore-not-found", "-f", c.root+"/manifests/warren.yaml", "-f", c.root+"/manifests/userspace-tunnel.yaml")
+	c.cleanUp(t)
+	for _, node := range c.nodes() {
+		if left := c.leftovers(t, node); left != "" {
+			t.Errorf("node %s: Warren has left:\n%s", node, left)
+		}
+	}
+	eventually(t, time.Minute, "no node is Ready", func(ctx context.Context) error { return c.nodesReady(ctx, corev1.ConditionFalse) })
+
+	// Pods that have lost their network must be made again.
+	c.kubectl(t, "delete", "pods", "--namespace", "kube-system", "--selector", "k8s-app=kube-dns", "--wait=false")
+	c.install(t)
+}
+
+// cleanUp runs the clean-up on all nodes, first without each of its capabilities in turn.
+func (c *cluster) cleanUp(t *testing.T) {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(c.root, "manifests", "cleanup.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const needed = "add: [NET_ADMIN, NET_RAW]"
+	manifest := string(text)
+	if strings.Count(manifest, "add:") != 1 || !strings.Contains(manifest, needed) {
+		t.Fatalf("manifests/cleanup.yaml: want exactly %q; a check for each capability stands here", needed)
+	}
+	for _, check := range []capabilityCheck{
+		{cleanupNamespace, cleanupSet, "cleanup", "NET_RAW", "rules that match sets", regexp.MustCompile(`rules and sets: .*Can't open socket to ipset`)},
+		{cleanupNamespace, cleanupSet, "cleanup", "NET_ADMIN", "sets, rules and links", regexp.MustCompile(`operation not permitted`)},
+	} {
+		rest := "add: [NET_RAW]"
+		if check.capability == "NET_RAW" {
+			rest = "add: [NET_ADMIN]"
+		}
+		c.apply(t, strings.Replace(manifest, needed, rest, 1))
+		c.awaitSymptom(t, check)
+	}
+	c.apply(t, manifest)
+	c.kubectl(t, "rollout", "status", "--namespace", cleanupNamespace, "daemonset/"+cleanupSet, "--timeout=60s")
+	c.kubectl(t, "delete", "-f", c.root+"/manifests/cleanup.yaml")
+}
+
+// leftovers lists everything of Warren's on a node.
+func (c *cluster) leftovers(t *testing.T, node string) string {
+	t.Helper()
+	script := fmt.Sprintf(`
+		iptables-save | grep -i warren
+		ip6tables-save | grep -i warren
+		ipset list -name | grep -i warren
+		ip -oneline link | grep -E "warren|wrn"
+		ip route show table all proto %[1]d
+		ip -6 route show table all proto %[1]d
+		find /etc/cni/net.d /run/warren /var/lib/warren -mindepth 1
+		find /opt/cni/bin -name warren
+		true`, wgdevice.RouteProtocol)
+	return run(t, command{name: "docker", args: []string{"exec", node, "sh", "-c", script}})
+}
