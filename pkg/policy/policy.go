@@ -1,7 +1,7 @@
 // Package policy compiles the NetworkPolicies that concern one node into a netfilter.Ruleset, as a pure function of the
-// cluster's state.
+// cluster's state, and explains what they come to for one connection (see Explain).
 //
-// The result is one entry chain in mangle, netfilter.PolicyChain, which sees the new connections of pods that passed the
+// The result of Compile is one entry chain in mangle, netfilter.PolicyChain, which sees the new connections of pods that passed the
 // start gate, and what hangs below it:
 //
 //	WARREN-POLICY     source or destination isolated? no: RETURN, which means allowed
@@ -99,12 +99,7 @@ func (g group) names() []string {
 func (c *compiler) groups(d direction) []group {
 	byPolicies := map[string]*group{}
 	for _, pod := range c.local {
-		var selecting []*cluster.Policy
-		for _, p := range c.policies[pod.Namespace] {
-			if d.isolates(p) && c.selects(p, pod) {
-				selecting = append(selecting, p)
-			}
-		}
+		selecting := c.selecting(d, pod)
 		if len(selecting) == 0 {
 			continue
 		}

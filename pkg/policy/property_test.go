@@ -61,7 +61,7 @@ func judge(t *testing.T, r *rand.Rand) (allowed, denied int) {
 	return check(t, s, ready)
 }
 
-// check compares the tracer's verdict on a snapshot's rules with the oracle's, for every connection that this node
+// check compares the tracer's verdict on a snapshot's rules, Explain's and the oracle's, for every connection that this node
 // enforces something on, and counts them.
 func check(t *testing.T, s cluster.Snapshot, ready []netip.Addr) (allowed, denied int) {
 	t.Helper()
@@ -79,6 +79,7 @@ func check(t *testing.T, s cluster.Snapshot, ready []netip.Addr) (allowed, denie
 		if got := verdict.Target == ""; got != want {
 			t.Errorf("%s %s -> %s port %d: allowed is %v, the oracle says %v; by %q", f.Protocol, f.Src, f.Dst, f.Port, got, want, verdict.Trail)
 		}
+		explains(t, s, f)
 		if want {
 			allowed++
 		} else {
@@ -90,6 +91,52 @@ func check(t *testing.T, s cluster.Snapshot, ready []netip.Addr) (allowed, denie
 		t.Logf("%s\n%v\n%s", describe(s), problems, rules.Render())
 	}
 	return allowed, denied
+}
+
+// explains compares Explain's verdict with the oracle's, on every node and together.
+func explains(t *testing.T, s cluster.Snapshot, f oracle.Flow) {
+	t.Helper()
+	v := policy.Explain(s, policy.Flow{Src: f.Src, Dst: f.Dst, Protocol: f.Protocol, Port: f.Port})
+	all := true
+	for _, node := range []string{v.From.Node, v.To.Node} {
+		s.Self = node
+		want := oracle.Allowed(s, f)
+		all = all && want
+		on := func(side policy.Side) bool { return side.Node != node || side.Allowed }
+		if got := on(v.Egress) && on(v.Ingress); got != want {
+			t.Errorf("%+v: on node %s Explain says %v, the oracle %v: %+v", f, node, got, want, v)
+		}
+	}
+	if v.Allowed != all {
+		t.Errorf("%+v: Explain says %v, the oracle %v: %+v", f, v.Allowed, all, v)
+	}
+	for _, side := range []policy.Side{v.Egress, v.Ingress} {
+		if !consistent(side) {
+			t.Errorf("%+v: a verdict that does not follow from its reasons: %+v", f, side)
+		}
+	}
+}
+
+// consistent tells whether a verdict follows from its rules, theirs from their peers and ports, and whether everything that
+// does not match says why.
+func consistent(s policy.Side) bool {
+	allows, ok := !s.Isolated, s.Because != "" && s.Isolated == (len(s.Policies) > 0) && (s.Allowed || s.Node != "")
+	matching := func(matches []policy.Match) bool {
+		some := false
+		for _, m := range matches {
+			some = some || m.Matches
+			ok = ok && m.Text != "" && m.Matches == (m.Why == "")
+		}
+		return some
+	}
+	for _, p := range s.Policies {
+		for _, r := range p.Rules {
+			peers, ports := matching(r.Peers), matching(r.Ports)
+			ok = ok && r.Allows == (peers && ports)
+			allows = allows || r.Allows
+		}
+	}
+	return ok && s.Allowed == allows
 }
 
 // interfaces tells behind which interface each address of a world is.

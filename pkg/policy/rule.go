@@ -10,6 +10,9 @@ import (
 	"github.com/warren-cni/warren/pkg/netfilter"
 )
 
+// noPeer is what is wrong with a peer that pkg/kube would never hand over.
+const noPeer = "a peer has neither a block nor a selector, so it allows nothing"
+
 // target is who a rule allows, in the terms of one family: everybody, the pods of a selection, or prefixes.
 type target struct {
 	pods   *selection
@@ -46,7 +49,7 @@ func (b *builder) targets(p *cluster.Policy, field string, r cluster.Rule) []tar
 			blocks = append(blocks, subtract(peer.Block.CIDR, peer.Block.Except)...)
 		case peer.Block != nil: // of the other family
 		case peer.Pods == nil:
-			b.problem(p, field, "a peer has neither a block nor a selector, so it allows nothing")
+			b.problem(p, field, noPeer)
 		default:
 			targets = append(targets, target{pods: b.peers(p.Namespace, peer)})
 		}
@@ -61,17 +64,26 @@ func (b *builder) targets(p *cluster.Policy, field string, r cluster.Rule) []tar
 func (b *builder) ports(p *cluster.Policy, field string, r cluster.Rule) []cluster.Port {
 	var ports []cluster.Port
 	for _, port := range r.Ports {
-		known := port.Protocol == cluster.TCP || port.Protocol == cluster.UDP || port.Protocol == cluster.SCTP
-		switch {
-		case !known:
-			b.problem(p, field+".ports", fmt.Sprintf("the protocol %q is unknown, so the port allows nothing", port.Protocol))
-		case port.Name == "" && (port.First > port.Last || port.First == 0 && port.Last > 0):
-			b.problem(p, field+".ports", fmt.Sprintf("%d to %d is no range of ports, so it allows nothing", port.First, port.Last))
-		default:
-			ports = append(ports, port)
+		if fault := faultOf(port); fault != "" {
+			b.problem(p, field+".ports", fault)
+			continue
 		}
+		ports = append(ports, port)
 	}
 	return ports
+}
+
+// faultOf says why a port cannot be enforced; it is empty for one that can.
+func faultOf(port cluster.Port) string {
+	known := port.Protocol == cluster.TCP || port.Protocol == cluster.UDP || port.Protocol == cluster.SCTP
+	switch {
+	case !known:
+		return fmt.Sprintf("the protocol %q is unknown, so the port allows nothing", port.Protocol)
+	case port.Name == "" && (port.First > port.Last || port.First == 0 && port.Last > 0):
+		return fmt.Sprintf("%d to %d is no range of ports, so it allows nothing", port.First, port.Last)
+	default:
+		return ""
+	}
 }
 
 // matchTarget matches a packet to or from a target.

@@ -68,6 +68,17 @@ func (c *compiler) selects(p *cluster.Policy, pod *cluster.Pod) bool {
 	return p.Pods.Matches(pod.Labels)
 }
 
+// selecting returns the policies that isolate a pod in a direction, in the snapshot's order.
+func (c *compiler) selecting(d direction, pod *cluster.Pod) []*cluster.Policy {
+	var selecting []*cluster.Policy
+	for _, p := range c.policies[pod.Namespace] {
+		if d.isolates(p) && c.selects(p, pod) {
+			selecting = append(selecting, p)
+		}
+	}
+	return selecting
+}
+
 // peers returns the pods that a peer of a policy in a namespace chooses.
 func (c *compiler) peers(namespace string, peer cluster.Peer) *selection {
 	id := selector{own: namespace, pods: text(peer.Pods)}
