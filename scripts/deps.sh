@@ -10,14 +10,21 @@ packages() {
     lint)  echo ca-certificates git make shellcheck ;;
     image) echo ca-certificates ;;
     vm)    echo qemu-system-x86 busybox-static cpio kmod xz-utils ;;
-    kind)  echo docker.io runc debootstrap iptables iproute2 jq tcpdump conntrack procps ;;
+    kind)  docker_packages; echo debootstrap iptables iproute2 jq tcpdump conntrack procps ;;
     *) echo "deps.sh: unknown target '$1' (build, lint, test, image, vm, kind)" >&2; return 2 ;;
   esac
 }
 
+# docker_packages prints Debian's docker, or nothing where any docker is installed: Debian's would conflict with it.
+docker_packages() {
+  command -v dockerd >/dev/null || echo docker.io runc
+  # Since Debian 13 the client is a package of its own.
+  command -v docker >/dev/null || grep -q '^VERSION_CODENAME=bookworm$' /etc/os-release || echo docker-cli
+}
+
 wanted=()
 for target in "${@:-test}"; do
-  list=$(packages "$target")
+  list=$(packages "$target" | tr '\n' ' ')
   read -r -a more <<<"$list"
   wanted+=("${more[@]}")
 done
@@ -43,4 +50,5 @@ if [ ! -e "$policy" ]; then
   trap 'rm -f "$policy"' EXIT
 fi
 apt-get update -qq
-apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+# A machine that has just booted may be upgrading itself: wait for that.
+apt-get install -y -qq --no-install-recommends --no-remove -o DPkg::Lock::Timeout=300 "${missing[@]}" >/dev/null

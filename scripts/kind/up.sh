@@ -8,6 +8,7 @@
 #   NODE_IMAGE=                  kind's node image; "local" makes one here; unset: kind's own where a registry answers, else local
 #   SKIP_WARREN=                 set: leave the cluster without a network
 # Docker is started by the script (as root) where none answers; scripts/kind/down.sh takes all of it away again.
+[ $# -eq 0 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 # shellcheck source=scripts/kind/lib.sh
 . "$(dirname "$0")/lib.sh"
 
