@@ -52,7 +52,7 @@ func (c *cluster) cleanUp(t *testing.T) {
 	}
 	for _, check := range []capabilityCheck{
 		{cleanupNamespace, cleanupSet, "cleanup", "NET_RAW", "rules that match sets", regexp.MustCompile(`rules and sets: .*Can't open socket to ipset`)},
-		{cleanupNamespace, cleanupSet, "cleanup", "NET_ADMIN", "sets, rules and links", regexp.MustCompile(`operation not permitted`)},
+		{cleanupNamespace, cleanupSet, "cleanup", "NET_ADMIN", "sets, rules and links", regexp.MustCompile(`listing sets: operation not permitted`)},
 	} {
 		rest := "add: [NET_RAW]"
 		if check.capability == "NET_RAW" {
