@@ -155,6 +155,8 @@ func TestWatchTunnel(t *testing.T) {
 		select {
 		case <-started:
 			seen = true
+		case err := <-ended:
+			t.Fatalf("the watch ended: %v", err)
 		default:
 		}
 	}
