@@ -33,6 +33,11 @@ func (n *node) handle(ctx context.Context, request agentapi.Request) agentapi.Re
 	case agentapi.OpStatus:
 		status := n.status(ctx)
 		return agentapi.Response{Status: &status}
+	case agentapi.OpExplain:
+		if request.Explain == nil {
+			return refuse(types.ErrDecodingFailure, errors.New("the request names no connection"))
+		}
+		return n.explain(*request.Explain)
 	default:
 		return refuse(types.ErrDecodingFailure, fmt.Errorf("unknown operation %q", request.Op))
 	}

@@ -7,6 +7,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -23,12 +24,25 @@ var version = "dev"
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
-	err := rootCommand().ExecuteContext(ctx)
+	status := execute(ctx, rootCommand())
 	stop()
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "error:", err)
-		os.Exit(1)
+	os.Exit(status)
+}
+
+// execute runs the command that was asked for, tells its error, and returns the exit status.
+func execute(ctx context.Context, root *cobra.Command) int {
+	cmd, err := root.ExecuteContextC(ctx)
+	switch {
+	case err == nil:
+		return 0
+	case errors.Is(err, errDenied):
+		return 1 // the output has told it
 	}
+	fmt.Fprintln(root.ErrOrStderr(), "error:", err)
+	if cmd.Name() == explainName {
+		return 2 // 1 would say that the connection is denied
+	}
+	return 1
 }
 
 // rootCommand returns warrend with all its commands.
@@ -42,8 +56,8 @@ func rootCommand() *cobra.Command {
 			return fromEnvironment(cmd.Flags(), os.LookupEnv)
 		},
 	}
-	root.AddCommand(runCommand(), tunnelCommand(), installCommand(), statusCommand(), renderCommand(), cleanupCommand(),
-		versionCommand())
+	root.AddCommand(runCommand(), tunnelCommand(), installCommand(), statusCommand(), explainCommand(), renderCommand(),
+		cleanupCommand(), versionCommand())
 	return root
 }
 

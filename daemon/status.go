@@ -187,7 +187,7 @@ func printStatus(w io.Writer, s agentapi.Status, output string, now time.Time) e
 	fmt.Fprintf(t, "LAST APPLY\t%s\n", ago(now, s.Policies.LastApply))
 	_ = t.Flush() // a strings.Builder takes everything
 	printPeers(&b, s, now)
-	printProblems(&b, s)
+	printProblems(&b, s.Problems)
 	_, err := io.WriteString(w, b.String())
 	return err
 }
@@ -219,14 +219,14 @@ func printPeers(b *strings.Builder, s agentapi.Status, now time.Time) {
 }
 
 // printProblems prints each problem with what to do.
-func printProblems(b *strings.Builder, s agentapi.Status) {
+func printProblems(b *strings.Builder, problems []agentapi.Problem) {
 	b.WriteString("\n")
-	if len(s.Problems) == 0 {
+	if len(problems) == 0 {
 		b.WriteString("No problems.\n")
 		return
 	}
-	fmt.Fprintf(b, "%d PROBLEM(S)\n", len(s.Problems))
-	for _, p := range s.Problems {
+	fmt.Fprintf(b, "%d PROBLEM(S)\n", len(problems))
+	for _, p := range problems {
 		subject := p.Object
 		if p.Field != "" {
 			subject += ", " + p.Field

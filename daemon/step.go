@@ -25,6 +25,8 @@ import (
 
 // plan is everything that a node wants, computed from one snapshot.
 type plan struct {
+	// snapshot is what the plan was made from.
+	snapshot cluster.Snapshot
 	podCIDRs []netip.Prefix
 	rules    netfilter.Ruleset
 	mesh     mesh.Config
@@ -58,6 +60,7 @@ func makePlan(snapshot cluster.Snapshot, open []netip.Addr, p planning, uplinkMT
 		Ready:         open,
 	})
 	return plan{
+		snapshot: snapshot,
 		podCIDRs: config.PodCIDRs,
 		rules:    netfilter.Merge(base, policyRules),
 		mesh:     config,

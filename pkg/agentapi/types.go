@@ -3,6 +3,7 @@
 package agentapi
 
 import (
+	"encoding/json"
 	"net/netip"
 	"time"
 )
@@ -20,6 +21,8 @@ const (
 	OpReady = "ready"
 	// OpStatus asks for a Status.
 	OpStatus = "status"
+	// OpExplain asks what the policies decide about a connection, and why.
+	OpExplain = "explain"
 )
 
 // Request is what a client sends.
@@ -28,6 +31,18 @@ type Request struct {
 	Op      string `json:"op"`
 	// Pod is set for OpAttach and OpCheck.
 	Pod *Pod `json:"pod,omitempty"`
+	// Explain is set for OpExplain.
+	Explain *Explain `json:"explain,omitempty"`
+}
+
+// Explain is a question about a connection, in the words of the operator.
+type Explain struct {
+	// From and To are each a pod's namespace/name, or an address.
+	From string `json:"from"`
+	To   string `json:"to"`
+	// Port is a number or the name of a container port of the destination, either with /protocol or without. It is empty for
+	// ICMP.
+	Port string `json:"port,omitempty"`
 }
 
 // Pod identifies a pod's interface.
@@ -45,6 +60,9 @@ type Response struct {
 	Version int     `json:"version"`
 	Error   *Error  `json:"error,omitempty"`
 	Status  *Status `json:"status,omitempty"`
+	// Explanation is as `warrend explain -o json` prints it. Daemon and command are one program; the plugin, which links this
+	// package too, stays free of what it is made of.
+	Explanation json.RawMessage `json:"explanation,omitempty"`
 }
 
 // Error is a refusal. Code is a CNI error code (spec section "Error"), 11 for "try again later".

@@ -67,10 +67,10 @@ func (e *explainer) end(a netip.Addr, pods []*cluster.Pod) End {
 // exempt says why no policy applies to the flow at all; it is empty where policies decide.
 func (e *explainer) exempt(from, to End) string {
 	switch {
-	case e.flow.Src == e.flow.Dst:
-		return "what has one address always reaches itself, also through its own Service"
 	case from.Pod == "" && to.Pod == "":
-		return "no pod is at either end, and policies isolate only pods; host-network pods are their node"
+		return "neither end is a pod with an address of its own, and policies isolate no others"
+	case e.flow.Src == e.flow.Dst:
+		return "a pod always reaches itself, also through its own Service"
 	case (from.Pod == "" || to.Pod == "") && from.Node != "" && from.Node == to.Node:
 		return "traffic between a pod and its own node " + from.Node + " is always allowed"
 	default:
@@ -81,7 +81,7 @@ func (e *explainer) exempt(from, to End) string {
 // side judges one direction; subject is whose policies count.
 func (e *explainer) side(d direction, subject End) Side {
 	if subject.Pod == "" {
-		return Side{Allowed: true, Because: e.address(d.subject).String() + " is no pod, and policies isolate only pods"}
+		return Side{Allowed: true, Because: sideText(d.subject) + " has no pod's address, and policies isolate only pods"}
 	}
 	policies := e.selecting(d, e.pods(d.subject)[0])
 	if len(policies) == 0 {
@@ -104,7 +104,7 @@ func (e *explainer) side(d direction, subject End) Side {
 	s.Allowed = len(allowing) > 0
 	s.Because = "allowed by " + strings.Join(allowing, ", ")
 	if !s.Allowed {
-		s.Because = "isolated by " + strings.Join(names, ", ") + ", and no rule matches"
+		s.Because = "isolated by " + strings.Join(names, ", ") + "; no rule matches"
 	}
 	return s
 }
@@ -184,6 +184,14 @@ func (e *explainer) address(side string) netip.Addr {
 		return e.flow.Src
 	}
 	return e.flow.Dst
+}
+
+// sideText says a side of the flow, without its address, so that verdicts of both families read alike.
+func sideText(side string) string {
+	if side == "src" {
+		return "the source"
+	}
+	return "the destination"
 }
 
 // nameOf is a pod's namespace and name.

@@ -7,7 +7,6 @@ import (
 	"strings"
 
 	"github.com/warren-cni/warren/pkg/cluster"
-	"github.com/warren-cni/warren/pkg/netfilter"
 )
 
 // rule holds a rule of a policy against the flow.
@@ -43,7 +42,7 @@ func orAny(matches []Match, matchAny bool, text string) []Match {
 func (e *explainer) peer(d direction, p *cluster.Policy, peer cluster.Peer) Match {
 	switch {
 	case peer.Block != nil:
-		return blockMatch(*peer.Block, e.address(d.peer))
+		return e.block(d, *peer.Block)
 	case peer.Pods == nil:
 		return Match{Text: "none", Why: noPeer}
 	}
@@ -59,7 +58,7 @@ func (e *explainer) peer(d direction, p *cluster.Policy, peer cluster.Peer) Matc
 func (e *explainer) unchosen(d direction, p *cluster.Policy, peer cluster.Peer) string {
 	pods := e.pods(d.peer)
 	if len(pods) == 0 {
-		return e.address(d.peer).String() + " is no pod"
+		return sideText(d.peer) + " has no pod's address"
 	}
 	pod := pods[0]
 	switch {
@@ -90,26 +89,24 @@ func labelText(l fmt.Stringer) string {
 	return "no labels"
 }
 
-// blockMatch holds an ipBlock against an address.
-func blockMatch(b cluster.Block, a netip.Addr) Match {
+// block holds an ipBlock against the other end of the flow.
+func (e *explainer) block(d direction, b cluster.Block) Match {
 	m := Match{Text: b.CIDR.String()}
 	if len(b.Except) > 0 {
 		except := make([]string, len(b.Except))
-		for i, e := range b.Except {
-			except[i] = e.String()
+		for i, p := range b.Except {
+			except[i] = p.String()
 		}
 		m.Text += " except " + strings.Join(except, ", ")
 	}
-	holds := func(p netip.Prefix) bool { return p.Contains(a) }
+	holds := func(p netip.Prefix) bool { return p.Contains(e.address(d.peer)) }
 	switch {
 	case slices.ContainsFunc(subtract(b.CIDR, b.Except), holds):
 		m.Matches = true
-	case netfilter.FamilyOf(a) != netfilter.FamilyOf(b.CIDR.Addr()):
-		m.Why = fmt.Sprintf("%s is %s", a, netfilter.FamilyOf(a))
-	case !b.CIDR.Contains(a):
-		m.Why = fmt.Sprintf("does not hold %s", a)
+	case holds(b.CIDR):
+		m.Why = fmt.Sprintf("%s is in %s", sideText(d.peer), b.Except[slices.IndexFunc(b.Except, holds)])
 	default:
-		m.Why = fmt.Sprintf("%s is in %s", a, b.Except[slices.IndexFunc(b.Except, holds)])
+		m.Why = "does not hold " + sideText(d.peer)
 	}
 	return m
 }
@@ -138,7 +135,7 @@ func (e *explainer) port(port cluster.Port) Match {
 // nothing has names.
 func (e *explainer) unnamed(port cluster.Port) string {
 	if len(e.dst) == 0 {
-		return fmt.Sprintf("%s is no pod, and only pods name ports", e.flow.Dst)
+		return "only pods name ports"
 	}
 	var numbers []string
 	for _, pod := range e.dst {
@@ -155,7 +152,7 @@ func (e *explainer) unnamed(port cluster.Port) string {
 	if len(numbers) == 0 {
 		return nameOf(e.dst[0]) + " has no such port"
 	}
-	return fmt.Sprintf("%s calls %s so, and the port is %d", nameOf(e.dst[0]), strings.Join(numbers, ", "), e.flow.Port)
+	return fmt.Sprintf("it is %s on %s, and the port is %d", strings.Join(numbers, " and "), nameOf(e.dst[0]), e.flow.Port)
 }
 
 // portText says a port as people write it.
