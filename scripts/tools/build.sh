@@ -75,7 +75,7 @@ build() {
   fi
   echo "build.sh: building $tool" >&2
   started=$SECONDS
-  local command=(go build)
+  local command=(go build -buildvcs=false)
   [ "$tool" != e2e.test ] || command=(go test -c)
   (cd "scripts/tools/$module" && CGO_ENABLED=0 nice -n 10 "${command[@]}" -trimpath -ldflags "$flags" -o "$out/$tool" "$package")
   echo "$stamp" >"$out/.stamps/$tool"
