@@ -20,11 +20,10 @@ demo: build ## Three nodes in namespaces: who reaches whom, and what the wire sh
 	@scripts/deps.sh test
 	go run ./scripts/demo
 
-test: build ## Run all tests: units, network namespaces, a real API server, and kernel WireGuard under QEMU
+test: build test-vm ## Run all tests: units, network namespaces, a real API server, and kernel WireGuard under QEMU
 	@scripts/deps.sh test
 	scripts/tools/build.sh kube-apiserver etcd kubectl
 	go test -timeout 20m ./...
-	$(MAKE) --no-print-directory test-vm
 
 test-vm: ## Run the mesh's tests on kernel WireGuard in a QEMU guest
 	@scripts/deps.sh test vm
