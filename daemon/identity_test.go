@@ -19,10 +19,12 @@ import (
 	"github.com/warren-cni/warren/pkg/lab"
 )
 
-// forgetCursor lets the next pod of a node have the first free address, as if the node had leased all others meanwhile.
-func (s *stage) forgetCursor(i int) {
+// reuseAddresses lets the next pod of a node have the first free address, as if the node had leased all others meanwhile and
+// those that were released had cooled down.
+func (s *stage) reuseAddresses(i int) {
 	s.t.Helper()
 	cursors, err := filepath.Glob(filepath.Join(s.Nodes[i].Leases(), ".last-*"))
+	err = errors.Join(err, s.Nodes[i].EndCoolDown())
 	for _, name := range cursors {
 		err = errors.Join(err, os.Remove(name))
 	}
@@ -106,7 +108,7 @@ func TestConnectionEndsWithItsPod(t *testing.T) {
 	if err := open.Delete(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	s.forgetCursor(0)
+	s.reuseAddresses(0)
 	closed, err := s.Nodes[0].AddPod(t.Context(), lab.Pod{Namespace: "shop", Name: "closed", Labels: map[string]string{"app": "closed"}})
 	if err != nil {
 		t.Fatal(err)
@@ -180,7 +182,7 @@ func TestAddressChangesHandsWhileApplying(t *testing.T) {
 	if err := add("first"); err == nil || !strings.Contains(err.Error(), "not known") {
 		t.Fatalf("the first pod: %v", err)
 	}
-	s.forgetCursor(0)
+	s.reuseAddresses(0)
 	reached := make(chan error, 1)
 	probing, stop := context.WithCancel(t.Context())
 	go func() {

@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/google/go-cmp/cmp"
 
@@ -275,6 +276,36 @@ func TestDelWithoutAnything(t *testing.T) {
 			t.Errorf("%v\n%s", err, out)
 		}
 	}
+}
+
+// TestReleasedAddressCoolsDown: neither a DEL nor an ADD that failed gives an address to the next pod at once; the runtime is told
+// to try again later.
+func TestReleasedAddressCoolsDown(t *testing.T) {
+	n := newNode(t)
+	p := n.newPod("web")
+	small := func(c map[string]any) { c["ranges"] = []string{"10.244.1.0/30"} }
+	endCoolDown := func() { run(t, n, "rm "+n.runDir+"/ipam/.cooling/10.244.1.2") }
+	refused := func() {
+		t.Helper()
+		before := n.state()
+		_, err := n.add(n.conflist(small), n.newPod("next"))
+		wantCode(t, err, types.ErrTryAgainLater, "0 addresses are leased and 1 cool down after their release, the first of them for another ")
+		n.unchanged(before)
+	}
+	for range 2 {
+		if _, err := n.add(n.conflist(small), p); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.del(p); err != nil {
+			t.Fatal(err)
+		}
+		refused()
+		endCoolDown()
+	}
+	n.daemon.answers(refuse(agentapi.OpAttach, types.ErrTryAgainLater, "not known"))
+	_, err := n.add(n.conflist(small), p)
+	wantCode(t, err, types.ErrTryAgainLater, "not known")
+	refused()
 }
 
 func TestDelAfterNamespaceIsGone(t *testing.T) {

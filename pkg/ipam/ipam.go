@@ -5,7 +5,12 @@
 // ("<container>@<interface>"). Each name is made exclusively, so that no address is ever leased twice, whatever runs at the
 // same time. The attachment's name is made last and removed first: a lease exists while it has that name, with
 // all its addresses, and what a killed process leaves behind can only be names of addresses, which Release and Owners find.
-// A file is complete before it has any name and never changes, so that readers need no lock.
+// A file is complete before it has any name and its content never changes, so that readers need no lock.
+//
+// An address that is released cools down before it is leased again: its name moves into the directory ".cooling", and the
+// modification time of its file says since when, as the time since the boot, which no set clock shortens or prolongs. One rename takes
+// it from held to cooling, so that a process that is killed at any moment leaves it as the one or as the other. What cools
+// down is held by nobody; when the time is over it is free without anybody's doing.
 //
 // The directory must not outlive a boot (it is a tmpfs in production), because pods do not. That is also why nothing is
 // synced to a disk: the memory that would lose a lease loses the pods with it.
@@ -21,22 +26,11 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
 )
 
 // errLeased says that the attachment has a lease already.
 var errLeased = errors.New("the interface already has a lease")
-
-// ExhaustedError says that every address of a range is leased.
-type ExhaustedError struct {
-	Range netip.Prefix
-	// Leased is how many addresses of the range are leased.
-	Leased int
-}
-
-// Error names the range and what to do.
-func (e *ExhaustedError) Error() string {
-	return fmt.Sprintf("range %s is exhausted: all %d addresses are leased; delete pods or give the node a larger podCIDR", e.Range, e.Leased)
-}
 
 // Owner is who holds a lease: an interface of a container, and the pod that it belongs to.
 type Owner struct {
@@ -62,6 +56,8 @@ func attachment(containerID, ifname string) string {
 // Store is the directory of the leases.
 type Store struct {
 	dir string
+	// now is the time since the boot.
+	now func() (time.Duration, error)
 
 	mu     sync.Mutex
 	parsed map[string]parsed // by attachment name; List's memory
@@ -69,14 +65,15 @@ type Store struct {
 
 // Open returns the store in dir, which is made where it is missing.
 func Open(dir string) (*Store, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := os.MkdirAll(filepath.Join(dir, cooling), 0o700); err != nil {
 		return nil, fmt.Errorf("making the lease directory: %w", err)
 	}
-	return &Store{dir: dir}, nil
+	return &Store{dir: dir, now: boottime}, nil
 }
 
 // Allocate leases one address of each range to the owner: of all ranges or of none. It refuses an attachment that
-// has a lease. The error is an *ExhaustedError where a range has no free address.
+// has a lease. An address that was released is leased to nobody for 30 s. The error is an *ExhaustedError where a range has
+// no free address.
 func (s *Store) Allocate(ranges []netip.Prefix, owner Owner) ([]netip.Addr, error) {
 	unlock, err := s.lock()
 	if err != nil {
@@ -96,8 +93,12 @@ func (s *Store) allocate(ranges []netip.Prefix, owner Owner) (Lease, error) {
 	case !errors.Is(err, fs.ErrNotExist):
 		return Lease{}, fmt.Errorf("leasing for %s: %w", name, err)
 	}
+	now, err := s.now()
+	if err != nil {
+		return Lease{}, fmt.Errorf("leasing for %s: %w", name, err)
+	}
 	for _, r := range ranges {
-		address, err := s.free(r)
+		address, err := s.free(r, now)
 		if err != nil {
 			return Lease{}, fmt.Errorf("leasing for %s: %w", name, err)
 		}
@@ -115,7 +116,7 @@ func (s *Store) allocate(ranges []netip.Prefix, owner Owner) (Lease, error) {
 }
 
 // free returns the next free address of a range.
-func (s *Store) free(r netip.Prefix) (netip.Addr, error) {
+func (s *Store) free(r netip.Prefix, now time.Duration) (netip.Addr, error) {
 	first, last, ok := span(r)
 	if !ok {
 		return netip.Addr{}, fmt.Errorf("range %s has no address to lease beside the node's own", r)
@@ -123,24 +124,12 @@ func (s *Store) free(r netip.Prefix) (netip.Addr, error) {
 	// The cursor is a hint: without it, or where it was cut off, the search begins at the start.
 	text, _ := os.ReadFile(s.cursor(r))
 	cursor, _ := netip.ParseAddr(string(text))
-	address, ok := pick(first, last, cursor, func(a netip.Addr) bool {
-		_, err := os.Lstat(s.path(a.String()))
-		return err == nil
-	})
-	if ok {
-		return address, nil
+	address, ok := pick(first, last, cursor, func(a netip.Addr) bool { return s.taken(a, now) })
+	if !ok {
+		return netip.Addr{}, s.exhausted(r, now)
 	}
-	leased, err := s.addressNames()
-	if err != nil {
-		return netip.Addr{}, err
-	}
-	exhausted := &ExhaustedError{Range: r}
-	for _, a := range leased {
-		if r.Contains(a) {
-			exhausted.Leased++
-		}
-	}
-	return netip.Addr{}, exhausted
+	// It may have cooled down: an address is held or cooling, never both.
+	return address, s.remove(filepath.Join(cooling, address.String()), nil)
 }
 
 // write makes the lease's file under all its names or under none.
@@ -168,18 +157,37 @@ func (s *Store) write(lease Lease, name string) error {
 	return nil
 }
 
-// Release ends the lease of an attachment and returns the addresses that it held. Without a lease it does nothing.
+// Release ends the lease of an attachment and returns the addresses that it held, which cool down from now on. Without a
+// lease it does nothing.
 func (s *Store) Release(containerID, ifname string) ([]netip.Addr, error) {
 	unlock, err := s.lock()
 	if err != nil {
 		return nil, err
 	}
-	name := attachment(containerID, ifname)
-	addresses, err := s.Held(containerID, ifname)
-	if err = errors.Join(err, s.remove(name, addresses), unlock()); err != nil {
-		return addresses, fmt.Errorf("releasing the lease of %s: %w", name, err)
+	addresses, err := s.release(containerID, ifname)
+	if err = errors.Join(err, unlock()); err != nil {
+		return addresses, fmt.Errorf("releasing the lease of %s: %w", attachment(containerID, ifname), err)
 	}
 	return addresses, nil
+}
+
+// release does the work of Release under the lock.
+func (s *Store) release(containerID, ifname string) ([]netip.Addr, error) {
+	addresses, err := s.Held(containerID, ifname)
+	if err != nil {
+		return nil, err
+	}
+	now, err := s.now()
+	if err != nil {
+		return addresses, err
+	}
+	if err = s.remove(attachment(containerID, ifname), nil); err != nil {
+		return addresses, err
+	}
+	if err = s.cool(addresses, now); err != nil {
+		return addresses, err
+	}
+	return addresses, s.sweep(now)
 }
 
 // Freeze calls do while no lease is made and none ends. The function that do gets says who holds an address.

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
@@ -66,7 +67,7 @@ func release(t *testing.T, s *ipam.Store, o ipam.Owner) []netip.Addr {
 	return as
 }
 
-// names returns the visible files of a directory.
+// names returns the files of a directory that hold something.
 func names(t *testing.T, dir string) []string {
 	t.Helper()
 	entries, err := os.ReadDir(dir)
@@ -75,7 +76,7 @@ func names(t *testing.T, dir string) []string {
 	}
 	var ns []string
 	for _, e := range entries {
-		if !strings.HasPrefix(e.Name(), ".last-") && e.Name() != ".lock" {
+		if !strings.HasPrefix(e.Name(), ".last-") && e.Name() != ".lock" && e.Name() != ".cooling" {
 			ns = append(ns, e.Name())
 		}
 	}
@@ -137,6 +138,7 @@ func TestSmallRanges(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.prefix, func(t *testing.T) {
 			s := open(t, t.TempDir())
+			passed := at(s, 0)
 			var got []netip.Addr
 			for i := range tt.leases {
 				got = append(got, allocate(t, s, prefixes(tt.prefix), owner(i))...)
@@ -157,6 +159,7 @@ func TestSmallRanges(t *testing.T) {
 			}
 			// The one that becomes free is found, wherever it is.
 			release(t, s, owner(0))
+			passed(coolDown)
 			if again := allocate(t, s, prefixes(tt.prefix), owner(100)); again[0] != netip.MustParseAddr(tt.leases[0]) {
 				t.Errorf("leased %v, want %s", again, tt.leases[0])
 			}
@@ -343,7 +346,7 @@ func TestListSeesEveryChange(t *testing.T) {
 func TestDirectoryGone(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "ipam")
 	s := open(t, dir)
-	if err := os.Remove(dir); err != nil {
+	if err := os.RemoveAll(dir); err != nil {
 		t.Fatal(err)
 	}
 	if leases, err := s.List(); err == nil || leases != nil {
@@ -383,6 +386,7 @@ func BenchmarkLease(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
+			passed := at(s, 0)
 			ranges := prefixes("10.0.0.0/16", "fd00::/64")
 			for i := range pods {
 				if _, err = s.Allocate(ranges, owner(i)); err != nil {
@@ -390,6 +394,7 @@ func BenchmarkLease(b *testing.B) {
 				}
 			}
 			for b.Loop() {
+				passed(10 * time.Millisecond) // a pod each: 3000 cool down
 				if _, err = s.Allocate(ranges, owner(pods)); err != nil {
 					b.Fatal(err)
 				}
@@ -424,7 +429,7 @@ func TestListWithoutDirectoryIsTheLastOne(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err = os.Remove(dir); err != nil {
+	if err = os.RemoveAll(dir); err != nil {
 		t.Fatal(err)
 	}
 	if leases, err := unread.List(); leases != nil || err == nil {

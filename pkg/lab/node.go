@@ -138,6 +138,18 @@ func (n *Node) Conflist() string { return filepath.Join(n.dir, "cni-conf", cnico
 // Leases is the directory of the address leases.
 func (n *Node) Leases() string { return filepath.Join(n.dir, "run", "ipam") }
 
+// EndCoolDown lets the addresses that cool down be leased at once, as if their time were over.
+func (n *Node) EndCoolDown() error {
+	cooling, err := filepath.Glob(filepath.Join(n.Leases(), ".cooling", "*"))
+	for _, name := range cooling {
+		err = errors.Join(err, os.Remove(name))
+	}
+	if err != nil {
+		return fmt.Errorf("ending the cool-down on %s: %w", n.Name, err)
+	}
+	return nil
+}
+
 // Status asks the daemon for its status.
 func (n *Node) Status(ctx context.Context) (agentapi.Status, error) {
 	response, err := agentapi.Call(ctx, filepath.Join(n.dir, "run", "warrend.sock"), agentapi.Request{Op: agentapi.OpStatus})

@@ -1,0 +1,203 @@
+package ipam_test
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/warren-cni/warren/pkg/ipam"
+)
+
+// coolDown is what is promised.
+const coolDown = 30 * time.Second
+
+// at sets the clock of a store, and returns what lets time pass.
+func at(s *ipam.Store, now time.Duration) (passed func(time.Duration)) {
+	s.SetClock(func() (time.Duration, error) { return now, nil })
+	return func(d time.Duration) { now += d }
+}
+
+// cooling returns the files of addresses that cool down, or have.
+func cooling(t *testing.T, dir string) []string {
+	t.Helper()
+	return names(t, filepath.Join(dir, ".cooling"))
+}
+
+func TestAddressCoolsDown(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	passed := at(s, time.Hour)
+	ranges := prefixes("10.0.0.0/30", "fd00::/64")
+	allocate(t, s, ranges, owner(1))
+	allocate(t, s, prefixes("10.0.0.0/28"), owner(8)) // 10.0.0.3, the next
+	release(t, s, owner(1))
+	if owners, err := s.Owners(); err != nil || !slices.Equal(owners, []ipam.Owner{owner(8)}) {
+		t.Errorf("owners %v, %v; nobody holds what cools down", owners, err)
+	}
+	err := s.Freeze(func(holder func(netip.Addr) (ipam.Owner, bool)) error {
+		if o, held := holder(netip.MustParseAddr("10.0.0.2")); held {
+			return fmt.Errorf("held by %v", o)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+
+	refused := func(wait time.Duration) {
+		t.Helper()
+		// Whoever asks: who had it, another pod, another process, by a larger range that begins with it.
+		another := open(t, dir)
+		at(another, time.Hour+coolDown-wait)
+		for i, asked := range []*ipam.Store{s, s, another} {
+			_, err := asked.Allocate(ranges, owner(i+1))
+			var exhausted *ipam.ExhaustedError
+			if !errors.As(err, &exhausted) {
+				t.Fatalf("%v before the end: %v", wait, err)
+			}
+			want := ipam.ExhaustedError{Range: ranges[0], Leased: 1, Cooling: 1, Wait: wait}
+			if *exhausted != want {
+				t.Errorf("got %+v, want %+v", *exhausted, want)
+			}
+		}
+		if got := allocate(t, another, prefixes("10.0.0.0/28"), owner(9)); got[0].Compare(netip.MustParseAddr("10.0.0.4")) < 0 {
+			t.Errorf("leased %v before the end", got)
+		}
+		release(t, another, owner(9))
+		if freed := release(t, s, owner(1)); len(freed) > 0 {
+			t.Errorf("a second release freed %v", freed)
+		}
+	}
+	refused(coolDown)
+	passed(coolDown - time.Nanosecond)
+	refused(time.Nanosecond)
+	passed(time.Nanosecond)
+	if diff := cmp.Diff(addresses("10.0.0.2", "fd00::3"), allocate(t, s, ranges, owner(2)), equal); diff != "" {
+		t.Errorf("after the cool-down (-want +got):\n%s", diff)
+	}
+	if slices.Contains(cooling(t, dir), "10.0.0.2") {
+		t.Error("the address is held and cooling")
+	}
+}
+
+func TestExhaustedSaysWhatBecameOfTheAddresses(t *testing.T) {
+	s := open(t, t.TempDir())
+	passed := at(s, time.Hour)
+	ranges := prefixes("10.0.0.8/29")
+	for i := range 5 {
+		allocate(t, s, ranges, owner(i))
+	}
+	for i := range 2 {
+		release(t, s, owner(i))
+		passed(4500 * time.Millisecond)
+	}
+	_, err := s.Allocate(ranges, owner(9))
+	want := "leasing for c9@eth0: range 10.0.0.8/29 is exhausted: 3 addresses are leased and 2 cool down after their release, " +
+		"the first of them for another 21s; try again then, or give the node a larger podCIDR"
+	if err == nil || err.Error() != want {
+		t.Errorf("got  %v\nwant %s", err, want)
+	}
+}
+
+// TestCoolDownIsByTheTimeSinceTheBoot: /proc/uptime is that time, which nobody can set.
+func TestCoolDownIsByTheTimeSinceTheBoot(t *testing.T) {
+	uptime := func() time.Duration {
+		text, err := os.ReadFile("/proc/uptime")
+		if err != nil {
+			t.Fatal(err)
+		}
+		seconds, err := strconv.ParseFloat(strings.Fields(string(text))[0], 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return time.Duration(seconds * float64(time.Second))
+	}
+	dir := t.TempDir()
+	s := open(t, dir)
+	ranges := prefixes("10.0.0.0/30")
+	allocate(t, s, ranges, owner(1))
+	before := uptime()
+	release(t, s, owner(1))
+	after := uptime()
+	file, err := os.Stat(filepath.Join(dir, ".cooling", "10.0.0.2"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The kernel rounds what it says down to hundredths of a second.
+	if since := time.Duration(file.ModTime().UnixNano()); since < before || since >= after+10*time.Millisecond {
+		t.Errorf("cooling since %v after the boot, not between %v and %v", since, before, after)
+	}
+	if as, err := s.Allocate(ranges, owner(2)); err == nil {
+		t.Errorf("leased %v", as)
+	}
+	// What no process of this boot can have written is left by another one, whose pods are gone.
+	if err = os.Chtimes(filepath.Join(dir, ".cooling", "10.0.0.2"), time.Time{}, time.Unix(0, int64(after+time.Hour))); err != nil {
+		t.Fatal(err)
+	}
+	allocate(t, s, ranges, owner(2))
+}
+
+// TestCooledAreSwept: in a range that is never used up nobody comes back to an address.
+func TestCooledAreSwept(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	passed := at(s, time.Hour)
+	if err := os.MkdirAll(filepath.Join(dir, ".cooling", "foreign", "x"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	most := 0
+	for range 300 {
+		allocate(t, s, prefixes("fd00::/64"), owner(1))
+		release(t, s, owner(1))
+		most = max(most, len(cooling(t, dir)))
+		passed(time.Second)
+	}
+	if most < 30 || most > 62 {
+		t.Errorf("up to %d files of addresses that were released in the last 30 s, want between 30 and 62", most)
+	}
+}
+
+// TestReleaseNeedsNoSpace: on a full disk addresses become free.
+func TestReleaseNeedsNoSpace(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mount("ipam", dir, "tmpfs", 0, "size=64k,nr_inodes=16"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	s := open(t, dir)
+	passed := at(s, time.Hour)
+	ranges := prefixes("10.0.0.8/29")
+	allocate(t, s, ranges, owner(1))
+	var full error
+	for i := 0; full == nil; i++ {
+		full = os.WriteFile(filepath.Join(dir, fmt.Sprintf(".full%d", i)), make([]byte, 8<<10), 0o600)
+	}
+	if !errors.Is(full, unix.ENOSPC) {
+		t.Fatal(full)
+	}
+	if as, err := s.Allocate(ranges, owner(2)); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("leased %v, %v; the disk is not full", as, err)
+	}
+	if diff := cmp.Diff(addresses("10.0.0.10"), release(t, s, owner(1)), equal); diff != "" {
+		t.Errorf("released (-want +got):\n%s", diff)
+	}
+	passed(coolDown)
+	release(t, s, owner(1))
+	if left := names(t, dir); slices.ContainsFunc(left, func(n string) bool { return !strings.HasPrefix(n, ".full") }) {
+		t.Errorf("left: %v", left)
+	}
+}
