@@ -4,9 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -24,6 +26,9 @@ type ExhaustedError struct {
 	Range netip.Prefix
 	// Leased is how many addresses of the range are leased.
 	Leased int
+	// Most is the namespace whose pods hold the most of these, MostLeased of them.
+	Most       string
+	MostLeased int
 	// Cooling is how many addresses of the range were released too recently to be leased again.
 	Cooling int
 	// Wait is how long the first of those still cools down, zero where there is none.
@@ -32,12 +37,16 @@ type ExhaustedError struct {
 
 // Error names the range, what became of its addresses and what to do.
 func (e *ExhaustedError) Error() string {
+	var most string
+	if e.MostLeased > 0 {
+		most = fmt.Sprintf(" (%d of them to namespace %s)", e.MostLeased, e.Most)
+	}
 	if e.Cooling == 0 {
-		return fmt.Sprintf("range %s is exhausted: all %d addresses are leased; delete pods or give the node a larger podCIDR", e.Range, e.Leased)
+		return fmt.Sprintf("range %s is exhausted: all %d addresses are leased%s; delete pods or give the node a larger podCIDR", e.Range, e.Leased, most)
 	}
 	seconds := (e.Wait + time.Second - 1).Truncate(time.Second) // no sooner than is true
-	return fmt.Sprintf("range %s is exhausted: %d addresses are leased and %d cool down after their release, the first of them for another %s; "+
-		"try again then, or give the node a larger podCIDR", e.Range, e.Leased, e.Cooling, seconds)
+	return fmt.Sprintf("range %s is exhausted: %d addresses are leased%s and %d cool down after their release, the first of them for another %s; "+
+		"try again then, or give the node a larger podCIDR", e.Range, e.Leased, most, e.Cooling, seconds)
 }
 
 // boottime returns the time since the boot. It is the same for every process, counts on while the machine is suspended, and
@@ -99,18 +108,41 @@ func (s *Store) taken(a netip.Addr, now time.Duration) bool {
 	return wait(file, now) > 0
 }
 
-// exhausted counts what became of the addresses of a range.
+// exhausted is the error that says what became of the addresses of a range.
 func (s *Store) exhausted(r netip.Prefix, now time.Duration) error {
+	e := &ExhaustedError{Range: r}
+	if err := errors.Join(s.countLeased(e), s.countCooling(e, now)); err != nil {
+		return err
+	}
+	return e
+}
+
+// countLeased counts the addresses of the range that are leased, and to whom the most are.
+func (s *Store) countLeased(e *ExhaustedError) error {
 	leased, err := s.addressNames()
 	if err != nil {
 		return err
 	}
-	exhausted := &ExhaustedError{Range: r}
+	namespaces := make(map[string]int)
 	for _, a := range leased {
-		if r.Contains(a) {
-			exhausted.Leased++
+		if !e.Range.Contains(a) {
+			continue
+		}
+		e.Leased++
+		if lease, readErr := s.read(a.String()); readErr == nil {
+			namespaces[lease.Namespace]++
 		}
 	}
+	for _, name := range slices.Sorted(maps.Keys(namespaces)) {
+		if namespaces[name] > e.MostLeased {
+			e.Most, e.MostLeased = name, namespaces[name]
+		}
+	}
+	return nil
+}
+
+// countCooling counts the addresses of the range that cool down, and finds out when the first of them is free.
+func (s *Store) countCooling(e *ExhaustedError, now time.Duration) error {
 	files, err := s.cooled()
 	if err != nil {
 		return err
@@ -118,15 +150,15 @@ func (s *Store) exhausted(r netip.Prefix, now time.Duration) error {
 	for _, file := range files {
 		a, parseErr := netip.ParseAddr(file.Name())
 		left := wait(file, now)
-		if parseErr != nil || !r.Contains(a) || left <= 0 {
+		if parseErr != nil || !e.Range.Contains(a) || left <= 0 {
 			continue
 		}
-		if exhausted.Cooling == 0 || left < exhausted.Wait {
-			exhausted.Wait = left
+		if e.Cooling == 0 || left < e.Wait {
+			e.Wait = left
 		}
-		exhausted.Cooling++
+		e.Cooling++
 	}
-	return exhausted
+	return nil
 }
 
 // sweep removes the names of addresses that have cooled down: in a large range nobody comes back to them. It looks at them

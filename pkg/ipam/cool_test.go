@@ -65,7 +65,7 @@ func TestAddressCoolsDown(t *testing.T) {
 			if !errors.As(err, &exhausted) {
 				t.Fatalf("%v before the end: %v", wait, err)
 			}
-			want := ipam.ExhaustedError{Range: ranges[0], Leased: 1, Cooling: 1, Wait: wait}
+			want := ipam.ExhaustedError{Range: ranges[0], Leased: 1, Most: "shop", MostLeased: 1, Cooling: 1, Wait: wait}
 			if *exhausted != want {
 				t.Errorf("got %+v, want %+v", *exhausted, want)
 			}
@@ -95,14 +95,23 @@ func TestExhaustedSaysWhatBecameOfTheAddresses(t *testing.T) {
 	passed := at(s, time.Hour)
 	ranges := prefixes("10.0.0.8/29")
 	for i := range 5 {
-		allocate(t, s, ranges, owner(i))
+		o := owner(i)
+		if i == 2 {
+			o.Namespace = "bank"
+		}
+		allocate(t, s, ranges, o)
+	}
+	full := "leasing for c9@eth0: range 10.0.0.8/29 is exhausted: all 5 addresses are leased (4 of them to namespace shop); " +
+		"delete pods or give the node a larger podCIDR"
+	if _, err := s.Allocate(ranges, owner(9)); err == nil || err.Error() != full {
+		t.Errorf("got  %v\nwant %s", err, full)
 	}
 	for i := range 2 {
 		release(t, s, owner(i))
 		passed(4500 * time.Millisecond)
 	}
 	_, err := s.Allocate(ranges, owner(9))
-	want := "leasing for c9@eth0: range 10.0.0.8/29 is exhausted: 3 addresses are leased and 2 cool down after their release, " +
+	want := "leasing for c9@eth0: range 10.0.0.8/29 is exhausted: 3 addresses are leased (2 of them to namespace shop) and 2 cool down after their release, " +
 		"the first of them for another 21s; try again then, or give the node a larger podCIDR"
 	if err == nil || err.Error() != want {
 		t.Errorf("got  %v\nwant %s", err, want)

@@ -278,71 +278,6 @@ func TestKilledWriter(t *testing.T) {
 	}
 }
 
-func TestFilesThatAreNoLease(t *testing.T) {
-	dir := t.TempDir()
-	s := open(t, dir)
-	allocate(t, s, prefixes("10.0.0.0/24"), owner(1))
-	allocate(t, s, prefixes("10.0.0.0/24"), owner(2))
-	write := func(name, text string) {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	write("c2@eth0", "") // cut off, which also cuts off 10.0.0.3: it is one file
-	write("c3@eth0", `{"containerID":"c9","interface":"eth0","addresses":["10.0.0.9"]}`)
-	write("c4@eth0", `{"containerID":"c4","interface":"eth0"}`)
-	write("notes", "hello")
-
-	leases, err := s.List()
-	if diff := cmp.Diff([]ipam.Lease{{Owner: owner(1), Addresses: addresses("10.0.0.2")}}, leases, equal); diff != "" {
-		t.Errorf("leases (-want +got):\n%s", diff)
-	}
-	for _, name := range []string{"c2@eth0", "c3@eth0", "c4@eth0", "notes"} {
-		if err == nil || !strings.Contains(err.Error(), filepath.Join(dir, name)) {
-			t.Errorf("error %q does not name %s", err, name)
-		}
-	}
-	if as := allocate(t, s, prefixes("10.0.0.0/24"), owner(5)); as[0] != netip.MustParseAddr("10.0.0.4") {
-		t.Errorf("leased %v, want 10.0.0.4", as)
-	}
-	// A lease that cannot be read is released with its address.
-	if diff := cmp.Diff(addresses("10.0.0.3"), release(t, s, owner(2)), equal); diff != "" {
-		t.Errorf("released (-want +got):\n%s", diff)
-	}
-	if slices.Contains(names(t, dir), "10.0.0.3") {
-		t.Error("the address is left")
-	}
-}
-
-func TestListSeesEveryChange(t *testing.T) {
-	dir, err := os.MkdirTemp("/dev/shm", "ipam") //nolint:usetesting // a tmpfs, as in production
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	reader, writer := open(t, dir), open(t, dir)
-	list := func() []ipam.Lease {
-		leases, listErr := reader.List()
-		if listErr != nil {
-			t.Fatal(listErr)
-		}
-		return leases
-	}
-	for round := range 5 {
-		// The same name again with another address: what was parsed before must not be returned.
-		want := allocate(t, writer, prefixes("10.0.0.0/24"), owner(1))
-		for range 2 {
-			if got := list(); len(got) != 1 || got[0].Addresses[0] != want[0] {
-				t.Fatalf("round %d: leases %v, want address %v", round, got, want)
-			}
-		}
-		release(t, writer, owner(1))
-		if got := list(); len(got) != 0 {
-			t.Fatalf("round %d: leases %v after the release", round, got)
-		}
-	}
-}
-
 func TestDirectoryGone(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "ipam")
 	s := open(t, dir)
@@ -403,36 +338,5 @@ func BenchmarkLease(b *testing.B) {
 				}
 			}
 		})
-	}
-}
-
-func TestListWithoutDirectoryIsTheLastOne(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "ipam")
-	s := open(t, dir)
-	owner := ipam.Owner{ContainerID: "c", Interface: "eth0", Namespace: "n", Name: "p", UID: "u"}
-	allocate(t, s, []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24")}, owner)
-	before, err := s.List()
-	if err != nil || len(before) != 1 {
-		t.Fatalf("leases %v, error %v", before, err)
-	}
-	if err = os.Rename(dir, dir+".away"); err != nil {
-		t.Fatal(err)
-	}
-	after, err := s.List()
-	if err == nil {
-		t.Error("no error without a directory")
-	}
-	if diff := cmp.Diff(before, after, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
-		t.Errorf("leases (-before +without directory):\n%s", diff)
-	}
-	unread, err := ipam.Open(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err = os.RemoveAll(dir); err != nil {
-		t.Fatal(err)
-	}
-	if leases, err := unread.List(); leases != nil || err == nil {
-		t.Errorf("leases %v, error %v, want none and an error where nothing was ever read", leases, err)
 	}
 }
