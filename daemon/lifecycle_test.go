@@ -248,6 +248,32 @@ func TestNoTunnel(t *testing.T) {
 	s.healthy(0)
 }
 
+// Somebody empties the run directory under the daemon: it answers again, and a pod starts.
+func TestRunDirEmptied(t *testing.T) {
+	s := running(t, "wdempty", 1)
+	s.healthy(0)
+	run := filepath.Dir(s.Nodes[0].Leases())
+	entries, err := os.ReadDir(run)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, entry := range entries {
+		if err = os.RemoveAll(filepath.Join(run, entry.Name())); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err = s.Nodes[0].Status(t.Context()); err == nil {
+		t.Fatal("the socket was not in the run directory")
+	}
+	s.eventually(func() error {
+		_, err := s.Nodes[0].Status(t.Context())
+		return err
+	})
+	client, server := s.pod(0, "client"), s.pod(0, "server")
+	s.reaches(client, server)
+	s.healthy(0)
+}
+
 // cleanup does not take the ground from under a running daemon, and leaves nothing when it is gone.
 func TestCleanup(t *testing.T) {
 	s := running(t, "wdcleanup", 1)

@@ -143,9 +143,7 @@ func (n *node) serve(ctx context.Context) error {
 		})
 	}
 	start("reading the cluster", n.source.Run)
-	start("answering on the socket", func(ctx context.Context) error {
-		return agentapi.Serve(ctx, n.options.socket(), n.handle)
-	})
+	start("answering on the socket", n.answer)
 	start("serving metrics", n.serveMetrics)
 	start("reconciling", n.reconcile)
 	if n.options.encryptionMode {
@@ -160,6 +158,18 @@ func (n *node) serve(ctx context.Context) error {
 	}
 	n.log.Info("stopping; the kernel keeps enforcing what was applied")
 	return nil
+}
+
+// answer serves the plugin and the operator's commands. A socket file that was removed is made again: without it no pod
+// starts here, while all else looks well.
+func (n *node) answer(ctx context.Context) error {
+	for {
+		err := agentapi.Serve(ctx, n.options.socket(), n.handle)
+		if !errors.Is(err, agentapi.ErrSocketGone) {
+			return err
+		}
+		n.log.Warn("the socket file was removed; making it again", "socket", n.options.socket())
+	}
 }
 
 // reconcile runs the loop once the source is complete: a partial view would take away what others still need.

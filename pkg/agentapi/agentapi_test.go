@@ -208,3 +208,33 @@ func TestCallRefusesOtherVersion(t *testing.T) {
 		t.Errorf("got %v, want both versions named", err)
 	}
 }
+
+// A server that clients do not find any more knows it: its file is gone, or another stands in its place.
+func TestServerLooksForItsSocket(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "d.sock")
+	l, err := agentapi.Listen(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	if err = l.Look(); err != nil {
+		t.Errorf("all is well: %v", err)
+	}
+	if err = os.Remove(socket); err != nil {
+		t.Fatal(err)
+	}
+	if err = l.Look(); !errors.Is(err, agentapi.ErrSocketGone) || !strings.Contains(err.Error(), socket) {
+		t.Errorf("the file is gone: %v", err)
+	}
+	other, err := agentapi.Listen(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = other.Close() }()
+	if err = l.Look(); err == nil || errors.Is(err, agentapi.ErrSocketGone) {
+		t.Errorf("another server has the place: %v", err)
+	}
+	if err = other.Look(); err != nil {
+		t.Errorf("the other server: %v", err)
+	}
+}

@@ -5,3 +5,6 @@ var (
 	Listen  = listen
 	ServeOn = serve
 )
+
+// Look is what a server does from time to time.
+func (l *listener) Look() error { return l.look() }

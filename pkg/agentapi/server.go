@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -14,6 +15,12 @@ import (
 // requestTimeout is how long a client may take to send its request.
 const requestTimeout = 5 * time.Second
 
+// lookEvery is how often a server looks whether its socket file is still there.
+const lookEvery = 5 * time.Second
+
+// ErrSocketGone says that somebody removed the socket file under the server, so that no client finds it any more.
+var ErrSocketGone = errors.New("the socket file was removed")
+
 // codeTryAgainLater is the CNI error code for what passes by itself.
 const codeTryAgainLater = 11
 
@@ -22,7 +29,7 @@ const codeTryAgainLater = 11
 type Handler func(ctx context.Context, req Request) Response
 
 // Serve listens on the unix socket and answers requests until ctx ends, and returns when every handler has. The error is nil
-// when ctx ended it.
+// when ctx ended it, and ErrSocketGone when the socket file was removed: then it may be called again.
 func Serve(ctx context.Context, socket string, handle Handler) error {
 	l, err := listen(socket)
 	if err != nil {
@@ -37,7 +44,7 @@ func Serve(ctx context.Context, socket string, handle Handler) error {
 // It is made in a directory that nobody else may enter and then renamed into its place, so that there is neither a
 // moment with wider rights nor one without a socket. The file stays when the listener closes: by then it may be that
 // of the next daemon, and a socket without a listener refuses every connection.
-func listen(socket string) (net.Listener, error) {
+func listen(socket string) (*listener, error) {
 	dir, err := os.MkdirTemp(filepath.Dir(socket), ".s")
 	if err != nil {
 		return nil, fmt.Errorf("making a directory for the socket %s: %w", socket, err)
@@ -49,35 +56,80 @@ func listen(socket string) (net.Listener, error) {
 	return l, err
 }
 
+// listener is a socket and the file by which clients find it.
+type listener struct {
+	*net.UnixListener
+	path string
+	file fs.FileInfo
+}
+
 // listenIn listens on a socket made in dir and moves it into its place.
-func listenIn(dir, socket string) (net.Listener, error) {
+func listenIn(dir, socket string) (*listener, error) {
 	made := filepath.Join(dir, "s")
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: made, Net: "unix"})
 	if err != nil {
 		return nil, fmt.Errorf("listening for %s: %w", socket, err)
 	}
 	l.SetUnlinkOnClose(false)
-	if err = errors.Join(os.Chmod(made, 0o600), os.Rename(made, socket)); err != nil {
+	file, err := os.Lstat(made)
+	if err = errors.Join(err, os.Chmod(made, 0o600), os.Rename(made, socket)); err != nil {
 		return nil, errors.Join(fmt.Errorf("moving the socket to %s: %w", socket, err), l.Close())
 	}
-	return l, nil
+	return &listener{UnixListener: l, path: socket, file: file}, nil
+}
+
+// look returns an error where clients do not find this socket any more.
+func (l *listener) look() error {
+	now, err := os.Lstat(l.path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("looking for %s: %w", l.path, ErrSocketGone)
+	case err != nil:
+		return fmt.Errorf("looking for the socket: %w", err)
+	case !os.SameFile(l.file, now):
+		return fmt.Errorf("looking for %s: another program has put its own file in this place", l.path)
+	default:
+		return nil
+	}
+}
+
+// watch looks until ctx ends or there is an error.
+func (l *listener) watch(ctx context.Context, lost func(error)) {
+	look := time.NewTicker(lookEvery)
+	defer look.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-look.C:
+			if err := l.look(); err != nil {
+				lost(err)
+				return
+			}
+		}
+	}
 }
 
 // serve answers what comes to the listener, and closes it in the end.
-func serve(ctx context.Context, l net.Listener, handle Handler) error {
-	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
-	defer stop()
-	var handlers sync.WaitGroup
-	defer handlers.Wait()
+func serve(ctx context.Context, l *listener, handle Handler) error {
+	var running sync.WaitGroup
+	defer running.Wait()
+	serving, end := context.WithCancelCause(ctx)
+	defer end(nil)
+	context.AfterFunc(serving, func() { _ = l.Close() })
+	running.Go(func() { l.watch(serving, end) })
 	for {
 		conn, err := l.Accept()
-		if err != nil {
-			if ctx.Err() != nil {
-				return nil
-			}
-			return errors.Join(fmt.Errorf("accepting on %s: %w", l.Addr(), err), l.Close())
+		switch {
+		case err == nil:
+			running.Go(func() { answer(serving, conn, handle) })
+		case ctx.Err() != nil:
+			return nil
+		case serving.Err() != nil:
+			return context.Cause(serving)
+		default:
+			return fmt.Errorf("accepting on %s: %w", l.path, err)
 		}
-		handlers.Go(func() { answer(ctx, conn, handle) })
 	}
 }
 
