@@ -267,6 +267,10 @@ spec:
 	s.blocked(open, client)
 	s.blocked(open, phone)
 	s.problem(0, "PolicyNotApplied", "shop/signalling")
+	explain := []string{"--from", "shop/open", "--to", "shop/client", "--port", "8080"}
+	if out, err := s.Nodes[0].Command(t.Context(), "explain", explain...); err == nil || !strings.HasPrefix(out, "DENIED") {
+		t.Errorf("explain does not say that the kernel has it closed (%v):\n%s", err, out)
+	}
 
 	if err := os.WriteFile(match, nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -275,4 +279,7 @@ spec:
 	s.reaches(open, client)
 	s.reaches(open, phone)
 	s.blocked(client, closed)
+	if out, err := s.Nodes[0].Command(t.Context(), "explain", explain...); err != nil || !strings.HasPrefix(out, "ALLOWED") {
+		t.Errorf("explain does not say that it is open again (%v):\n%s", err, out)
+	}
 }

@@ -14,7 +14,9 @@ import (
 
 	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/cluster"
+	"github.com/warren-cni/warren/pkg/firewall"
 	"github.com/warren-cni/warren/pkg/kube"
+	"github.com/warren-cni/warren/pkg/netfilter"
 	"github.com/warren-cni/warren/pkg/policy"
 )
 
@@ -126,6 +128,7 @@ func (n *node) explain(q agentapi.Explain) agentapi.Response {
 		return refuse(types.ErrDecodingFailure, err)
 	}
 	e.Node = n.options.nodeName
+	e.close(o.closed)
 	text, err := json.Marshal(e)
 	if err != nil {
 		return refuse(types.ErrInternal, fmt.Errorf("writing the explanation: %w", err))
@@ -152,6 +155,23 @@ func explain(s cluster.Snapshot, problems []cluster.Problem, q agentapi.Explain,
 		}
 	}
 	return e, nil
+}
+
+// close takes back what rules allow that the kernel of the daemon's own node has refused: it drops in their place.
+func (e *explanation) close(closed []firewall.ClosedChain) {
+	for i := range e.Verdicts {
+		v := &e.Verdicts[i]
+		for _, side := range []*policy.Side{&v.Egress, &v.Ingress} {
+			isSide := func(c firewall.ClosedChain) bool {
+				return c.Name == side.Chain && c.Family == netfilter.FamilyOf(v.Flow.Dst)
+			}
+			if side.Node != e.Node || !side.Allowed || !slices.ContainsFunc(closed, isSide) {
+				continue
+			}
+			side.Allowed, v.Allowed, e.Allowed = false, false, false
+			side.Because = "the kernel has chain " + side.Chain + " closed, because it refused these rules"
+		}
+	}
 }
 
 // objects are the objects that the verdicts rest on, named as in problems.

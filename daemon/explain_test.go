@@ -18,7 +18,10 @@ import (
 
 	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/cluster"
+	"github.com/warren-cni/warren/pkg/firewall"
 	"github.com/warren-cni/warren/pkg/kube"
+	"github.com/warren-cni/warren/pkg/netfilter"
+	"github.com/warren-cni/warren/pkg/policy"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -150,6 +153,52 @@ func TestExplainTellsProblems(t *testing.T) {
 	}
 	if want := "The kernel may differ from this verdict:\n6 PROBLEM(S)\n"; !strings.Contains(out.String(), want) {
 		t.Errorf("no %q in:\n%s", want, out.String())
+	}
+}
+
+// What the node's kernel has closed is not allowed, whatever the rules say: in that family, and on that node.
+func TestExplainTellsWhatIsClosed(t *testing.T) {
+	snapshot, _, err := kube.Load(explainObjects, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ask := func(node string, closed func(policy.Verdict) firewall.ClosedChain) explanation {
+		e, err := explain(snapshot, nil, agentapi.Explain{From: "shop/web", To: "shop/api", Port: "http"}, true)
+		if err != nil || !e.Allowed || len(e.Verdicts) != 2 {
+			t.Fatalf("not allowed before: %+v, %v", e, err)
+		}
+		e.Node = node
+		e.close([]firewall.ClosedChain{closed(e.Verdicts[1])})
+		return e
+	}
+	ingress := func(v policy.Verdict) firewall.ClosedChain {
+		return firewall.ClosedChain{Family: netfilter.FamilyOf(v.Flow.Dst), Name: v.Ingress.Chain}
+	}
+	e := ask("worker-2", ingress)
+	first, second := e.Verdicts[0], e.Verdicts[1]
+	if e.Allowed || !first.Allowed || second.Allowed || !second.Egress.Allowed || second.Ingress.Allowed {
+		t.Errorf("closed in one family: %+v", e)
+	}
+	var out bytes.Buffer
+	if err = printExplanation(&out, e, "text"); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		"DENIED  shop/web (" + second.Flow.Src.String() + ")",
+		"ingress  DENIED on node worker-2: the kernel has chain " + second.Ingress.Chain + " closed, because it refused these rules\n",
+	} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("no %q in:\n%s", want, out.String())
+		}
+	}
+	if e = ask("worker-1", ingress); !e.Allowed {
+		t.Errorf("closed on another node: %+v", e)
+	}
+	other := func(v policy.Verdict) firewall.ClosedChain {
+		return firewall.ClosedChain{Family: netfilter.FamilyOf(v.Flow.Dst), Name: netfilter.Name("I", "shop/other")}
+	}
+	if e = ask("worker-2", other); !e.Allowed {
+		t.Errorf("another chain is closed: %+v", e)
 	}
 }
 

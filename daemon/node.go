@@ -70,7 +70,9 @@ type outcome struct {
 	plan     plan
 	problems []cluster.Problem
 	// open are the addresses that the start gate lets pass, each for one attachment.
-	open    map[netip.Addr]holder
+	open map[netip.Addr]holder
+	// closed are the chains whose rules the kernel refused when the packet filter was applied last.
+	closed  []firewall.ClosedChain
 	applied time.Time
 	// guarded is true once the packet filter was applied as a whole in this run: only then may there be a tunnel.
 	guarded bool

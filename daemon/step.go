@@ -99,7 +99,7 @@ func (n *node) step(ctx context.Context, full bool) error {
 	}
 	bound, open := snapshot.Bind(leases)
 
-	now := outcome{synced: true, ready: before.ready, applied: before.applied, guarded: before.guarded, host: before.host}
+	now := outcome{synced: true, ready: before.ready, applied: before.applied, guarded: before.guarded, closed: before.closed, host: before.host}
 	if full {
 		n.filter.Forget()
 	}
@@ -139,8 +139,9 @@ func (n *node) cutOff(snapshot cluster.Snapshot) error {
 // then the mesh, then the annotations that other nodes need, and the conflist when all of it was well.
 func (n *node) apply(ctx context.Context, o *outcome) error {
 	changes, filterErr := n.filter.Apply(ctx, o.plan.rules)
-	if closed, ok := errors.AsType[*firewall.ClosedError](filterErr); ok {
-		o.problems = append(o.problems, closedProblems(closed)...)
+	var closed []firewall.ClosedChain
+	if refused, ok := errors.AsType[*firewall.ClosedError](filterErr); ok {
+		closed = refused.Chains
 		filterErr = nil // all else stands, and the pods of these chains are isolated
 	}
 	if filterErr != nil {
@@ -150,6 +151,8 @@ func (n *node) apply(ctx context.Context, o *outcome) error {
 	} else {
 		o.guarded = true
 		o.open = n.planned
+		o.closed = closed
+		o.problems = append(o.problems, closedProblems(closed)...)
 	}
 	if !o.guarded {
 		return filterErr // without the guards there must be no tunnel and no route
@@ -302,9 +305,9 @@ func publicKey(key wgdevice.Key) string {
 }
 
 // closedProblems describes the policies that the packet filter refused.
-func closedProblems(closed *firewall.ClosedError) []cluster.Problem {
+func closedProblems(closed []firewall.ClosedChain) []cluster.Problem {
 	var problems []cluster.Problem
-	for _, c := range closed.Chains {
+	for _, c := range closed {
 		problems = append(problems, applyProblem("PolicyNotApplied", "NetworkPolicy "+strings.Join(c.Objects, ", "),
 			fmt.Errorf("the pods selected are isolated: chain %s is closed: %w", c.Name, c.Err),
 			"give the node the iptables extension or kernel module that is missing, or do without it in the policy; the daemon retries"))

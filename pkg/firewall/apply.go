@@ -168,7 +168,7 @@ func (a *apply) table(ctx context.Context, p place, r *netfilter.Rules) error {
 		delete(a.suspect, p) // whatever was written with a warning was written again
 	}
 	t.hold(wanted)
-	a.closed = append(a.closed, t.refusals(wanted)...)
+	a.closed = append(a.closed, t.refusals(p.family, wanted)...)
 	return a.hook(t, p, hooksOf(r, p.table))
 }
 

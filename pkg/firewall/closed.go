@@ -17,7 +17,9 @@ type ClosedError struct {
 
 // ClosedChain is a chain that stands closed.
 type ClosedChain struct {
-	Name string
+	// Family is where it is closed: the other family's chain of this name may well stand.
+	Family netfilter.Family
+	Name   string
 	// Objects are those that are not applied, as in netfilter.Chain.Closable.
 	Objects []string
 	// Err is what the kernel or iptables-restore says against the chain's rules.
@@ -28,7 +30,7 @@ type ClosedChain struct {
 func (e *ClosedError) Error() string {
 	lines := make([]string, len(e.Chains))
 	for i, c := range e.Chains {
-		lines[i] = fmt.Sprintf("chain %s is closed, without %s: %v", c.Name, strings.Join(c.Objects, ", "), c.Err)
+		lines[i] = fmt.Sprintf("chain %s (%s) is closed, without %s: %v", c.Name, c.Family, strings.Join(c.Objects, ", "), c.Err)
 	}
 	return strings.Join(lines, "\n")
 }
@@ -90,12 +92,12 @@ func (t *table) closed(c netfilter.Chain) bool {
 	return have.refused != nil || have.holds(c.Closed().Rules)
 }
 
-// refusals returns those of the wanted chains that stand closed.
-func (t *table) refusals(wanted []netfilter.Chain) []ClosedChain {
+// refusals returns those of the wanted chains of a family that stand closed.
+func (t *table) refusals(f netfilter.Family, wanted []netfilter.Chain) []ClosedChain {
 	var all []ClosedChain
 	for _, w := range wanted {
 		if err := t.chains[w.Name].refused; err != nil {
-			all = append(all, ClosedChain{Name: w.Name, Objects: w.Closable, Err: err})
+			all = append(all, ClosedChain{Family: f, Name: w.Name, Objects: w.Closable, Err: err})
 		}
 	}
 	return all

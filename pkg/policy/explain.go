@@ -101,6 +101,7 @@ func (e *explainer) side(d direction, subject End) Side {
 		}
 		s.Policies = append(s.Policies, judged)
 	}
+	s.Chain = d.groupChain(names)
 	s.Allowed = len(allowing) > 0
 	s.Because = "allowed by " + strings.Join(allowing, ", ")
 	if !s.Allowed {

@@ -177,7 +177,7 @@ func (b *builder) dispatch(d direction, groups []group) []member {
 		names := g.names()
 		comment := strings.Join(names, " ")
 		set := b.addressSet(netfilter.SetName(b.family, "G"+d.group, names...), d.name+" by "+comment, members)
-		chain := netfilter.Name(d.group, names...)
+		chain := d.groupChain(names)
 		rules = append(rules, words(comment, matchSet(set, d.subject), "-g", chain))
 		b.chains = append(b.chains, netfilter.Chain{Table: "mangle", Name: chain, Rules: b.groupRules(d, g), Closable: names})
 	}
@@ -187,6 +187,11 @@ func (b *builder) dispatch(d direction, groups []group) []member {
 	b.addressSet(d.chain+b.digit(), "pods isolated for "+d.name, isolated)
 	b.chain(d.chain, append(rules, words("isolated, by policies that do not stand yet", "-j", "DROP")))
 	return isolated
+}
+
+// groupChain is the chain of the group of pods that these policies isolate.
+func (d direction) groupChain(policies []string) string {
+	return netfilter.Name(d.group, policies...)
 }
 
 // groupRules are the rules of a group: what its policies allow, and a DROP.

@@ -47,6 +47,8 @@ type Side struct {
 	Isolated bool `json:"isolated"`
 	// Node enforces it; empty where there is nothing to enforce.
 	Node string `json:"node,omitempty"`
+	// Chain is the chain of the mangle table that holds the rules on Node; empty where the pod is not isolated.
+	Chain string `json:"chain,omitempty"`
 	// Because says it in one sentence.
 	Because string `json:"because"`
 	// Policies are all that isolate the pod, in the order of their names.
