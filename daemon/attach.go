@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/warren-cni/warren/pkg/agentapi"
+	"github.com/warren-cni/warren/pkg/cluster"
 )
 
 // attachPatience is how long an attach waits for its pod to become known before the runtime is told to come again.
@@ -26,10 +28,7 @@ func (n *node) handle(ctx context.Context, request agentapi.Request) agentapi.Re
 		}
 		return n.check(*request.Pod)
 	case agentapi.OpReady:
-		if o := n.outcomeNow(); !o.ready {
-			return refuse(types.ErrTryAgainLater, errNotReady(o))
-		}
-		return agentapi.Response{}
+		return canAttach(n.outcomeNow())
 	case agentapi.OpStatus:
 		status := n.status(ctx)
 		return agentapi.Response{Status: &status}
@@ -41,6 +40,18 @@ func (n *node) handle(ctx context.Context, request agentapi.Request) agentapi.Re
 	default:
 		return refuse(types.ErrDecodingFailure, fmt.Errorf("unknown operation %q", request.Op))
 	}
+}
+
+// canAttach says whether pods can be attached: not before the node is ready, and not where policies would not hold.
+func canAttach(o outcome) agentapi.Response {
+	if !o.ready {
+		return refuse(types.ErrTryAgainLater, errNotReady(o))
+	}
+	at := slices.IndexFunc(o.problems, func(p cluster.Problem) bool { return p.Code == ipvsCode })
+	if at >= 0 {
+		return refuse(types.ErrLimitedConnectivity, errors.New(o.problems[at].String()))
+	}
+	return agentapi.Response{}
 }
 
 // attach puts a pod's policies into the kernel and opens the start gate for it; it succeeds only when both were seen

@@ -283,3 +283,31 @@ spec:
 		t.Errorf("explain does not say that it is open again (%v):\n%s", err, out)
 	}
 }
+
+// Where kube-proxy delivers Services past the policies, no pod starts; the node says so in words and with the code that CNI
+// has for it.
+func TestKubeProxyIPVS(t *testing.T) {
+	s := running(t, "wdipvs", 1)
+	before := s.pod(0, "before")
+	if _, err := s.Nodes[0].Run(t.Context(), "ip", "link", "add", "kube-ipvs0", "type", "bridge"); err != nil {
+		t.Fatal(err)
+	}
+	problem := s.problem(0, "KubeProxyIPVS", "node-1") // after the next audit
+	if !strings.Contains(problem.Remedy, "nftables or iptables") {
+		t.Errorf("the remedy does not name kube-proxy's modes: %+v", problem)
+	}
+	socket := filepath.Join(filepath.Dir(s.Nodes[0].Leases()), "warrend.sock")
+	_, err := agentapi.Call(t.Context(), socket, agentapi.Request{Op: agentapi.OpReady})
+	if refused, ok := errors.AsType[*agentapi.Error](err); !ok || refused.Code != types.ErrLimitedConnectivity {
+		t.Errorf("what STATUS is made of: %v", err)
+	}
+	_, err = s.Nodes[0].AddPod(t.Context(), lab.Pod{Namespace: "shop", Name: "refused"})
+	if err == nil || !strings.Contains(err.Error(), "ipvs mode") {
+		t.Errorf("a pod is attached: %v", err)
+	}
+	if _, err = s.Nodes[0].Run(t.Context(), "ip", "link", "del", "kube-ipvs0"); err != nil {
+		t.Fatal(err)
+	}
+	s.healthy(0)
+	s.reaches(before, s.pod(0, "after"))
+}

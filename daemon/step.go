@@ -36,6 +36,9 @@ type plan struct {
 	problems []cluster.Problem
 }
 
+// ipvsCode is the code of the problem with which no pod can be attached, ready or not.
+const ipvsCode = "KubeProxyIPVS"
+
 // counts are for the status.
 type counts struct {
 	policies, pods, isolated int
@@ -259,13 +262,17 @@ func (n *node) admit(members []netfilter.Entry, add func([]netfilter.Entry) erro
 	})
 }
 
-// setUpHost lets the node forward packets, and reads the MTU of the link that holds the node's own address unless a flag
+// setUpHost lets the node forward packets, looks for what leads them round the policies, and reads the MTU of the link that holds the node's own address unless a flag
 // gives one; it stays what it was where it cannot be read.
 func (n *node) setUpHost(snapshot cluster.Snapshot, mtu int) host {
 	h := host{uplinkMTU: mtu}
 	if err := nodenet.EnableForwarding(n.options.sysctlDir); err != nil {
 		h.problems = append(h.problems, applyProblem("ForwardingOff", "Node "+n.options.nodeName, err,
 			"pods reach nothing beyond their node; set net.ipv4.ip_forward=1 and net.ipv6.conf.all.forwarding=1, or make --sysctl-dir writable"))
+	}
+	if err := nodenet.CheckServices(); err != nil {
+		h.problems = append(h.problems, applyProblem(ipvsCode, "Node "+n.options.nodeName, err,
+			"set kube-proxy's mode to nftables or iptables, then run `kube-proxy --cleanup` on the node or reboot it; no pod starts here until then"))
 	}
 	if n.options.mtu != 0 {
 		h.uplinkMTU = n.options.mtu // all that the uplink is asked for

@@ -1,5 +1,5 @@
 // Package nodenet sets up what a node needs before any pod: that it forwards packets, and keeps its own default route while
-// it does.
+// it does. It also looks for what would lead packets round the packet filter's FORWARD hook.
 package nodenet
 
 import (
@@ -15,6 +15,25 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
+
+// ipvsLink is the link that kube-proxy makes in ipvs mode, on which the addresses of all Services stand.
+const ipvsLink = "kube-ipvs0"
+
+// ErrIPVS says that kube-proxy delivers Services with IPVS: what a pod sends to one is taken in as the node's own, and its
+// endpoint gets it from the node, so that no rule for forwarded packets sees it.
+var ErrIPVS = errors.New("kube-proxy runs in ipvs mode (there is a link " + ipvsLink + "): what pods send to Services goes round NetworkPolicies")
+
+// CheckServices returns ErrIPVS where the link of kube-proxy's ipvs mode is in the network namespace of the calling thread.
+func CheckServices() error {
+	_, err := netlinksafe.LinkByName(ipvsLink)
+	if _, none := errors.AsType[netlink.LinkNotFoundError](err); none {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("looking for link %s: %w", ipvsLink, err)
+	}
+	return ErrIPVS
+}
 
 // EnableForwarding turns on forwarding in both families, in the network namespace of the calling thread. sysctls is where
 // the kernel's settings are, /proc/sys outside of tests and containers.

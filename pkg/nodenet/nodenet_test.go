@@ -83,6 +83,30 @@ func TestEnableForwarding(t *testing.T) {
 	}
 }
 
+func TestCheckServices(t *testing.T) {
+	inNamespace(t, func() error {
+		if err := nodenet.CheckServices(); err != nil {
+			t.Errorf("a node without IPVS: %v", err)
+		}
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = "kube-ipvs0"
+		link := &netlink.Bridge{LinkAttrs: attrs}
+		if err := netlink.LinkAdd(link); err != nil {
+			return err
+		}
+		if err := nodenet.CheckServices(); !errors.Is(err, nodenet.ErrIPVS) {
+			t.Errorf("a node with IPVS: %v", err)
+		}
+		if err := netlink.LinkDel(link); err != nil {
+			return err
+		}
+		if err := nodenet.CheckServices(); err != nil {
+			t.Errorf("after IPVS: %v", err)
+		}
+		return nil
+	})
+}
+
 func TestEnableForwardingWithoutSettings(t *testing.T) {
 	inNamespace(t, func() error {
 		err := nodenet.EnableForwarding(t.TempDir())
