@@ -41,7 +41,7 @@ func TestGolden(t *testing.T) {
 			for _, pod := range snapshot.Pods {
 				ready = append(ready, pod.Addresses...)
 			}
-			check(t, snapshot, ready)
+			check(t, snapshot, ready, newTally())
 		})
 	}
 }
