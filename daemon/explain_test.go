@@ -4,10 +4,8 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
-	"flag"
 	"fmt"
 	"net/netip"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -19,12 +17,11 @@ import (
 	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/cluster"
 	"github.com/warren-cni/warren/pkg/firewall"
+	"github.com/warren-cni/warren/pkg/golden"
 	"github.com/warren-cni/warren/pkg/kube"
 	"github.com/warren-cni/warren/pkg/netfilter"
 	"github.com/warren-cni/warren/pkg/policy"
 )
-
-var update = flag.Bool("update", false, "write the golden files anew")
 
 // explainObjects are asked in most tests.
 const explainObjects = "testdata/explain"
@@ -65,19 +62,7 @@ func TestExplainText(t *testing.T) {
 				fmt.Fprintf(&b, "$ warrend explain %s\n", question)
 				b.WriteString(exit(t, append([]string{"explain", "--objects", explainObjects}, strings.Fields(question)...)...))
 			}
-			path := filepath.Join(explainObjects, name+".txt")
-			if *update {
-				if err := os.WriteFile(path, []byte(b.String()), 0o644); err != nil {
-					t.Fatal(err)
-				}
-			}
-			want, err := os.ReadFile(path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(string(want), b.String()); diff != "" {
-				t.Errorf("%s differs (-want +got), go test -update writes it anew:\n%s", path, diff)
-			}
+			golden.Compare(t, filepath.Join(explainObjects, name+".txt"), b.String())
 		})
 	}
 }

@@ -1,22 +1,17 @@
 package guard_test
 
 import (
-	"flag"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
-
 	"github.com/warren-cni/warren/pkg/cluster"
+	"github.com/warren-cni/warren/pkg/golden"
 	"github.com/warren-cni/warren/pkg/guard"
 	"github.com/warren-cni/warren/pkg/internal/trace"
 	"github.com/warren-cni/warren/pkg/netfilter"
 	"github.com/warren-cni/warren/pkg/policy"
 )
-
-var update = flag.Bool("update", false, "write the golden files anew")
 
 func prefixes(list ...string) []netip.Prefix {
 	var parsed []netip.Prefix
@@ -70,7 +65,7 @@ func TestGolden(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			rules := guard.Compile(config)
-			compare(t, filepath.Join("testdata", name+".rules"), rules.Render())
+			golden.Compare(t, filepath.Join("testdata", name+".rules"), rules.Render())
 			for f, filter := range load(t, rules) {
 				err := filter.Lint()
 				if err != nil {
@@ -78,24 +73,6 @@ func TestGolden(t *testing.T) {
 				}
 			}
 		})
-	}
-}
-
-func compare(t *testing.T, path, got string) {
-	t.Helper()
-	if *update {
-		err := os.WriteFile(path, []byte(got), 0o644)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return
-	}
-	want, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), got); diff != "" {
-		t.Errorf("%s differs (-want +got), go test -update writes it anew:\n%s", path, diff)
 	}
 }
 

@@ -1,7 +1,6 @@
 package policy_test
 
 import (
-	"flag"
 	"fmt"
 	"net/netip"
 	"os"
@@ -9,14 +8,11 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
-
 	"github.com/warren-cni/warren/pkg/cluster"
+	"github.com/warren-cni/warren/pkg/golden"
 	"github.com/warren-cni/warren/pkg/kube"
 	"github.com/warren-cni/warren/pkg/policy"
 )
-
-var update = flag.Bool("update", false, "write the golden files anew")
 
 // Each case is judged twice: by its golden file, and by the oracle. A case is a directory with in.yaml, objects that are
 // added to those of testdata/cluster.yaml, and want.rules, the problems and
@@ -36,7 +32,7 @@ func TestGolden(t *testing.T) {
 				fmt.Fprintf(&b, "# problem: %s\n", p)
 			}
 			b.WriteString(rules.Render())
-			compare(t, filepath.Join(dir, "want.rules"), b.String())
+			golden.Compare(t, filepath.Join(dir, "want.rules"), b.String())
 			var ready []netip.Addr
 			for _, pod := range snapshot.Pods {
 				ready = append(ready, pod.Addresses...)
@@ -76,22 +72,4 @@ func loadCase(t *testing.T, in string) (cluster.Snapshot, []cluster.Problem) {
 		t.Fatalf("no pods were read: %v", problems)
 	}
 	return snapshot, problems
-}
-
-func compare(t *testing.T, path, got string) {
-	t.Helper()
-	if *update {
-		err := os.WriteFile(path, []byte(got), 0o644)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return
-	}
-	want, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), got); diff != "" {
-		t.Errorf("%s differs (-want +got), go test -update writes it anew:\n%s", path, diff)
-	}
 }
