@@ -29,6 +29,10 @@ type Counts struct {
 	Pods int
 	// WireGuard are UDP packets from or to WireGuard's port that have the form of its messages.
 	WireGuard int
+	// WireGuardBytes are the bytes of their frames: a frame may be many packets that the kernel has not cut yet.
+	WireGuardBytes int
+	// Fragments are pieces of IP packets, which a right MTU never makes.
+	Fragments int
 	// Examples are the first packets in clear, one line each.
 	Examples []string
 }
@@ -50,12 +54,16 @@ const (
 	ipv6Header     = 40
 	protocolUDP    = 17
 	udpHeader      = 8
+	// fragmentMask is "more fragments" and the offset in an IPv4 header, protocolFragment an extension header of IPv6.
+	fragmentMask     = 0x3fff
+	protocolFragment = 44
 )
 
 // header is what counting needs of an IP packet.
 type header struct {
 	source, destination netip.Addr
 	protocol            byte
+	fragment            bool
 	payload             []byte
 }
 
@@ -70,12 +78,12 @@ func parse(frame []byte) (h header, ok bool) {
 		size := min(int(packet[0]&0x0f)*4, len(packet))
 		return header{
 			source: netip.AddrFrom4([4]byte(packet[12:16])), destination: netip.AddrFrom4([4]byte(packet[16:20])),
-			protocol: packet[9], payload: packet[size:],
+			protocol: packet[9], fragment: binary.BigEndian.Uint16(packet[6:])&fragmentMask != 0, payload: packet[size:],
 		}, true
 	case etherType == etherIPv6 && len(packet) >= ipv6Header:
 		return header{
 			source: netip.AddrFrom16([16]byte(packet[8:24])), destination: netip.AddrFrom16([16]byte(packet[24:40])),
-			protocol: packet[6], payload: packet[ipv6Header:],
+			protocol: packet[6], fragment: packet[6] == protocolFragment, payload: packet[ipv6Header:],
 		}, true
 	default:
 		return header{}, false
@@ -98,6 +106,10 @@ func (c *Counts) add(frame []byte, w Watch) {
 	c.Packets++
 	if isWireGuard(h, w.Port) {
 		c.WireGuard++
+		c.WireGuardBytes += len(frame)
+	}
+	if h.fragment {
+		c.Fragments++
 	}
 	pod := holds(w.Pods, h.source) || holds(w.Pods, h.destination)
 	if pod {

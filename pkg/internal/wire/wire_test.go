@@ -51,6 +51,12 @@ func appendUDP(frame []byte, port uint16) []byte {
 	return append(frame, 0, 0, 0, 0)
 }
 
+// with sets a byte of a frame.
+func with(frame []byte, at int, value byte) []byte {
+	frame[at] = value
+	return frame
+}
+
 func TestCountsByFrame(t *testing.T) {
 	data := "\x04\x00\x00\x00ciphertext"
 	arp := append(binary.BigEndian.AppendUint16(make([]byte, 12), 0x0806), marker...)
@@ -58,8 +64,8 @@ func TestCountsByFrame(t *testing.T) {
 		frame []byte
 		want  Counts
 	}{
-		"WireGuard":                   {frame4("192.0.2.1", "192.0.2.2", 51820, data), Counts{Packets: 1, WireGuard: 1}},
-		"WireGuard over IPv6":         {frame6("2001:db8::1", "2001:db8::2", 51820, data), Counts{Packets: 1, WireGuard: 1}},
+		"WireGuard":                   {frame4("192.0.2.1", "192.0.2.2", 51820, data), Counts{Packets: 1, WireGuard: 1, WireGuardBytes: 56}},
+		"WireGuard over IPv6":         {frame6("2001:db8::1", "2001:db8::2", 51820, data), Counts{Packets: 1, WireGuard: 1, WireGuardBytes: 76}},
 		"not WireGuard: message type": {frame4("192.0.2.1", "192.0.2.2", 51820, "\x05\x00\x00\x00"), Counts{Packets: 1}},
 		"not WireGuard: port":         {frame4("192.0.2.1", "192.0.2.2", 51821, data), Counts{Packets: 1}},
 		"not WireGuard: too short":    {frame4("192.0.2.1", "192.0.2.2", 51820, "\x04"), Counts{Packets: 1}},
@@ -69,6 +75,10 @@ func TestCountsByFrame(t *testing.T) {
 		"pod is the destination":      {frame4("192.0.2.2", "10.244.1.5", 80, ""), Counts{Packets: 1, Pods: 1}},
 		"pods over IPv6":              {frame6("fd00:10:244:1::5", "fd00:10:244:2::5", 80, marker), Counts{Packets: 1, Pods: 1, Marked: 1}},
 		"marker without IP":           {arp, Counts{Marked: 1}},
+		"first fragment":              {with(frame4("192.0.2.1", "192.0.2.2", 80, ""), 20, 0x20), Counts{Packets: 1, Fragments: 1}},
+		"last fragment":               {with(frame4("192.0.2.1", "192.0.2.2", 80, ""), 21, 0xb9), Counts{Packets: 1, Fragments: 1}},
+		"not to be fragmented":        {with(frame4("192.0.2.1", "192.0.2.2", 80, ""), 20, 0x40), Counts{Packets: 1}},
+		"fragment over IPv6":          {with(frame6("2001:db8::1", "2001:db8::2", 80, ""), 20, 44), Counts{Packets: 1, Fragments: 1}},
 		"runt":                        {[]byte("short"), Counts{}},
 		"IPv4 cut off":                {frame4("10.244.1.5", "192.0.2.2", 80, "")[:30], Counts{}},
 	} {
