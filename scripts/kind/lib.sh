@@ -42,11 +42,12 @@ check_encryption() {
   case "${ENCRYPTION:=on}" in on | off) ;; *) die "ENCRYPTION=$ENCRYPTION: want on or off" ;; esac
 }
 
-# agnhost_image prints the image of the upstream suite's pods, by the version that it wants.
+# agnhost_image prints the image of the upstream suite's pods, as the suite names it.
 agnhost_image() {
-  local kubernetes
+  local kubernetes registry
   kubernetes=$(cd scripts/tools/kubernetes && go list -m -f '{{.Dir}}' k8s.io/kubernetes)
-  echo "registry.k8s.io/e2e-test-images/agnhost:$(cat "$kubernetes/test/images/agnhost/VERSION")"
+  registry=$(sed -n 's/^.*PromoterE2eRegistry: *"\(.*\)",$/\1/p' "$kubernetes/test/utils/image/manifest.go")
+  echo "${registry:?not found in the suite}/agnhost:$(cat "$kubernetes/test/images/agnhost/VERSION")"
 }
 
 # wait_until COMMAND... polls a command until it succeeds, half a minute at most.

@@ -102,7 +102,10 @@ make_images() {
   for program in $(chroot "$base" busybox --list); do
     [ -e "$rootfs/usr/bin/$program" ] || ln -s ../usr/bin/busybox "$rootfs/bin/$program"
   done
-  archive "$rootfs" "$(agnhost_image)" "$out/agnhost.tar" '{"Entrypoint": ["/agnhost"], "Cmd": ["pause"]}'
+  # Under the suite's name, and under the short one of the examples.
+  local agnhost
+  agnhost=$(agnhost_image)
+  archive "$rootfs" "$agnhost ${agnhost##*/}" "$out/agnhost.tar" '{"Entrypoint": ["/agnhost"], "Cmd": ["pause"]}'
   rm -rf "$rootfs"
 }
 
