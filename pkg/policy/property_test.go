@@ -50,6 +50,14 @@ type tally struct {
 
 func newTally() *tally { return &tally{confirmed: map[bool]int{}, excluded: map[string]int{}} }
 
+func FuzzAgreesWithOracle(f *testing.F) {
+	f.Add([]byte{})
+	f.Add([]byte("policies in a small world"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		judge(t, rand.New(world.Steered(data)), newTally())
+	})
+}
+
 // judge checks a random world.
 func judge(t *testing.T, r *rand.Rand, sum *tally) {
 	t.Helper()
