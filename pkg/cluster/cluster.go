@@ -46,7 +46,19 @@ type WireGuard struct {
 type Namespace struct {
 	Name   string
 	Labels labels.Set
+	// Log is what is logged of the connections of its pods that a policy isolates.
+	Log LogMode
 }
+
+// LogMode says which connections are logged. Each mode logs what those before it do.
+type LogMode uint8
+
+// The modes.
+const (
+	LogNone LogMode = iota
+	LogDenied
+	LogAll
+)
 
 // Pod is a Kubernetes Pod.
 type Pod struct {
@@ -68,6 +80,9 @@ type Pod struct {
 	// Ports are the named container ports.
 	Ports []NamedPort
 }
+
+// Key returns the pod's name.
+func (p *Pod) Key() Key { return Key{p.Namespace, p.Name} }
 
 // NamedPort is a named container port of a pod.
 type NamedPort struct {
@@ -100,7 +115,12 @@ type Policy struct {
 	Egress       bool
 	IngressRules []Rule
 	EgressRules  []Rule
+	// Log is what is logged of the connections of the pods that the policy isolates.
+	Log LogMode
 }
+
+// Key returns the policy's name.
+func (p *Policy) Key() Key { return Key{p.Namespace, p.Name} }
 
 // Rule allows traffic that matches one of the peers and one of the ports.
 type Rule struct {

@@ -40,12 +40,12 @@ func (a *apply) run(ctx context.Context, r *netfilter.Ruleset) error {
 	return err
 }
 
-// late does a step with every Late set.
+// late does a step with every set of the gate.
 func (a *apply) late(step func(*setPlan) error) error {
 	var errs []error
 	for _, f := range netfilter.Families {
 		for i := range a.plans[f] {
-			if p := &a.plans[f][i]; p.Late {
+			if p := &a.plans[f][i]; p.Role == netfilter.Gate {
 				errs = append(errs, step(p))
 			}
 		}
@@ -77,7 +77,7 @@ func (a *apply) family(ctx context.Context, f netfilter.Family, r *netfilter.Rul
 	return errors.Join(errs...)
 }
 
-// grow makes the set and puts in what it lacks, except for a Late set, which is only made.
+// grow makes the set and puts in what it lacks, except for a set of the gate, which is only made.
 func (a *apply) grow(p *setPlan) error {
 	if p.replace {
 		// Works only where no rule refers to it, and there is no other way: sets of different types cannot be swapped.
@@ -95,7 +95,7 @@ func (a *apply) grow(p *setPlan) error {
 	switch {
 	case p.enlarge:
 		return a.enlarge(p)
-	case p.Late:
+	case p.Role == netfilter.Gate:
 		return nil
 	default:
 		return a.fill(p)
@@ -108,7 +108,7 @@ func (a *apply) fill(p *setPlan) error {
 	return a.sets.Add(p.Name, p.Type, p.add)
 }
 
-// open adds to a Late set what it lacks, as far as that may still enter: since the plan was made, others went on.
+// open adds to a set of the gate what it lacks, as far as that may still enter: since the plan was made, others went on.
 func (a *apply) open(p *setPlan) error {
 	if len(p.add) == 0 || a.admit == nil {
 		return a.fill(p)

@@ -27,7 +27,7 @@ type Options struct {
 	Log *slog.Logger
 	// Backend chooses the iptables programs: "nft", "legacy", or "" for those that the node calls iptables.
 	Backend string
-	// Admit is asked before members enter a Late set. It calls add with those that still may, and keeps that true until add
+	// Admit is asked before members enter a set of the gate. It calls add with those that still may, and keeps that true until add
 	// returns. Without it all may.
 	Admit func(members []netfilter.Entry, add func([]netfilter.Entry) error) error
 }
@@ -102,7 +102,7 @@ func (w *Firewall) Forget() {
 
 // Apply makes the kernel agree with the ruleset and returns what it wrote. It does as much as is safe when something
 // fails, and then returns all errors joined; calling it again goes on from whatever stands. After an error nothing has been
-// added to a Late set, unless adding is what failed. Only a *ClosedError, which never comes joined to another, means that
+// added to a set of the gate, unless adding is what failed. Only a *ClosedError, which never comes joined to another, means that
 // everything has been done but for the chains that it names.
 func (w *Firewall) Apply(ctx context.Context, r netfilter.Ruleset) (Changes, error) {
 	a := &apply{Firewall: w, plans: map[netfilter.Family][]setPlan{}}
@@ -116,7 +116,7 @@ func (w *Firewall) Apply(ctx context.Context, r netfilter.Ruleset) (Changes, err
 	return a.changes, nil
 }
 
-// readSets returns the sets of ours that stand: those with a Late one among the wanted are always read anew, because other
+// readSets returns the sets of ours that stand: those with a gate among the wanted are always read anew, because other
 // programs change it.
 func (w *Firewall) readSets(r *netfilter.Ruleset) error {
 	if w.known.sets == nil {
@@ -129,7 +129,7 @@ func (w *Firewall) readSets(r *netfilter.Ruleset) error {
 	}
 	for _, f := range netfilter.Families {
 		for _, s := range r.Of(f).Sets {
-			if !s.Late {
+			if s.Role != netfilter.Gate {
 				continue
 			}
 			found, err := w.sets.List(s.Name)

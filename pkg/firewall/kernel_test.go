@@ -183,7 +183,7 @@ func half(f netfilter.Family) netfilter.Rules {
 		Sets: []netfilter.Set{
 			{Name: ports(f), Type: netfilter.HashIPPort, Entries: []netfilter.Entry{port}},
 			{Name: peers(f), Type: netfilter.HashNet, Entries: members[1]},
-			{Name: ready, Type: netfilter.HashIP, Late: true, Entries: members[0]},
+			{Name: ready, Type: netfilter.HashIP, Role: netfilter.Gate, Entries: members[0]},
 		},
 		Chains: []netfilter.Chain{
 			{Table: "filter", Name: "WARREN-ACCEPT", Rules: []netfilter.Rule{rule("", "-i wrn+ -j ACCEPT"), rule("", "-o wrn+ -j ACCEPT")}},

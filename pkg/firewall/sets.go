@@ -42,9 +42,9 @@ func planSets(have map[string]*set, f netfilter.Family, wanted []netfilter.Set) 
 		if p.have != nil && (p.have.typ != w.Type || p.have.family != f) {
 			p.replace = true
 		} else if p.have != nil {
-			p.add, p.remove = diff(p.have.members, w.Entries)
+			p.add, p.remove = netfilter.DiffEntries(p.have.members, w.Entries)
 			// A set that other programs change cannot be made anew: what they take out meanwhile would come back.
-			p.enlarge = !w.Late && len(p.add) > 0 && len(p.have.members)+len(p.add) > p.have.max
+			p.enlarge = w.Role != netfilter.Gate && len(p.add) > 0 && len(p.have.members)+len(p.add) > p.have.max
 		}
 		plans = append(plans, p)
 	}
@@ -69,21 +69,6 @@ func leftOverSets(have map[string]*set, r *netfilter.Ruleset) []string {
 		}
 	}
 	return slices.Sorted(maps.Keys(left))
-}
-
-// diff returns what has to be added to and removed from a set; both lists are sorted.
-func diff(have, want []netfilter.Entry) (add, remove []netfilter.Entry) {
-	for len(have) > 0 && len(want) > 0 {
-		switch c := have[0].Compare(want[0]); {
-		case c < 0:
-			remove, have = append(remove, have[0]), have[1:]
-		case c > 0:
-			add, want = append(add, want[0]), want[1:]
-		default:
-			have, want = have[1:], want[1:]
-		}
-	}
-	return append(add, want...), append(remove, have...)
 }
 
 // sorted returns the members in order, each once. Plans are sorted already; a wrong order would take out members that

@@ -29,9 +29,7 @@ type chain struct {
 // holds says whether the chain has exactly these rules, or stands closed because they were refused.
 func (c chain) holds(rules []netfilter.Rule) bool {
 	if c.rules != nil {
-		return slices.EqualFunc(c.rules, rules, func(a, b netfilter.Rule) bool {
-			return a.Comment == b.Comment && slices.Equal(a.Args, b.Args)
-		})
+		return slices.EqualFunc(c.rules, rules, netfilter.Rule.Equal)
 	}
 	return slices.EqualFunc(c.hashes, rules, func(hash string, r netfilter.Rule) bool { return hash == r.Hash() })
 }

@@ -63,7 +63,7 @@ func (c Config) compile(f netfilter.Family) netfilter.Rules {
 	p.fence = literal(cluster, p.own)
 	if known := claimed(of(f, c.KnownPodCIDRs)); len(cluster) == 0 && len(known) > 0 {
 		sets = append(sets, netfilter.Set{
-			Name: knownSet(f), Type: netfilter.HashNet, Comment: "podCIDRs of all nodes", Entries: known,
+			Name: knownSet(f), Type: netfilter.HashNet, Role: netfilter.Selects, Comment: "podCIDRs of all nodes", Entries: known,
 		})
 		p.fence = append(p.fence, fence{set: knownSet(f)})
 	}
@@ -90,7 +90,7 @@ func (c Config) compile(f netfilter.Family) netfilter.Rules {
 // readySet is the set of the start gate.
 func readySet(f netfilter.Family, ready []netip.Addr) netfilter.Set {
 	s := netfilter.Set{
-		Name: netfilter.ReadySet(f), Type: netfilter.HashIP, Late: true,
+		Name: netfilter.ReadySet(f), Type: netfilter.HashIP, Role: netfilter.Gate,
 		Comment: "pods whose policies stand", Entries: nil,
 	}
 	for _, a := range ready {

@@ -7,10 +7,18 @@
 package netfilter
 
 import (
+	"cmp"
 	"net/netip"
 	"slices"
 	"strings"
 )
+
+// CutMark is the bit in the mark of a conntrack entry that stops an established connection which policies no longer allow:
+// pkg/guard drops what carries it, pkg/conntrack sets and clears it. No other bit of the mark is read or changed.
+const CutMark = 1 << 24
+
+// LogGroup is the NFLOG group of the packets that policies ask to log.
+const LogGroup = 87
 
 // Prefix begins the name of every chain and set of Warren's.
 const Prefix = "WARREN"
@@ -84,15 +92,32 @@ const (
 	HashIPPort SetType = "hash:ip,port"
 )
 
+// Role is what a set's members decide. It gives the order in which an apply changes the sets, so that no state in between
+// lets pass what both the old and the new rules deny.
+type Role uint8
+
+// The roles.
+const (
+	// Allows is the role of the peers and ports in rules: who enters it may do more. Members leave before the rules change
+	// and enter after them. A set that is new is filled before, because nothing refers to it yet.
+	Allows Role = iota
+	// Selects is the role of sets that lead an address to its rules, and of those that fence addresses in. Members enter
+	// before the rules change and leave after them.
+	Selects
+	// Isolates is the role of the sets of isolated addresses: who enters it may do less. Members leave before the rules
+	// change, and enter after them, also where the rules could not be changed.
+	Isolates
+	// Gate is the role of the start gate's set: what leaves it leaves before anything else of an apply, and what enters it
+	// enters last, when every rule and every other set stands. Other programs take members out, too.
+	Gate
+)
+
 // Set is an ipset. Its name tells its family, because names are shared between families.
 type Set struct {
 	Name    string
 	Type    SetType
 	Comment string
-	// Late sets open something (the start gate): what leaves them leaves before anything else of an apply, and what enters
-	// them enters last, when every rule and every other set already stands. Other programs change them too, so
-	// they are read from the kernel at every apply.
-	Late bool
+	Role    Role
 	// Entries are sorted, without duplicates.
 	Entries []Entry
 }
@@ -126,6 +151,11 @@ type Chain struct {
 	Closable []string
 }
 
+// Compare orders chains by table and name.
+func (c Chain) Compare(o Chain) int {
+	return cmp.Or(cmp.Compare(c.Table, o.Table), cmp.Compare(c.Name, o.Name))
+}
+
 // Closed returns the chain with a DROP in the place of its rules.
 func (c Chain) Closed() Chain {
 	c.Rules = []Rule{{Args: []string{"-j", "DROP"}, Comment: "not applied, so closed: " + strings.Join(c.Closable, " ")}}
@@ -138,6 +168,9 @@ type Rule struct {
 	// Comment is for people who read the rules, for example "shop/api ingress 0"; may be empty.
 	Comment string
 }
+
+// Equal is true for rules with the same matches, target and comment.
+func (r Rule) Equal(o Rule) bool { return r.Comment == o.Comment && slices.Equal(r.Args, o.Args) }
 
 // Hook is a jump from a built-in chain to a chain of ours.
 type Hook struct {
