@@ -54,21 +54,3 @@ func (s Snapshot) Bind(attachments []Attachment) (Snapshot, []netip.Addr) {
 	slices.SortFunc(known, netip.Addr.Compare)
 	return s, slices.Compact(known)
 }
-
-// inside returns those of the addresses that lie in the prefixes of a node, and not in the own node's.
-func inside(addresses []netip.Addr, node, own []netip.Prefix) []netip.Addr {
-	return slices.DeleteFunc(slices.Clone(addresses), func(a netip.Addr) bool {
-		holds := func(p netip.Prefix) bool { return p.Contains(a) }
-		return !slices.ContainsFunc(node, holds) || slices.ContainsFunc(own, holds)
-	})
-}
-
-// Node returns the node with that name.
-func (s Snapshot) Node(name string) (Node, bool) {
-	for _, n := range s.Nodes {
-		if n.Name == name {
-			return n, true
-		}
-	}
-	return Node{}, false
-}

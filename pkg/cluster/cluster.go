@@ -7,7 +7,9 @@
 package cluster
 
 import (
+	"cmp"
 	"net/netip"
+	"slices"
 	"time"
 
 	"k8s.io/apimachinery/pkg/labels"
@@ -71,7 +73,7 @@ type Pod struct {
 	Node      string
 	Labels    labels.Set
 	// Addresses are the pod's addresses: status.podIPs for pods of other nodes, the addresses of its leases for pods of
-	// the own node (see Snapshot.Bind).
+	// the own node (see State).
 	Addresses   []netip.Addr
 	HostNetwork bool
 	// Finished is true for the phases Succeeded and Failed: such a pod has no identity any more, its address may belong to
@@ -159,6 +161,16 @@ type Port struct {
 	First, Last uint16
 }
 
+// Node returns the node with that name.
+func (s Snapshot) Node(name string) (Node, bool) {
+	for _, n := range s.Nodes {
+		if n.Name == name {
+			return n, true
+		}
+	}
+	return Node{}, false
+}
+
 // Attachment is a pod's interface on the own node with its leased addresses. It is the truth about the addresses of
 // local pods: the daemon reads it from the leases, not from the pod's status, which comes later and from elsewhere.
 type Attachment struct {
@@ -168,4 +180,20 @@ type Attachment struct {
 	Name        string
 	UID         string
 	Addresses   []netip.Addr
+}
+
+// Holder is the attachment that holds an address.
+type Holder struct{ ContainerID, Interface string }
+
+// Holder returns what identifies the attachment.
+func (a Attachment) Holder() Holder { return Holder{a.ContainerID, a.Interface} }
+
+// Compare orders attachments by what identifies them.
+func (a Attachment) Compare(b Attachment) int {
+	return cmp.Or(cmp.Compare(a.ContainerID, b.ContainerID), cmp.Compare(a.Interface, b.Interface))
+}
+
+// Equal is true for attachments that do not differ.
+func (a Attachment) Equal(b Attachment) bool {
+	return a.Holder() == b.Holder() && a.Namespace == b.Namespace && a.Name == b.Name && a.UID == b.UID && slices.Equal(a.Addresses, b.Addresses)
 }

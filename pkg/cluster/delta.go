@@ -1,10 +1,17 @@
 package cluster
 
+import "cmp"
+
 // Key names an object of a kind that lives in namespaces.
 type Key struct{ Namespace, Name string }
 
 // String returns namespace and name as people write them.
 func (k Key) String() string { return k.Namespace + "/" + k.Name }
+
+// Compare orders keys by namespace and name.
+func (k Key) Compare(o Key) int {
+	return cmp.Or(cmp.Compare(k.Namespace, o.Namespace), cmp.Compare(k.Name, o.Name))
+}
 
 // Delta is what changed in the cluster: for each name the object as it is now, nil where it is gone. It tells the state that
 // was reached and not how: several changes of one object are one. The objects are never changed once they are in a Delta.

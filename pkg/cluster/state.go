@@ -1,0 +1,322 @@
+package cluster
+
+import (
+	"cmp"
+	"maps"
+	"net/netip"
+	"slices"
+)
+
+// State is the cluster as one node sees it, kept up to date by deltas. It binds every pod to the addresses that it can
+// really have, and says which of them the start gate may let pass.
+//
+// The pods of the own node have the addresses of their attachments and no others. Those of another node have what their
+// status says, as far as it lies in that node's podCIDRs: a status is written by the pod's kubelet, and one that is stale
+// or not honest must not give its pod's identity to who has the address. A finished pod has no addresses: its labels
+// choose it for no policy any more, so what still runs of it must not pass.
+//
+// An attachment counts for a pod only when namespace, name and uid agree: a pod that was deleted and made again under the
+// same name is another pod. An address whose pod is unknown has no identity, and stays closed.
+//
+// What a State holds depends on the objects and attachments alone, not on the order in which they came.
+type State struct {
+	self        string
+	nodes       map[string]*Node
+	namespaces  map[string]*Namespace
+	policies    map[Key]*Policy
+	pods        map[Key]*boundPod
+	byNode      map[string]map[Key]*boundPod
+	attachments map[Key][]Attachment
+	open        map[netip.Addr]Holder
+}
+
+// boundPod is a pod as its object says, and with the addresses that it can have; of is the object that it was bound from.
+type boundPod struct{ object, of, bound *Pod }
+
+// Bound is what a change of objects or attachments comes to.
+type Bound struct {
+	// Delta names the objects that differ, its pods with the addresses that they can have.
+	Delta
+
+	// Opened are addresses that the start gate may let pass once the delta's policies are in the kernel, and could not before, or
+	// that have another holder than before. Closed are those that it may not let pass any more. Both are sorted.
+	Opened, Closed []netip.Addr
+}
+
+// NewState returns the state of the node self, in which there is nothing.
+func NewState(self string) *State {
+	return &State{
+		self: self, nodes: map[string]*Node{}, namespaces: map[string]*Namespace{}, policies: map[Key]*Policy{},
+		pods: map[Key]*boundPod{}, byNode: map[string]map[Key]*boundPod{},
+		attachments: map[Key][]Attachment{}, open: map[netip.Addr]Holder{},
+	}
+}
+
+// Update takes in what changed in the cluster.
+func (s *State) Update(d Delta) Bound {
+	again := map[Key]bool{} // pods to bind
+	for name, node := range d.Nodes {
+		for _, of := range s.rehomed(name, node) {
+			for key := range s.byNode[of] {
+				again[key] = true
+			}
+		}
+		set(s.nodes, name, node)
+	}
+	for name, namespace := range d.Namespaces {
+		set(s.namespaces, name, namespace)
+	}
+	for key, policy := range d.Policies {
+		set(s.policies, key, policy)
+	}
+	for key, pod := range d.Pods {
+		s.replace(key, pod)
+		again[key] = true
+	}
+	b := s.bind(again)
+	b.Nodes, b.Namespaces, b.Policies = d.Nodes, d.Namespaces, d.Policies
+	return b
+}
+
+// rehomed returns the nodes whose pods may have other addresses when a node becomes another.
+func (s *State) rehomed(name string, now *Node) []string {
+	var had, has []netip.Prefix
+	if before := s.nodes[name]; before != nil {
+		had = before.PodCIDRs
+	}
+	if now != nil {
+		has = now.PodCIDRs
+	}
+	switch {
+	case slices.Equal(had, has):
+		return nil
+	case name == s.self: // no pod of another node has an address of this one
+		return slices.Collect(maps.Keys(s.byNode))
+	default:
+		return []string{name}
+	}
+}
+
+// set sets an object, or removes it where it is nil.
+func set[K comparable, T any](objects map[K]*T, key K, object *T) {
+	if object == nil {
+		delete(objects, key)
+	} else {
+		objects[key] = object
+	}
+}
+
+// replace takes in a pod's object.
+func (s *State) replace(key Key, pod *Pod) {
+	old := s.pods[key]
+	if old != nil && old.object != nil {
+		delete(s.byNode[old.object.Node], key)
+		if len(s.byNode[old.object.Node]) == 0 {
+			delete(s.byNode, old.object.Node)
+		}
+	}
+	if pod == nil {
+		if old != nil {
+			old.object = nil // bind removes it
+		}
+		return
+	}
+	if old == nil {
+		old = &boundPod{}
+		s.pods[key] = old
+	}
+	old.object = pod
+	if s.byNode[pod.Node] == nil {
+		s.byNode[pod.Node] = map[Key]*boundPod{}
+	}
+	s.byNode[pod.Node][key] = old
+}
+
+// Attach takes in all attachments of the own node. Those that it had and that are not among them are gone.
+func (s *State) Attach(attachments []Attachment) Bound {
+	before := s.attachments
+	s.attachments = make(map[Key][]Attachment, len(attachments))
+	for _, a := range attachments {
+		s.hold(a)
+	}
+	again := map[Key]bool{}
+	for key, had := range before {
+		if !slices.EqualFunc(had, s.attachments[key], Attachment.Equal) {
+			again[key] = true
+		}
+	}
+	for key := range s.attachments {
+		if before[key] == nil {
+			again[key] = true
+		}
+	}
+	return s.bind(again)
+}
+
+// AttachOne takes in one more attachment. One that had its container and interface, or one of its addresses, is gone.
+func (s *State) AttachOne(a Attachment) Bound {
+	again := map[Key]bool{{a.Namespace, a.Name}: true}
+	for key, have := range s.attachments {
+		kept := slices.DeleteFunc(slices.Clone(have), func(old Attachment) bool {
+			return old.Holder() == a.Holder() || slices.ContainsFunc(old.Addresses, func(x netip.Addr) bool { return slices.Contains(a.Addresses, x) })
+		})
+		if len(kept) < len(have) {
+			again[key] = true
+			s.attachments[key] = kept
+		}
+		if len(kept) == 0 {
+			delete(s.attachments, key)
+		}
+	}
+	s.hold(a)
+	return s.bind(again)
+}
+
+func (s *State) hold(a Attachment) {
+	key := Key{a.Namespace, a.Name}
+	s.attachments[key] = append(s.attachments[key], a)
+	slices.SortFunc(s.attachments[key], Attachment.Compare)
+}
+
+// bind gives pods their addresses anew and returns what differs.
+func (s *State) bind(again map[Key]bool) Bound {
+	b := Bound{Delta: NewDelta()}
+	touched, opens := map[netip.Addr]bool{}, map[netip.Addr]Holder{}
+	for key := range again {
+		p := s.pods[key]
+		if p == nil {
+			continue
+		}
+		before := p.bound
+		for _, a := range s.gated(before) {
+			touched[a] = true
+		}
+		p.bind(s.addresses(key, p.object))
+		if before != p.bound {
+			b.Pods[key] = p.bound
+		}
+		for _, a := range s.gated(p.bound) {
+			touched[a], opens[a] = true, s.holder(key, a)
+		}
+		if p.bound == nil {
+			delete(s.pods, key)
+		}
+	}
+	for a := range touched {
+		holder, opened := opens[a]
+		switch {
+		case !opened:
+			delete(s.open, a)
+			b.Closed = append(b.Closed, a)
+		case s.open[a] != holder:
+			s.open[a] = holder
+			b.Opened = append(b.Opened, a)
+		}
+	}
+	slices.SortFunc(b.Opened, netip.Addr.Compare)
+	slices.SortFunc(b.Closed, netip.Addr.Compare)
+	return b
+}
+
+// gated returns the addresses of a pod that are the start gate's.
+func (s *State) gated(pod *Pod) []netip.Addr {
+	if pod == nil || pod.Node != s.self || pod.HostNetwork {
+		return nil
+	}
+	return pod.Addresses
+}
+
+// holder returns the attachment of a pod that holds an address.
+func (s *State) holder(key Key, address netip.Addr) Holder {
+	at := slices.IndexFunc(s.attachments[key], func(a Attachment) bool { return slices.Contains(a.Addresses, address) })
+	return s.attachments[key][at].Holder()
+}
+
+// bind gives the pod its addresses. It stays the same value where nothing differs.
+func (p *boundPod) bind(addresses []netip.Addr) {
+	switch {
+	case p.object == nil:
+		p.bound = nil
+	case p.of == p.object && slices.Equal(p.bound.Addresses, addresses):
+	case slices.Equal(p.object.Addresses, addresses):
+		p.bound = p.object
+	default:
+		pod := *p.object
+		pod.Addresses = addresses
+		p.bound = &pod
+	}
+	p.of = p.object
+}
+
+// addresses are those that a pod can have.
+func (s *State) addresses(key Key, pod *Pod) []netip.Addr {
+	switch {
+	case pod == nil, pod.Finished:
+		return nil
+	case pod.HostNetwork: // in no policy, and at its node's addresses
+		return pod.Addresses
+	case pod.Node == s.self:
+		var leased []netip.Addr
+		for _, a := range s.attachments[key] {
+			if a.UID == pod.UID || (pod.StaticUID != "" && a.UID == pod.StaticUID) {
+				leased = append(leased, a.Addresses...)
+			}
+		}
+		slices.SortFunc(leased, netip.Addr.Compare)
+		return leased
+	default:
+		return inside(pod.Addresses, podCIDRs(s.nodes[pod.Node]), podCIDRs(s.nodes[s.self]))
+	}
+}
+
+func podCIDRs(n *Node) []netip.Prefix {
+	if n == nil {
+		return nil
+	}
+	return n.PodCIDRs
+}
+
+// inside returns those of the addresses that lie in the prefixes of a node, and not in the own node's.
+func inside(addresses []netip.Addr, node, own []netip.Prefix) []netip.Addr {
+	holds := func(prefixes []netip.Prefix, a netip.Addr) bool {
+		return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
+	}
+	isForeign := func(a netip.Addr) bool { return !holds(node, a) || holds(own, a) }
+	if !slices.ContainsFunc(addresses, isForeign) {
+		return addresses
+	}
+	return slices.DeleteFunc(slices.Clone(addresses), isForeign)
+}
+
+// Open returns the addresses that the start gate may let pass, each with who holds it.
+func (s *State) Open() map[netip.Addr]Holder { return maps.Clone(s.open) }
+
+// Snapshot returns the whole state, its pods with the addresses that they can have.
+func (s *State) Snapshot() Snapshot {
+	snapshot := Snapshot{
+		Self: s.self, Nodes: s.Nodes(), Namespaces: values(s.namespaces), Policies: values(s.policies),
+		Pods: make([]Pod, 0, len(s.pods)),
+	}
+	for _, p := range s.pods {
+		snapshot.Pods = append(snapshot.Pods, *p.bound)
+	}
+	slices.SortFunc(snapshot.Namespaces, func(a, b Namespace) int { return cmp.Compare(a.Name, b.Name) })
+	slices.SortFunc(snapshot.Pods, func(a, b Pod) int { return a.Key().Compare(b.Key()) })
+	slices.SortFunc(snapshot.Policies, func(a, b Policy) int { return a.Key().Compare(b.Key()) })
+	return snapshot
+}
+
+// Nodes returns all nodes, sorted by name.
+func (s *State) Nodes() []Node {
+	nodes := values(s.nodes)
+	slices.SortFunc(nodes, func(a, b Node) int { return cmp.Compare(a.Name, b.Name) })
+	return nodes
+}
+
+func values[K comparable, T any](objects map[K]*T) []T {
+	all := make([]T, 0, len(objects))
+	for _, o := range objects {
+		all = append(all, *o)
+	}
+	return all
+}
