@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 
+	"k8s.io/apimachinery/pkg/labels"
+
 	"github.com/warren-cni/warren/pkg/cluster"
 	"github.com/warren-cni/warren/pkg/podcidr"
 )
@@ -14,11 +16,11 @@ import (
 // ingress policies of its destination, enforced on the destination's. Unlike Compile it judges for all nodes alike; the
 // snapshot's own node makes no difference.
 //
-// It reads the selections that Compile programs. For each node its verdict is that of the rules that Compile plans there,
+// It holds the policies against the flow directly. For each node its verdict is that of the rules that Compile plans there,
 // as far as one pod has the address.
 func Explain(s cluster.Snapshot, f Flow) Verdict {
-	e := explainer{compiler: newCompiler(s), flow: f}
-	e.src, e.dst = e.at(f.Src), e.at(f.Dst)
+	e := explainer{snapshot: s, meeting: meeting{flow: f, src: podsAt(s, f.Src), dst: podsAt(s, f.Dst)}}
+	e.namespace = e.namespaceLabels
 	v := Verdict{Flow: f, From: e.end(f.Src, e.src), To: e.end(f.Dst, e.dst)}
 	if why := e.exempt(v.From, v.To); why != "" {
 		v.Egress = Side{Allowed: true, Because: why}
@@ -31,29 +33,49 @@ func Explain(s cluster.Snapshot, f Flow) Verdict {
 	return v
 }
 
-// explainer judges one flow. src and dst are the pods that have its addresses: one each, but for moments in which the
-// status of a pod that goes still names an address that another one has got.
+// explainer judges one flow.
 type explainer struct {
-	*compiler
-	flow     Flow
-	src, dst []*cluster.Pod
+	meeting
+
+	snapshot cluster.Snapshot
 }
 
-// at returns the pods that have an address.
-func (e *explainer) at(a netip.Addr) []*cluster.Pod {
+// podsAt returns the pods that have an address.
+func podsAt(s cluster.Snapshot, a netip.Addr) []*cluster.Pod {
 	var pods []*cluster.Pod
-	for _, pod := range e.all {
-		if slices.Contains(pod.Addresses, a) {
+	for i := range s.Pods {
+		if pod := &s.Pods[i]; hasIdentity(pod) && slices.Contains(pod.Addresses, a) {
 			pods = append(pods, pod)
 		}
 	}
 	return pods
 }
 
+// namespaceLabels returns the labels of a namespace, and whether it is known.
+func (e *explainer) namespaceLabels(name string) (labels.Set, bool) {
+	for _, ns := range e.snapshot.Namespaces {
+		if ns.Name == name {
+			return ns.Labels, true
+		}
+	}
+	return nil, false
+}
+
+// selecting returns the policies that isolate a pod in a direction, in the snapshot's order.
+func (e *explainer) selecting(d direction, pod *cluster.Pod) []*cluster.Policy {
+	var selecting []*cluster.Policy
+	for i := range e.snapshot.Policies {
+		if p := &e.snapshot.Policies[i]; d.isolates(p) && selectsPod(p, pod) {
+			selecting = append(selecting, p)
+		}
+	}
+	return selecting
+}
+
 // end describes who has an address.
 func (e *explainer) end(a netip.Addr, pods []*cluster.Pod) End {
 	if len(pods) > 0 {
-		return End{Pod: nameOf(pods[0]), Node: pods[0].Node}
+		return End{Pod: pods[0].Key().String(), Node: pods[0].Node}
 	}
 	for _, n := range e.snapshot.Nodes {
 		isOwn := func(p netip.Prefix) bool { return podcidr.NodeAddress(p) == a }
@@ -83,14 +105,15 @@ func (e *explainer) side(d direction, subject End) Side {
 	if subject.Pod == "" {
 		return Side{Allowed: true, Because: sideText(d.subject) + " has no pod's address, and policies isolate only pods"}
 	}
-	policies := e.selecting(d, e.pods(d.subject)[0])
+	_, pods := e.at(d.subject)
+	policies := e.selecting(d, pods[0])
 	if len(policies) == 0 {
 		return Side{Allowed: true, Node: subject.Node, Because: "no policy isolates " + subject.Pod + " for " + d.name}
 	}
 	s := Side{Isolated: true, Node: subject.Node}
 	var names, allowing []string
 	for _, p := range policies {
-		judged := Policy{Name: p.Namespace + "/" + p.Name, Rules: []Rule{}}
+		judged := Policy{Name: p.Key().String(), Rules: []Rule{}}
 		names = append(names, judged.Name)
 		for _, r := range d.rules(p) {
 			rule := e.rule(d, p, r)
@@ -115,9 +138,9 @@ func (e *explainer) notes(v Verdict) []string {
 	var notes []string
 	add := func(format string, args ...any) { notes = append(notes, fmt.Sprintf(format, args...)) }
 	for _, side := range []string{"src", "dst"} {
-		a, pods := e.address(side), e.pods(side)
+		a, pods := e.at(side)
 		if len(pods) > 1 {
-			add("%s is claimed by %s and %s; judged as the first", a, nameOf(pods[0]), nameOf(pods[1]))
+			add("%s is claimed by %s and %s; judged as the first", a, pods[0].Key(), pods[1].Key())
 		}
 		if node := e.vacant(a); node != "" {
 			add("%s is in a podCIDR of node %s, but no pod has it%s: nothing answers there", a, node, e.left(a))
@@ -135,7 +158,7 @@ func (e *explainer) notes(v Verdict) []string {
 
 // vacant returns the node in whose podCIDRs an address lies that nobody has; empty for every other address.
 func (e *explainer) vacant(a netip.Addr) string {
-	if e.end(a, e.at(a)) != (End{}) {
+	if e.end(a, podsAt(e.snapshot, a)) != (End{}) {
 		return ""
 	}
 	for _, n := range e.snapshot.Nodes {
@@ -151,7 +174,7 @@ func (e *explainer) left(a netip.Addr) string {
 	for i := range e.snapshot.Pods {
 		pod := &e.snapshot.Pods[i]
 		if pod.Finished && slices.Contains(pod.Addresses, a) {
-			return " any more (" + nameOf(pod) + " has finished)"
+			return " any more (" + pod.Key().String() + " has finished)"
 		}
 	}
 	return ""
@@ -172,21 +195,6 @@ func (e *explainer) tunnelAddress(end End) netip.Addr {
 	return netip.Addr{}
 }
 
-// pods and address return what is on a side of the flow, which is named as in a direction.
-func (e *explainer) pods(side string) []*cluster.Pod {
-	if side == "src" {
-		return e.src
-	}
-	return e.dst
-}
-
-func (e *explainer) address(side string) netip.Addr {
-	if side == "src" {
-		return e.flow.Src
-	}
-	return e.flow.Dst
-}
-
 // sideText says a side of the flow, without its address, so that verdicts of both families read alike.
 func sideText(side string) string {
 	if side == "src" {
@@ -194,6 +202,3 @@ func sideText(side string) string {
 	}
 	return "the destination"
 }
-
-// nameOf is a pod's namespace and name.
-func nameOf(pod *cluster.Pod) string { return pod.Namespace + "/" + pod.Name }
