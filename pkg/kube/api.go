@@ -42,12 +42,9 @@ type API struct {
 	informers map[string]cache.SharedIndexInformer // by resource
 	handlers  []cache.DoneChecker
 
-	mu         sync.Mutex
-	nodes      table[cluster.Node]
-	namespaces table[cluster.Namespace]
-	pods       table[cluster.Pod]
-	policies   table[cluster.Policy]
-	problems   map[object][]cluster.Problem
+	mu       sync.Mutex
+	store    store
+	problems map[object][]cluster.Problem
 	// fetched holds the resource version of objects that were read beside the informers, which have not reached it yet.
 	fetched map[object]string
 }
@@ -55,23 +52,22 @@ type API struct {
 // object names a converted object of any kind.
 type object struct {
 	resource string
-	key
+	cluster.Key
 }
 
 // String renders the name for messages.
 func (o object) String() string {
-	if o.namespace == "" {
-		return o.resource + "/" + o.name
+	if o.Namespace == "" {
+		return o.resource + "/" + o.Name
 	}
-	return o.resource + "/" + o.namespace + "/" + o.name
+	return o.resource + "/" + o.Namespace + "/" + o.Name
 }
 
 // NewAPI returns the source of the node called self. Nothing is read before Run.
 func NewAPI(config *rest.Config, self string, log *slog.Logger) (*API, error) {
 	a := &API{
 		signals: newSignals(), self: self, log: log, informers: make(map[string]cache.SharedIndexInformer),
-		nodes: newTable(nodeKey), namespaces: newTable(namespaceKey), pods: newTable(podKey), policies: newTable(policyKey),
-		problems: make(map[object][]cluster.Problem), fetched: make(map[object]string),
+		store: newStore(), problems: make(map[object][]cluster.Problem), fetched: make(map[object]string),
 	}
 	a.reach = newReach(a.notify)
 	clients, err := newClients(config, a.reach.wrap)
@@ -80,11 +76,11 @@ func NewAPI(config *rest.Config, self string, log *slog.Logger) (*API, error) {
 	}
 	a.core = clients.core
 	err = errors.Join(
-		follow(a, kind[*corev1.Node, cluster.Node]{clients.core, resourceNodes, &corev1.Node{}, &a.nodes, convertNode}),
-		follow(a, kind[*corev1.Namespace, cluster.Namespace]{clients.core, resourceNamespaces, &corev1.Namespace{}, &a.namespaces, convertNamespace}),
-		follow(a, kind[*corev1.Pod, cluster.Pod]{clients.core, resourcePods, &corev1.Pod{}, &a.pods, convertPod}),
+		follow(a, kind[*corev1.Node, cluster.Node]{clients.core, resourceNodes, &corev1.Node{}, &a.store.nodes, convertNode}),
+		follow(a, kind[*corev1.Namespace, cluster.Namespace]{clients.core, resourceNamespaces, &corev1.Namespace{}, &a.store.namespaces, convertNamespace}),
+		follow(a, kind[*corev1.Pod, cluster.Pod]{clients.core, resourcePods, &corev1.Pod{}, &a.store.pods, convertPod}),
 		follow(a, kind[*networkingv1.NetworkPolicy, cluster.Policy]{
-			clients.networking, resourcePolicies, &networkingv1.NetworkPolicy{}, &a.policies, convertPolicy,
+			clients.networking, resourcePolicies, &networkingv1.NetworkPolicy{}, &a.store.policies, convertPolicy,
 		}),
 	)
 	if err != nil {
@@ -108,17 +104,30 @@ func (a *API) Run(ctx context.Context) error {
 	return nil
 }
 
-// Snapshot returns the state of the cluster and what could not be understood in it.
-func (a *API) Snapshot() (cluster.Snapshot, []cluster.Problem) {
+// Changes returns what changed since the last call; the first one returns everything.
+func (a *API) Changes() cluster.Delta {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.store.changes()
+}
+
+// Problems returns what could not be understood or read.
+func (a *API) Problems() []cluster.Problem {
 	problems := a.reach.problems()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for _, found := range a.problems {
 		problems = append(problems, found...)
 	}
-	return cluster.Snapshot{
-		Self: a.self, Nodes: a.nodes.list(), Namespaces: a.namespaces.list(), Pods: a.pods.list(), Policies: a.policies.list(),
-	}, cluster.SortProblems(problems)
+	return cluster.SortProblems(problems)
+}
+
+// Snapshot returns the state of the cluster and what could not be understood in it. It costs a copy of everything.
+func (a *API) Snapshot() (cluster.Snapshot, []cluster.Problem) {
+	problems := a.Problems()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.store.snapshot(a.self), problems
 }
 
 // setProblems reports whether the object's problems differ from what they were.
@@ -134,9 +143,9 @@ func (a *API) setProblems(name object, problems []cluster.Problem) bool {
 
 // FetchPod reads the pod once from the server when the informer has not brought it yet.
 func (a *API) FetchPod(ctx context.Context, namespace, name, uid string) error {
-	id := object{resourcePods, key{namespace, name}}
+	id := object{resourcePods, cluster.Key{Namespace: namespace, Name: name}}
 	a.mu.Lock()
-	known, ok := a.pods.get(id.key)
+	known, ok := a.store.pods.objects[id.Key]
 	a.mu.Unlock()
 	if ok && isPod(known, uid) {
 		return nil
@@ -150,25 +159,25 @@ func (a *API) FetchPod(ctx context.Context, namespace, name, uid string) error {
 		return fmt.Errorf("reading pod %s/%s: %w", namespace, name, err)
 	}
 	pod, problems := convertPod(trimPod(&read))
-	if !isPod(pod, uid) {
+	if !isPod(&pod, uid) {
 		return fmt.Errorf("reading pod %s/%s: it has uid %s and not %s: %w", namespace, name, pod.UID, uid, errPodUnknown)
 	}
 
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.informerPassed(id.key, read.ResourceVersion) {
+	if a.informerPassed(id.Key, read.ResourceVersion) {
 		return nil
 	}
 	a.fetched[id] = read.ResourceVersion
-	a.pods.set(pod)
+	a.store.pods.set(&pod)
 	a.setProblems(id, problems)
 	a.notify()
 	return nil
 }
 
 // informerPassed is true where the informer holds that state of the pod, or a later one.
-func (a *API) informerPassed(pod key, version string) bool {
-	cached, exists, err := a.informers[resourcePods].GetStore().GetByKey(pod.namespace + "/" + pod.name)
+func (a *API) informerPassed(pod cluster.Key, version string) bool {
+	cached, exists, err := a.informers[resourcePods].GetStore().GetByKey(pod.String())
 	if err != nil || !exists {
 		return false
 	}
@@ -177,7 +186,7 @@ func (a *API) informerPassed(pod key, version string) bool {
 }
 
 // isPod is true where the kubelet's uid means this pod.
-func isPod(pod cluster.Pod, uid string) bool {
+func isPod(pod *cluster.Pod, uid string) bool {
 	return uid == pod.UID || (pod.StaticUID != "" && uid == pod.StaticUID)
 }
 

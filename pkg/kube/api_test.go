@@ -149,7 +149,7 @@ func testAPIFetchPod(t *testing.T, server *apiserver.Server, admin kubernetes.In
 	}
 
 	// An event that is older than the fetched pod, such as the end of an earlier pod with that name, does not touch it.
-	kindOfPods := kind[*corev1.Pod, cluster.Pod]{resource: resourcePods, table: &late.pods, convert: convertPod}
+	kindOfPods := kind[*corev1.Pod, cluster.Pod]{resource: resourcePods, table: &late.store.pods, convert: convertPod}
 	older := newPod("api")
 	older.UID, older.ResourceVersion = "earlier", "1"
 	drop(late, kindOfPods, older)

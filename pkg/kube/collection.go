@@ -9,21 +9,15 @@ import (
 	"github.com/warren-cni/warren/pkg/cluster"
 )
 
-// collection converts the objects of several files into one snapshot.
+// collection converts the objects of several files.
 type collection struct {
-	nodes      table[cluster.Node]
-	namespaces table[cluster.Namespace]
-	pods       table[cluster.Pod]
-	policies   table[cluster.Policy]
-	files      map[object]string
-	problems   []cluster.Problem
+	store
+	files    map[object]string
+	problems []cluster.Problem
 }
 
 func newCollection() *collection {
-	return &collection{
-		nodes: newTable(nodeKey), namespaces: newTable(namespaceKey), pods: newTable(podKey), policies: newTable(policyKey),
-		files: make(map[object]string),
-	}
+	return &collection{store: newStore(), files: make(map[object]string)}
 }
 
 // add converts an object of a file, unless an earlier file has one with that name.
@@ -45,7 +39,7 @@ func (c *collection) add(file string, o apiObject) {
 }
 
 func collect[O apiObject, T any](c *collection, file string, k kind[O, T], o O) {
-	name := object{k.resource, key{o.GetNamespace(), o.GetName()}}
+	name := object{k.resource, keyOf(o)}
 	if first, ok := c.files[name]; ok {
 		c.problems = append(c.problems, cluster.Problem{
 			Code: codeDuplicate, Object: name.String(),
@@ -56,12 +50,6 @@ func collect[O apiObject, T any](c *collection, file string, k kind[O, T], o O) 
 	}
 	c.files[name] = file
 	value, problems := k.convert(o)
-	k.table.set(value)
+	k.table.set(&value)
 	c.problems = append(c.problems, problems...)
-}
-
-func (c *collection) snapshot(self string) cluster.Snapshot {
-	return cluster.Snapshot{
-		Self: self, Nodes: c.nodes.list(), Namespaces: c.namespaces.list(), Pods: c.pods.list(), Policies: c.policies.list(),
-	}
 }

@@ -10,7 +10,6 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -46,7 +45,7 @@ type Directory struct {
 
 	mu       sync.Mutex
 	files    map[string]*file
-	snapshot cluster.Snapshot
+	store    store
 	problems []cluster.Problem
 }
 
@@ -66,7 +65,7 @@ func NewDirectory(path, self string, log *slog.Logger) (*Directory, error) {
 	}
 	return &Directory{
 		signals: newSignals(), path: path, self: self, log: log, decoder: decoder,
-		files: make(map[string]*file), snapshot: cluster.Snapshot{Self: self},
+		files: make(map[string]*file), store: newStore(),
 	}, nil
 }
 
@@ -134,11 +133,25 @@ func (d *Directory) watch(ctx context.Context, watcher *fsnotify.Watcher) error 
 	}
 }
 
+// Changes returns what changed since the last call; the first one returns everything.
+func (d *Directory) Changes() cluster.Delta {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.store.changes()
+}
+
+// Problems returns what could not be understood or read.
+func (d *Directory) Problems() []cluster.Problem {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Clone(d.problems)
+}
+
 // Snapshot returns the objects of all files and what could not be understood in them.
 func (d *Directory) Snapshot() (cluster.Snapshot, []cluster.Problem) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.snapshot, slices.Clone(d.problems)
+	return d.store.snapshot(d.self), slices.Clone(d.problems)
 }
 
 // FetchPod reads the directory again when the pod is not known.
@@ -156,10 +169,10 @@ func (d *Directory) FetchPod(_ context.Context, namespace, name, uid string) err
 }
 
 func (d *Directory) knows(namespace, name, uid string) bool {
-	snapshot, _ := d.Snapshot()
-	return slices.ContainsFunc(snapshot.Pods, func(p cluster.Pod) bool {
-		return p.Namespace == namespace && p.Name == name && isPod(p, uid)
-	})
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	pod, ok := d.store.pods.objects[cluster.Key{Namespace: namespace, Name: name}]
+	return ok && isPod(pod, uid)
 }
 
 // load reads every file that is new or changed, and makes the snapshot of all.
@@ -232,7 +245,7 @@ func readRegular(dir fs.FS, name string) ([]byte, error) {
 	return fs.ReadFile(dir, name)
 }
 
-// assemble makes the snapshot of all files. The first of two objects with one name counts, in the order of file names.
+// assemble takes over the objects of all files. The first of two objects with one name counts, in the order of file names.
 func (d *Directory) assemble() {
 	collected := newCollection()
 	for _, name := range slices.Sorted(maps.Keys(d.files)) {
@@ -245,9 +258,9 @@ func (d *Directory) assemble() {
 			collected.add(name, p)
 		}
 	}
-	snapshot, problems := collected.snapshot(d.self), cluster.SortProblems(collected.problems)
-	if !reflect.DeepEqual(snapshot, d.snapshot) || !slices.Equal(problems, d.problems) {
-		d.snapshot, d.problems = snapshot, problems
+	problems := cluster.SortProblems(collected.problems)
+	if d.store.become(&collected.store) || !slices.Equal(problems, d.problems) {
+		d.problems = problems
 		d.log.Debug("objects changed", "directory", d.path, "files", len(d.files), "problems", len(problems))
 		d.notify()
 	}

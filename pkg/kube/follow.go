@@ -19,6 +19,11 @@ type apiObject interface {
 	runtime.Object
 }
 
+// keyOf returns the object's name.
+func keyOf(o metav1.Object) cluster.Key {
+	return cluster.Key{Namespace: o.GetNamespace(), Name: o.GetName()}
+}
+
 // kind is how the objects of one kind come in: where they are read, and what they become.
 type kind[O apiObject, T any] struct {
 	client   rest.Interface
@@ -54,14 +59,14 @@ func put[O apiObject, T any](a *API, k kind[O, T], raw any) {
 		return
 	}
 	value, problems := k.convert(o)
-	name := object{k.resource, key{o.GetNamespace(), o.GetName()}}
+	name := object{k.resource, keyOf(o)}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.outdated(name, o) {
 		return
 	}
 	delete(a.fetched, name)
-	valueChanged := k.table.set(value)
+	valueChanged := k.table.set(&value)
 	if a.setProblems(name, problems) || valueChanged {
 		a.notify()
 	}
@@ -75,14 +80,14 @@ func drop[O apiObject, T any](a *API, k kind[O, T], raw any) {
 	if !ok {
 		return
 	}
-	name := object{k.resource, key{o.GetNamespace(), o.GetName()}}
+	name := object{k.resource, keyOf(o)}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.outdated(name, o) {
 		return
 	}
 	delete(a.fetched, name)
-	valueChanged := k.table.remove(name.key)
+	valueChanged := k.table.remove(name.Key)
 	if a.setProblems(name, nil) || valueChanged {
 		a.notify()
 	}

@@ -2,93 +2,79 @@ package kube
 
 import (
 	"cmp"
-	"maps"
-	"reflect"
 	"slices"
 
 	"github.com/warren-cni/warren/pkg/cluster"
 )
 
-// key names an object of one kind; the namespace is empty for kinds without one.
-type key struct{ namespace, name string }
-
-func compareKeys(a, b key) int {
-	return cmp.Or(cmp.Compare(a.namespace, b.namespace), cmp.Compare(a.name, b.name))
+func compareKeys(a, b cluster.Key) int {
+	return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
 }
 
-func nodeKey(n cluster.Node) key           { return key{name: n.Name} }
-func namespaceKey(n cluster.Namespace) key { return key{name: n.Name} }
-func podKey(p cluster.Pod) key             { return key{p.Namespace, p.Name} }
-func policyKey(p cluster.Policy) key       { return key{p.Namespace, p.Name} }
-
-// table holds the converted objects of one kind as a sorted list that snapshots share, and the changes since that list was
-// made. A change costs a map entry; the next list merges all changes in one pass.
+// table holds the converted objects of one kind, and the names that changed since somebody asked. What is in it is never
+// changed, only replaced, so that it can be handed out.
 type table[T any] struct {
-	keyOf   func(T) key
-	sorted  []T
-	pending map[key]*T // nil: removed
+	keyOf   func(*T) cluster.Key
+	equal   func(a, b *T) bool
+	objects map[cluster.Key]*T
+	changed map[cluster.Key]struct{}
 }
 
-func newTable[T any](keyOf func(T) key) table[T] {
-	return table[T]{keyOf: keyOf, pending: make(map[key]*T)}
-}
-
-func (t *table[T]) get(k key) (T, bool) {
-	if value, ok := t.pending[k]; ok {
-		if value == nil {
-			var none T
-			return none, false
-		}
-		return *value, true
-	}
-	i, ok := slices.BinarySearchFunc(t.sorted, k, func(v T, k key) int { return compareKeys(t.keyOf(v), k) })
-	if !ok {
-		var none T
-		return none, false
-	}
-	return t.sorted[i], true
+func newTable[T any](keyOf func(*T) cluster.Key, equal func(a, b *T) bool) table[T] {
+	return table[T]{keyOf: keyOf, equal: equal, objects: make(map[cluster.Key]*T), changed: make(map[cluster.Key]struct{})}
 }
 
 // set reports whether the value differs from the one that was there.
-func (t *table[T]) set(value T) bool {
+func (t *table[T]) set(value *T) bool {
 	k := t.keyOf(value)
-	old, ok := t.get(k)
-	if ok && reflect.DeepEqual(old, value) {
+	if old, ok := t.objects[k]; ok && t.equal(old, value) {
 		return false
 	}
-	t.pending[k] = &value
+	t.objects[k] = value
+	t.changed[k] = struct{}{}
 	return true
 }
 
 // remove reports whether there was such an object.
-func (t *table[T]) remove(k key) bool {
-	_, ok := t.get(k)
-	if ok {
-		t.pending[k] = nil
+func (t *table[T]) remove(k cluster.Key) bool {
+	if _, ok := t.objects[k]; !ok {
+		return false
 	}
-	return ok
+	delete(t.objects, k)
+	t.changed[k] = struct{}{}
+	return true
 }
 
-// list returns all objects, sorted. The list is never changed afterwards.
+// become makes the table hold what another one holds, and reports whether that changed anything.
+func (t *table[T]) become(other *table[T]) bool {
+	changed := false
+	for k := range t.objects {
+		if _, stays := other.objects[k]; !stays {
+			changed = t.remove(k) || changed
+		}
+	}
+	for _, value := range other.objects {
+		changed = t.set(value) || changed
+	}
+	return changed
+}
+
+// drain returns what changed since the last call: the objects as they are now, nil for those that are gone.
+func (t *table[T]) drain() map[cluster.Key]*T {
+	changes := make(map[cluster.Key]*T, len(t.changed))
+	for k := range t.changed {
+		changes[k] = t.objects[k]
+	}
+	t.changed = make(map[cluster.Key]struct{})
+	return changes
+}
+
+// list returns all objects, sorted.
 func (t *table[T]) list() []T {
-	if len(t.pending) == 0 {
-		return t.sorted
+	list := make([]T, 0, len(t.objects))
+	for _, value := range t.objects {
+		list = append(list, *value)
 	}
-	merged := make([]T, 0, len(t.sorted)+len(t.pending))
-	rest := t.sorted
-	for _, k := range slices.SortedFunc(maps.Keys(t.pending), compareKeys) {
-		before, same := slices.BinarySearchFunc(rest, k, func(v T, k key) int { return compareKeys(t.keyOf(v), k) })
-		merged = append(merged, rest[:before]...)
-		if same {
-			before++
-		}
-		rest = rest[before:]
-		if value := t.pending[k]; value != nil {
-			merged = append(merged, *value)
-		}
-	}
-	merged = append(merged, rest...)
-	t.sorted = merged
-	clear(t.pending)
-	return t.sorted
+	slices.SortFunc(list, func(a, b T) int { return compareKeys(t.keyOf(&a), t.keyOf(&b)) })
+	return list
 }
