@@ -57,7 +57,7 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 	if n.filter, err = firewall.New(firewall.Options{Log: log, Admit: n.admit}); err != nil {
 		return err
 	}
-	n.loop = reconcile.New(n.step, resync)
+	n.loop = reconcile.New(n.step, resync, n.clock)
 	log.Info("starting", "version", version, "node", o.nodeName, "encryption", o.encryption, "public_key", publicKey(key))
 	return n.serve(ctx)
 }

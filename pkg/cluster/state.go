@@ -52,8 +52,16 @@ func NewState(self string) *State {
 	}
 }
 
-// Update takes in what changed in the cluster.
-func (s *State) Update(d Delta) Bound {
+// Attachments are news of the attachments of the own node.
+type Attachments struct {
+	List []Attachment
+	// All says that there are no others. Otherwise they are new ones: each takes the place of one that had its container and
+	// interface, or one of its addresses.
+	All bool
+}
+
+// Update takes in what changed in the cluster and on the node.
+func (s *State) Update(d Delta, a Attachments) Bound {
 	again := map[Key]bool{} // pods to bind
 	for name, node := range d.Nodes {
 		for _, of := range s.rehomed(name, node) {
@@ -72,6 +80,13 @@ func (s *State) Update(d Delta) Bound {
 	for key, pod := range d.Pods {
 		s.replace(key, pod)
 		again[key] = true
+	}
+	if a.All {
+		s.attachAll(a.List, again)
+	} else {
+		for _, one := range a.List {
+			s.attach(one, again)
+		}
 	}
 	b := s.bind(again)
 	b.Nodes, b.Namespaces, b.Policies = d.Nodes, d.Namespaces, d.Policies
@@ -132,14 +147,13 @@ func (s *State) replace(key Key, pod *Pod) {
 	s.byNode[pod.Node][key] = old
 }
 
-// Attach takes in all attachments of the own node. Those that it had and that are not among them are gone.
-func (s *State) Attach(attachments []Attachment) Bound {
+// attachAll sets the attachments and notes the pods that it concerns.
+func (s *State) attachAll(attachments []Attachment, again map[Key]bool) {
 	before := s.attachments
 	s.attachments = make(map[Key][]Attachment, len(attachments))
 	for _, a := range attachments {
 		s.hold(a)
 	}
-	again := map[Key]bool{}
 	for key, had := range before {
 		if !slices.EqualFunc(had, s.attachments[key], Attachment.Equal) {
 			again[key] = true
@@ -150,28 +164,30 @@ func (s *State) Attach(attachments []Attachment) Bound {
 			again[key] = true
 		}
 	}
-	return s.bind(again)
 }
 
-// AttachOne takes in one more attachment. One that had its container and interface, or one of its addresses, is gone.
-func (s *State) AttachOne(a Attachment) Bound {
-	again := map[Key]bool{{a.Namespace, a.Name}: true}
+// attach adds an attachment and notes the pods that it concerns.
+func (s *State) attach(a Attachment, again map[Key]bool) {
+	holdsOne := func(old Attachment) bool {
+		return slices.ContainsFunc(old.Addresses, func(x netip.Addr) bool { return slices.Contains(a.Addresses, x) })
+	}
 	for key, have := range s.attachments {
-		kept := slices.DeleteFunc(slices.Clone(have), func(old Attachment) bool {
-			return old.Holder() == a.Holder() || slices.ContainsFunc(old.Addresses, func(x netip.Addr) bool { return slices.Contains(a.Addresses, x) })
-		})
-		if len(kept) < len(have) {
-			again[key] = true
+		kept := slices.DeleteFunc(slices.Clone(have), func(old Attachment) bool { return old.Holder() == a.Holder() || holdsOne(old) })
+		switch {
+		case len(kept) == len(have):
+			continue
+		case len(kept) == 0:
+			delete(s.attachments, key)
+		default:
 			s.attachments[key] = kept
 		}
-		if len(kept) == 0 {
-			delete(s.attachments, key)
-		}
+		again[key] = true
 	}
 	s.hold(a)
-	return s.bind(again)
+	again[Key{a.Namespace, a.Name}] = true
 }
 
+// hold adds an attachment to those of its pod.
 func (s *State) hold(a Attachment) {
 	key := Key{a.Namespace, a.Name}
 	s.attachments[key] = append(s.attachments[key], a)

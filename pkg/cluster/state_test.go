@@ -55,13 +55,25 @@ func delta(objects ...any) cluster.Delta {
 // started is a node a with a peer b and the pods given.
 func started(pods ...*cluster.Pod) *cluster.State {
 	s := cluster.NewState("a")
-	s.Update(delta(node("a", "10.1.0.0/24"), node("b", "10.2.0.0/24")))
+	update(s, delta(node("a", "10.1.0.0/24"), node("b", "10.2.0.0/24")))
 	d := cluster.NewDelta()
 	for _, p := range pods {
 		d.Pods[p.Key()] = p
 	}
-	s.Update(d)
+	update(s, d)
 	return s
+}
+
+func update(s *cluster.State, d cluster.Delta) cluster.Bound {
+	return s.Update(d, cluster.Attachments{})
+}
+
+func attach(s *cluster.State, a cluster.Attachment) cluster.Bound {
+	return s.Update(cluster.NewDelta(), cluster.Attachments{List: []cluster.Attachment{a}})
+}
+
+func attachAll(s *cluster.State, all []cluster.Attachment) cluster.Bound {
+	return s.Update(cluster.NewDelta(), cluster.Attachments{List: all, All: true})
 }
 
 // addressesOf returns what a state says of a pod.
@@ -81,14 +93,14 @@ func TestRemotePodHasOnlyAddressesOfItsNode(t *testing.T) {
 	if got := addressesOf(t, s, "web"); !slices.Equal(got, []netip.Addr{addr("10.2.0.7")}) {
 		t.Errorf("addresses %v", got)
 	}
-	b := s.Update(delta(node("b", "192.0.2.0/24")))
+	b := update(s, delta(node("b", "192.0.2.0/24")))
 	if got := addressesOf(t, s, "web"); !slices.Equal(got, []netip.Addr{addr("192.0.2.1")}) {
 		t.Errorf("addresses %v after the node's podCIDR changed", got)
 	}
 	if len(b.Pods) != 1 {
 		t.Errorf("the delta names %d pods", len(b.Pods))
 	}
-	s.Update(delta(node("a", "192.0.2.0/24")))
+	update(s, delta(node("a", "192.0.2.0/24")))
 	if got := addressesOf(t, s, "web"); len(got) != 0 {
 		t.Errorf("addresses %v, which are the own node's", got)
 	}
@@ -99,18 +111,18 @@ func TestLocalPodHasItsAttachmentsAddresses(t *testing.T) {
 	if got := addressesOf(t, s, "web"); len(got) != 0 {
 		t.Errorf("addresses %v before it was attached", got)
 	}
-	b := s.AttachOne(attachment("c1", "web", "another", "10.1.0.5"))
+	b := attach(s, attachment("c1", "web", "another", "10.1.0.5"))
 	if len(b.Opened) > 0 || len(b.Pods) > 0 {
 		t.Errorf("an attachment of another pod of that name opened %v", b.Opened)
 	}
-	b = s.AttachOne(attachment("c2", "web", "uid-web", "10.1.0.6"))
+	b = attach(s, attachment("c2", "web", "uid-web", "10.1.0.6"))
 	if !slices.Equal(b.Opened, []netip.Addr{addr("10.1.0.6")}) || len(b.Pods) != 1 {
 		t.Errorf("opened %v, pods %v", b.Opened, b.Pods)
 	}
 	if got := s.Open()[addr("10.1.0.6")]; got != (cluster.Holder{ContainerID: "c2", Interface: "eth0"}) {
 		t.Errorf("held by %v", got)
 	}
-	b = s.Update(cluster.Delta{Pods: map[cluster.Key]*cluster.Pod{{Namespace: "shop", Name: "web"}: nil}})
+	b = update(s, cluster.Delta{Pods: map[cluster.Key]*cluster.Pod{{Namespace: "shop", Name: "web"}: nil}})
 	if !slices.Equal(b.Closed, []netip.Addr{addr("10.1.0.6")}) || len(s.Open()) != 0 {
 		t.Errorf("closed %v when the pod was gone, still open: %v", b.Closed, s.Open())
 	}
@@ -120,17 +132,17 @@ func TestStaticPodIsKnownByItsOtherUID(t *testing.T) {
 	static := pod("proxy", "a")
 	static.StaticUID = "hash"
 	s := started(static)
-	if b := s.AttachOne(attachment("c", "proxy", "hash", "10.1.0.5")); len(b.Opened) != 1 {
+	if b := attach(s, attachment("c", "proxy", "hash", "10.1.0.5")); len(b.Opened) != 1 {
 		t.Errorf("opened %v", b.Opened)
 	}
 }
 
 func TestFinishedPodIsClosed(t *testing.T) {
 	s := started(pod("job", "a"))
-	s.AttachOne(attachment("c", "job", "uid-job", "10.1.0.5"))
+	attach(s, attachment("c", "job", "uid-job", "10.1.0.5"))
 	done := pod("job", "a")
 	done.Finished = true
-	b := s.Update(delta(done))
+	b := update(s, delta(done))
 	if !slices.Equal(b.Closed, []netip.Addr{addr("10.1.0.5")}) || len(addressesOf(t, s, "job")) != 0 {
 		t.Errorf("closed %v", b.Closed)
 	}
@@ -139,16 +151,16 @@ func TestFinishedPodIsClosed(t *testing.T) {
 // The address of a pod that was restarted with another container is opened again: the plugin has closed the gate for it.
 func TestAnotherHolderOpensAgain(t *testing.T) {
 	s := started(pod("web", "a"), pod("api", "a"))
-	s.AttachOne(attachment("c1", "web", "uid-web", "10.1.0.5"))
-	b := s.AttachOne(attachment("c2", "web", "uid-web", "10.1.0.5"))
+	attach(s, attachment("c1", "web", "uid-web", "10.1.0.5"))
+	b := attach(s, attachment("c2", "web", "uid-web", "10.1.0.5"))
 	if !slices.Equal(b.Opened, []netip.Addr{addr("10.1.0.5")}) || len(b.Closed) > 0 {
 		t.Errorf("opened %v, closed %v", b.Opened, b.Closed)
 	}
-	b = s.AttachOne(attachment("c3", "api", "uid-api", "10.1.0.5"))
+	b = attach(s, attachment("c3", "api", "uid-api", "10.1.0.5"))
 	if !slices.Equal(b.Opened, []netip.Addr{addr("10.1.0.5")}) || len(addressesOf(t, s, "web")) != 0 {
 		t.Errorf("opened %v, and the pod before has %v", b.Opened, addressesOf(t, s, "web"))
 	}
-	b = s.Attach(nil)
+	b = attachAll(s, nil)
 	if !slices.Equal(b.Closed, []netip.Addr{addr("10.1.0.5")}) || len(b.Opened) > 0 {
 		t.Errorf("closed %v, opened %v", b.Closed, b.Opened)
 	}
@@ -157,11 +169,11 @@ func TestAnotherHolderOpensAgain(t *testing.T) {
 func TestNothingNewIsNoChange(t *testing.T) {
 	s := started(pod("web", "a"), pod("remote", "b", "10.1.0.9", "10.2.0.9"))
 	attachments := []cluster.Attachment{attachment("c1", "web", "uid-web", "10.1.0.5")}
-	s.Attach(attachments)
-	if b := s.Attach(slices.Clone(attachments)); !b.Empty() || len(b.Opened)+len(b.Closed) > 0 {
+	attachAll(s, attachments)
+	if b := attachAll(s, slices.Clone(attachments)); !b.Empty() || len(b.Opened)+len(b.Closed) > 0 {
 		t.Errorf("the same attachments gave %+v", b)
 	}
-	b := s.Update(delta(node("b", "10.2.0.0/24")))
+	b := update(s, delta(node("b", "10.2.0.0/24")))
 	if len(b.Pods) > 0 || len(b.Nodes) != 1 {
 		t.Errorf("a node of the same podCIDR gave %+v", b)
 	}
@@ -181,32 +193,32 @@ func TestOrderDoesNotMatter(t *testing.T) {
 			case 0:
 				n := node([]string{"a", "b"}[random.IntN(2)], fmt.Sprintf("10.%d.0.0/24", random.IntN(3)))
 				end.Nodes[n.Name] = n
-				s.Update(delta(n))
+				update(s, delta(n))
 			case 1:
 				p := pod(name, []string{"a", "b"}[random.IntN(2)], fmt.Sprintf("10.%d.0.%d", random.IntN(3), random.IntN(5)))
 				p.Finished, p.HostNetwork = random.IntN(4) == 0, random.IntN(4) == 0
 				end.Pods[p.Key()] = p
-				s.Update(delta(p))
+				update(s, delta(p))
 			case 2:
 				gone := cluster.NewDelta()
 				key := cluster.Key{Namespace: "shop", Name: name}
 				gone.Pods[key], end.Pods[key] = nil, nil
-				s.Update(gone)
+				update(s, gone)
 			case 3:
 				a := attachment(fmt.Sprint(random.Uint64()), name, "uid-"+name, fmt.Sprintf("10.1.0.%d", random.IntN(5)))
 				attachments = slices.DeleteFunc(attachments, func(old cluster.Attachment) bool { return old.Addresses[0] == a.Addresses[0] })
 				attachments = append(attachments, a)
-				s.AttachOne(a)
+				attach(s, a)
 			default:
 				if len(attachments) > 0 {
 					attachments = attachments[1:]
 				}
-				s.Attach(attachments)
+				attachAll(s, attachments)
 			}
 		}
 		fresh := cluster.NewState("a")
-		fresh.Attach(attachments)
-		fresh.Update(end)
+		attachAll(fresh, attachments)
+		update(fresh, end)
 		if diff := cmp.Diff(fresh.Snapshot(), s.Snapshot(), cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
 			cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), emptyIsNil()); diff != "" {
 			t.Fatalf("fresh and grown state differ:\n%s", diff)

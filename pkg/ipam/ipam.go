@@ -203,6 +203,11 @@ func (s *Store) Freeze(do func(holder func(netip.Addr) (Owner, bool)) error) err
 	return errors.Join(err, unlock())
 }
 
+// Get returns the lease of an attachment. The error is fs.ErrNotExist where it has none.
+func (s *Store) Get(containerID, ifname string) (Lease, error) {
+	return s.read(attachment(containerID, ifname))
+}
+
 // Held returns the addresses of an attachment: those of its lease, or what a killed process left of one.
 func (s *Store) Held(containerID, ifname string) ([]netip.Addr, error) {
 	lease, err := s.read(attachment(containerID, ifname))

@@ -2,7 +2,8 @@
 // and again with growing pauses after an error.
 //
 // One goroutine owns all state: the step runs nowhere else and never twice at a time. Signals that arrive while it
-// runs are coalesced into one further run. An idle loop starts the step at once.
+// runs are coalesced into one further run. An idle loop starts the step at once; under load it pauses after each as long as that
+// took, within bounds, so that what comes in a burst is done together.
 package reconcile
 
 import (
@@ -16,18 +17,29 @@ const (
 	maxBackoff = 10 * time.Second
 )
 
+// The shortest and the longest pause after a step.
+const (
+	minPause = 5 * time.Millisecond
+	maxPause = 20 * time.Millisecond
+)
+
+// auditShare is how many times longer than a full step the time to the next one is at least: on a node where reading the kernel
+// is much work, that work stays a small part of a core.
+const auditShare = 20
+
 // Loop runs a step. Make it with New.
 type Loop struct {
 	step    func(ctx context.Context, full bool) error
 	resync  time.Duration
+	clock   func() time.Time
 	trigger chan struct{}
 	waiters chan chan<- error
 }
 
-// New returns a loop around step, which runs with full == true at the first time, after an error, and every resync: then
-// it trusts nothing that it remembers.
-func New(step func(ctx context.Context, full bool) error, resync time.Duration) *Loop {
-	return &Loop{step: step, resync: resync, trigger: make(chan struct{}, 1), waiters: make(chan chan<- error)}
+// New returns a loop around step, which runs with full == true at the first time, after an error, and every resync (or less
+// often, where full steps take long): then it trusts nothing that it remembers.
+func New(step func(ctx context.Context, full bool) error, resync time.Duration, clock func() time.Time) *Loop {
+	return &Loop{step: step, resync: resync, clock: clock, trigger: make(chan struct{}, 1), waiters: make(chan chan<- error)}
 }
 
 // Trigger asks for a run of the step and returns at once.
@@ -56,7 +68,7 @@ func (l *Loop) Sync(ctx context.Context) error {
 
 // Run runs the loop until the context ends.
 func (l *Loop) Run(ctx context.Context) {
-	audit := time.NewTicker(l.resync)
+	audit := time.NewTimer(l.resync)
 	defer audit.Stop()
 	retry := time.NewTimer(0) // the first run
 	defer retry.Stop()
@@ -77,16 +89,32 @@ func (l *Loop) Run(ctx context.Context) {
 		}
 		waiting = l.collect(waiting)
 
+		began := l.clock()
 		err := l.step(ctx, full)
+		took := l.clock().Sub(began)
 		for _, w := range waiting {
 			w <- err
 		}
-		if err == nil {
-			backoff = minBackoff
-			continue
+		if full {
+			audit.Reset(max(l.resync, auditShare*took))
 		}
-		retry.Reset(backoff)
-		backoff = min(2*backoff, maxBackoff)
+		if err != nil {
+			retry.Reset(backoff)
+			backoff = min(2*backoff, maxBackoff)
+		} else {
+			backoff = minBackoff
+		}
+		pause(ctx, min(max(took, minPause), maxPause))
+	}
+}
+
+// pause waits, unless the context ends.
+func pause(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+	case <-timer.C:
 	}
 }
 

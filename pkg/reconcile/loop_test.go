@@ -57,10 +57,44 @@ func bubble(t *testing.T, r *recorder, test func(t *testing.T, ctx context.Conte
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		l := reconcile.New(r.step, time.Minute)
+		l := reconcile.New(r.step, time.Minute, time.Now)
 		go l.Run(ctx)
+		time.Sleep(time.Second) // from here on it is idle
 		synctest.Wait()
 		test(t, ctx, l)
+	})
+}
+
+func TestCoalescesABurst(t *testing.T) {
+	r := &recorder{}
+	bubble(t, r, func(t *testing.T, _ context.Context, l *reconcile.Loop) {
+		before := r.runs()
+		l.Trigger()
+		synctest.Wait()
+		if r.runs() != before+1 {
+			t.Fatalf("an idle loop made %d runs at once, want 1", r.runs()-before)
+		}
+		for range 100 {
+			l.Trigger()
+			time.Sleep(time.Millisecond)
+		}
+		synctest.Wait()
+		if n := r.runs() - before; n < 100/20 || n > 100/5+2 {
+			t.Fatalf("%d runs for 100 triggers in 100 ms, want one for every 5 to 20 ms", n)
+		}
+	})
+}
+
+func TestLongAuditsAreRare(t *testing.T) {
+	r := &recorder{}
+	bubble(t, r, func(t *testing.T, _ context.Context, _ *reconcile.Loop) {
+		r.set(nil, 10*time.Second)
+		before := r.runs()
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		if n := r.runs() - before; n != 3 { // after one minute, then every 200 s and the 10 s that they take
+			t.Fatalf("%d audits of 10 s in 10 minutes, want 3", n)
+		}
 	})
 }
 
