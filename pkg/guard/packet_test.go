@@ -35,6 +35,11 @@ func with(p trace.Packet, change func(*trace.Packet)) trace.Packet {
 
 func state(s string) func(*trace.Packet) { return func(p *trace.Packet) { p.State = s } }
 
+// cut marks a packet's connection as not allowed any more; others is a mark with every bit but that.
+func cut(p *trace.Packet) { p.Mark = netfilter.CutMark }
+
+func others(p *trace.Packet) { p.Mark = ^uint32(netfilter.CutMark) }
+
 func run(t *testing.T, config guard.Config, steps []step) {
 	t.Helper()
 	filters := load(t, guard.Compile(config))
@@ -93,6 +98,10 @@ func TestForward(t *testing.T) {
 		hook("invalid from a pod", with(route("wrn1", "eth0", "10.244.1.7", "192.0.2.1"), state("INVALID")), "DROP"),
 		hook("untracked from a pod", with(route("wrn1", "eth0", "10.244.1.7", "192.0.2.1"), state("UNTRACKED")), "DROP"),
 		hook("established", with(route("wrn1", "eth0", "10.244.1.7", "192.0.2.1"), state("ESTABLISHED")), ""),
+		hook("established, but cut", with(with(route("wrn1", "eth0", "10.244.1.7", "192.0.2.1"), state("ESTABLISHED")), cut), "DROP"),
+		hook("its other direction", with(with(route("eth0", "wrn1", "192.0.2.1", "10.244.1.7"), state("ESTABLISHED")), cut), "DROP"),
+		hook("an error about it", with(with(route("eth0", "wrn1", "192.0.2.1", "10.244.1.7"), state("RELATED")), cut), "DROP"),
+		hook("another program's mark", with(with(route("wrn1", "eth0", "10.244.1.7", "192.0.2.1"), state("ESTABLISHED")), others), ""),
 		hook("another program's", with(route("docker0", "eth0", "172.17.0.2", "192.0.2.1"), state("INVALID")), ""),
 		hook("another host that routes through the node", route("eth0", "warren0", "2001:db8::1", "fd00:10:244:2::9"), ""),
 		hook("another host with the node's address", with(route("eth0", "warren0", "2001:db8::1", "fd00:10:244:2::9"),

@@ -1,6 +1,7 @@
 package guard
 
 import (
+	"fmt"
 	"net/netip"
 	"strings"
 
@@ -67,10 +68,13 @@ func (p plan) forward() []netfilter.Rule {
 			rule("segments that fit the tunnel", "-i "+link+clamp))
 	}
 	ready := netfilter.ReadySet(p.family)
+	cut := fmt.Sprintf("-m connmark --mark %#x/%#x -j DROP", netfilter.CutMark, netfilter.CutMark)
 	return append(rules,
 		rule("not a pod's traffic", "! -i wrn+ ! -o wrn+ -j RETURN"),
 		rule("start gate", "-i wrn+ -m set ! --match-set "+ready+" src -j DROP"),
 		rule("start gate", "-o wrn+ -m set ! --match-set "+ready+" dst -j DROP"),
+		// Both ways, and the errors of ICMP that belong to it: they carry the mark of the connection that they are about.
+		rule("not allowed any more", cut),
 		// They would not be translated, and leave with the pod's address.
 		rule("no connection to judge by", "-i wrn+ -m conntrack --ctstate INVALID,UNTRACKED -j DROP"),
 		rule("allowed when it began", "-m conntrack --ctstate ESTABLISHED,RELATED -j RETURN"),

@@ -24,7 +24,7 @@ func (p *ruleParser) option() error {
 	p.words = p.words[1:]
 	arguments, known := map[string]int{
 		"!": 0, "-m": 1, "--comment": 1, "-i": 1, "-o": 1, "-s": 1, "-d": 1, "-p": 1, "--dport": 1, "--match-set": 2, "--ctstate": 1,
-		"--invert": 0, "--syn": 0, "--tcp-flags": 2, "--src-type": 1, "-j": 1, "-g": 1,
+		"--invert": 0, "--syn": 0, "--tcp-flags": 2, "--src-type": 1, "--mark": 1, "-j": 1, "-g": 1,
 	}[word]
 	if !known {
 		return fmt.Errorf("the word %q is unknown", word)
@@ -46,7 +46,7 @@ func (p *ruleParser) option() error {
 func (p *ruleParser) apply(word string, args []string) error {
 	switch word {
 	case "-m":
-		if !slices.Contains([]string{"comment", "set", "conntrack", "rpfilter", "addrtype"}, args[0]) {
+		if !slices.Contains([]string{"comment", "set", "conntrack", "rpfilter", "addrtype", "connmark"}, args[0]) {
 			return fmt.Errorf("the match %q is unknown", args[0])
 		}
 		p.modules = append(p.modules, args[0])
@@ -183,6 +183,8 @@ func (p *ruleParser) state(word string, args []string) error {
 		}
 		p.add(func(_ *Filter, packet Packet) bool { return packet.FromNode })
 		return p.needs("addrtype", nil)
+	case "--mark":
+		return p.needs("connmark", p.connmark(args[0]))
 	}
 	states := strings.Split(args[0], ",")
 	for _, s := range states {
@@ -194,6 +196,18 @@ func (p *ruleParser) state(word string, args []string) error {
 		return slices.Contains(states, packet.State) || packet.DNAT && slices.Contains(states, "DNAT")
 	})
 	return p.needs("conntrack", nil)
+}
+
+// connmark reads a mark and the mask of the bits that it is compared in.
+func (p *ruleParser) connmark(text string) error {
+	markText, maskText, _ := strings.Cut(text, "/")
+	mark, markErr := strconv.ParseUint(markText, 0, 32)
+	mask, maskErr := strconv.ParseUint(maskText, 0, 32)
+	if markErr != nil || maskErr != nil || mark&^mask != 0 {
+		return fmt.Errorf("%q is no mark with a mask", text)
+	}
+	p.add(func(_ *Filter, packet Packet) bool { return uint64(packet.Mark)&mask == mark })
+	return nil
 }
 
 // target reads a target with its arguments, which end the rule.

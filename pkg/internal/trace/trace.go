@@ -24,6 +24,8 @@ type Packet struct {
 	Flags string
 	// State is conntrack's: "NEW", "ESTABLISHED", "RELATED", "INVALID" or "UNTRACKED".
 	State string
+	// Mark is that of the packet's connection.
+	Mark uint32
 	// DNAT says that the connection's destination was translated.
 	DNAT bool
 	// Spoofed says that the route back to the source does not go out of In.

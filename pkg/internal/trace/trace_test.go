@@ -19,6 +19,9 @@ func TestRefusesTheUnknown(t *testing.T) {
 	for _, line := range []string{
 		"-A WARREN-A --frobnicate -j DROP",
 		"-A WARREN-A -m mark --mark 1 -j DROP",
+		"-A WARREN-A --mark 1/1 -j DROP",
+		"-A WARREN-A -m connmark --mark 1 -j DROP",
+		"-A WARREN-A -m connmark --mark 2/1 -j DROP",
 		"-A WARREN-A -p igmp -j DROP",
 		"-A WARREN-A --dport 80 -j DROP",
 		"-A WARREN-A -p tcp --dport 90:80 -j DROP",
@@ -65,6 +68,7 @@ func TestWalk(t *testing.T) {
 	filter, err := trace.Parse("create WARREN-S hash:ip,port family inet\nadd WARREN-S 10.0.0.2,udp:53\n" + text(
 		"-A WARREN-A -i wrn+ -s 10.0.0.1 -d 10.0.0.0/24 -p tcp --dport 80:90 -j DROP",
 		`-A WARREN-A -m comment --comment "HASH to the set" -p udp -m set --match-set WARREN-S dst,dst -j DROP`,
+		"-A WARREN-A -m connmark --mark 0x2/0x6 -j DROP",
 		"-A WARREN-A -p tcp --dport 22 -j WARREN-B",
 		"-A WARREN-A -p tcp --dport 23 -g WARREN-B",
 		"-A WARREN-A -p sctp ! --dport 1 -j DROP",
@@ -90,6 +94,8 @@ func TestWalk(t *testing.T) {
 		{"beyond the range", func(p *trace.Packet) { p.DstPort = 91 }, "ACCEPT"},
 		{"in the set", func(p *trace.Packet) { p.Protocol, p.DstPort = "udp", 53 }, "DROP"},
 		{"another port than in the set", func(p *trace.Packet) { p.Protocol, p.DstPort = "udp", 54 }, ""},
+		{"marked", func(p *trace.Packet) { p.DstPort, p.Mark = 91, 3 }, "DROP"},
+		{"marked otherwise", func(p *trace.Packet) { p.DstPort, p.Mark = 91, 6 }, "ACCEPT"},
 		{"negated, does not hold", func(p *trace.Packet) { p.Protocol, p.DstPort = "sctp", 1 }, ""},
 		{"negated, holds", func(p *trace.Packet) { p.Protocol, p.DstPort = "sctp", 2 }, "DROP"},
 		{"jump, returns to the caller", func(p *trace.Packet) { p.DstPort = 22 }, "ACCEPT"},
