@@ -54,7 +54,7 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 		uplinkMTU: wgdevice.UplinkMTU,
 		stepped:   make(chan struct{}),
 	}
-	if n.filter, err = firewall.New(firewall.Options{Log: log, Admit: n.admit}); err != nil {
+	if n.filter, err = firewall.New(ctx, firewall.Options{Log: log, Admit: n.admit}); err != nil {
 		return err
 	}
 	n.loop = reconcile.New(n.step, resync, n.clock)

@@ -71,7 +71,7 @@ func BenchmarkAdopt(b *testing.B) {
 
 func onBench(b *testing.B) *Firewall {
 	b.Helper()
-	w, err := New(newNode(b, "").options())
+	w, err := New(b.Context(), newNode(b, "").options())
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -11,51 +11,70 @@ import (
 	"github.com/warren-cni/warren/pkg/netfilter"
 )
 
-// Cleanup removes every hook, chain and set of ours, in both families and all tables, and every rule that jumps to a chain
-// of ours, which could not stand without it. It goes on after an error and returns all of them joined.
+// Cleanup removes every hook, chain and set of ours, in both backends and families and all tables, and every rule that jumps to a
+// chain of ours, which could not stand without it. It goes on after an error and returns all of them joined.
 func Cleanup(ctx context.Context, log *slog.Logger) error {
-	return cleanup(ctx, Options{Log: log})
-}
-
-func cleanup(ctx context.Context, o Options) error {
-	w, err := New(o)
+	suites, err := findSuites(programs{}, "")
 	if err != nil {
 		return err
 	}
-	a := &apply{Firewall: w}
 	var errs []error
-	for _, f := range netfilter.Families {
-		// What opens goes before what closes.
-		for _, p := range slices.Backward(places(f)) {
-			errs = append(errs, a.clean(ctx, p))
+	for _, backend := range []string{nft, legacy} {
+		if err := suites[backend].clean(ctx, log); err != nil {
+			errs = append(errs, fmt.Errorf("removing rules by iptables-%s: %w", backend, err))
 		}
 	}
-	all, err := w.sets.List("")
-	errs = append(errs, err, each(slices.Sorted(maps.Keys(all)), w.sets.Destroy))
+	sets := kernelSets{}
+	all, err := sets.List("")
+	errs = append(errs, err, each(slices.Sorted(maps.Keys(all)), sets.Destroy))
+	return errors.Join(errs...)
+}
+
+// retire removes what is left of ours in the backend that is not used, where it stands since another was chosen. That is done
+// once all stands in this one: until then the old rules hold. What fails is tried again by the next Apply.
+func (w *Firewall) retire(ctx context.Context) {
+	if w.abandoned == nil {
+		return
+	}
+	if err := w.abandoned.clean(ctx, w.log); err != nil {
+		w.log.Warn("leaving rules behind in the backend of iptables that is not used", "used", w.backend, "error", err)
+		return
+	}
+	w.abandoned = nil
+}
+
+// clean removes all chains of ours, and what jumps to them, from the tables of a backend.
+func (s suite) clean(ctx context.Context, log *slog.Logger) error {
+	var errs []error
+	for _, f := range netfilter.Families {
+		t := s[f]
+		if t == nil {
+			continue
+		}
+		saved, err := t.readAll(ctx)
+		errs = append(errs, err)
+		// What opens goes before what closes.
+		for _, p := range slices.Backward(places(f)) {
+			if err := t.clean(ctx, p, parseTable(saved[p.table]), log); err != nil {
+				errs = append(errs, fmt.Errorf("cleaning %s: %w", p, err))
+			}
+		}
+	}
 	return errors.Join(errs...)
 }
 
 // clean removes everything of ours from one table.
-func (a *apply) clean(ctx context.Context, p place) error {
-	t, err := a.readTable(ctx, p)
-	if err != nil {
-		return err
-	}
+func (t *tools) clean(ctx context.Context, p place, have *table, log *slog.Logger) error {
 	var errs []error
-	for _, name := range slices.Sorted(maps.Keys(t.others)) {
-		errs = append(errs, a.unhook(p, name, t.others[name]))
+	for _, name := range slices.Sorted(maps.Keys(have.others)) {
+		jumps := slices.DeleteFunc(slices.Clone(have.others[name]), func(rule string) bool { return !ours(jumpTarget(rule)) })
+		errs = append(errs, each(jumps, func(rule string) error {
+			log.Info("removing a jump", "table", p.table, "family", p.family.String(), "chain", name, "rule", rule)
+			return hookOp{kind: deleteOne, chain: name, rule: rule}.do(t.jumps, p.table)
+		}))
 	}
-	return errors.Join(append(errs, a.collectChains(ctx, p, &netfilter.Rules{}))...)
-}
-
-// unhook removes the rules of a chain that jump to a chain of ours.
-func (a *apply) unhook(p place, chain string, rules []string) error {
-	jumps := slices.DeleteFunc(slices.Clone(rules), func(rule string) bool { return !ours(jumpTarget(rule)) })
-	return each(jumps, func(rule string) error {
-		if err := (hookOp{kind: deleteOne, chain: chain, rule: rule}).do(a.tools[p.family].jumps, p.table); err != nil {
-			return fmt.Errorf("removing rule %q from %s of %s: %w", rule, chain, p, err)
-		}
-		a.log.Info("removed a jump", "table", p.table, "family", p.family.String(), "chain", chain, "rule", rule)
-		return nil
-	})
+	if names := have.leftOver(nil); len(names) > 0 {
+		errs = append(errs, t.write(ctx, netfilter.Delta{Table: p.table, Delete: names}.Render()))
+	}
+	return errors.Join(errs...)
 }

@@ -127,7 +127,7 @@ func TestRefusedChainsAreClosed(t *testing.T) {
 				// Another rule is a new chance.
 				n.apply(w, groups(nil))
 				n.applyClosing(w, groups(wrong), bad...)
-				if err := cleanup(t.Context(), n.options()); err != nil {
+				if err := Cleanup(t.Context(), n.options().Log); err != nil {
 					t.Fatal(err)
 				}
 			}

@@ -114,7 +114,7 @@ func TestWarningIsAnError(t *testing.T) {
 
 func TestMissingProgramIsNamed(t *testing.T) {
 	t.Setenv("PATH", t.TempDir())
-	_, err := New(newNode(t, "").options())
+	_, err := New(t.Context(), newNode(t, "").options())
 	if err == nil || !strings.Contains(err.Error(), "install the package iptables") {
 		t.Errorf("error is %v", err)
 	}

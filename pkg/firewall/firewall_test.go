@@ -221,13 +221,13 @@ func TestForeignThingsStay(t *testing.T) {
 		// Rules of others that lead to our chains cannot outlive these.
 		n.iptables(`-t mangle -A OTHERS -m comment --comment "look here" -j WARREN-FORWARD`)
 		n.iptables("-t raw -A PREROUTING -p udp -g WARREN-SOURCE")
-		if err := cleanup(t.Context(), n.options()); err != nil {
+		if err := Cleanup(t.Context(), n.options().Log); err != nil {
 			t.Fatal(err)
 		}
 		if diff := cmp.Diff(before, n.state()); diff != "" {
 			t.Errorf("after the clean-up things differ:\n%s", diff)
 		}
-		if err := cleanup(t.Context(), n.options()); err != nil {
+		if err := Cleanup(t.Context(), n.options().Log); err != nil {
 			t.Errorf("a second clean-up: %v", err)
 		}
 	})

@@ -53,7 +53,7 @@ func (n *node) options() Options {
 // firewall returns a Firewall that knows nothing yet, as that of a daemon that has just started.
 func (n *node) firewall() *Firewall {
 	n.t.Helper()
-	w, err := New(n.options())
+	w, err := New(n.t.Context(), n.options())
 	if err != nil {
 		n.t.Fatal(err)
 	}

@@ -65,14 +65,45 @@ var failedLine = regexp.MustCompile(`\bline:? (\d+)`)
 // ruleLine takes a rule of rendered input apart: chain, comment after the hash, and what the rule does.
 var ruleLine = regexp.MustCompile(`^-A (\S+) -m comment --comment "\S+ ?([^"]*)" (.*)$`)
 
-// findTools finds the programs of one family. The backend is "", which takes what the node's iptables is, "nft" or "legacy".
-func findTools(x execer, f netfilter.Family, backend string) (*tools, error) {
-	name, proto := "iptables", iptables.ProtocolIPv4
-	if f == netfilter.IPv6 {
-		name, proto = "ip6tables", iptables.ProtocolIPv6
+// suite is the programs of one backend.
+type suite map[netfilter.Family]*tools
+
+// findSuites finds the programs of both backends, of which one may be missing, but not the wanted one.
+func findSuites(x execer, wanted string) (map[string]suite, error) {
+	suites := map[string]suite{}
+	var errs []error
+	for _, backend := range []string{nft, legacy} {
+		s, err := findSuite(x, backend)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		suites[backend] = s
 	}
-	if backend != "" {
-		name += "-" + backend
+	if len(suites) == 0 || wanted != "" && suites[wanted] == nil {
+		return nil, errors.Join(errs...)
+	}
+	return suites, nil
+}
+
+// findSuite finds the programs of one backend.
+func findSuite(x execer, backend string) (suite, error) {
+	s := suite{}
+	for _, f := range netfilter.Families {
+		t, err := findTools(x, f, backend)
+		if err != nil {
+			return nil, err
+		}
+		s[f] = t
+	}
+	return s, nil
+}
+
+// findTools finds the programs of one family and backend.
+func findTools(x execer, f netfilter.Family, backend string) (*tools, error) {
+	name, proto := "iptables-"+backend, iptables.ProtocolIPv4
+	if f == netfilter.IPv6 {
+		name, proto = "ip6tables-"+backend, iptables.ProtocolIPv6
 	}
 	t := &tools{exec: x}
 	var jumps string
@@ -94,6 +125,26 @@ func findTools(x execer, f netfilter.Family, backend string) (*tools, error) {
 // read returns a table as iptables-save writes it.
 func (t *tools) read(ctx context.Context, table string) (string, error) {
 	return t.run(ctx, "", t.save, "-t", table)
+}
+
+// readAll returns the tables that stand, by name, as iptables-save writes them.
+func (t *tools) readAll(ctx context.Context) (map[string]string, error) {
+	saved, err := t.run(ctx, "", t.save)
+	if err != nil {
+		return nil, err
+	}
+	return tablesOf(saved), nil
+}
+
+// tablesOf divides the output of iptables-save by tables.
+func tablesOf(saved string) map[string]string {
+	tables := map[string]string{}
+	for part := range strings.SplitSeq("\n"+saved, "\n*") {
+		if name, rest, ok := strings.Cut(part, "\n"); ok && name != "" {
+			tables[name] = rest
+		}
+	}
+	return tables
 }
 
 // write makes the change that the rendered delta says: all of it or nothing.

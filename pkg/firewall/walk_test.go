@@ -32,7 +32,7 @@ func TestWalk(t *testing.T) {
 				t.Errorf("seed %d: plan %d: a new Firewall wrote %+v", seed, i, again)
 			}
 			walked := n.state()
-			if err := cleanup(t.Context(), n.options()); err != nil {
+			if err := Cleanup(t.Context(), n.options().Log); err != nil {
 				t.Fatal(err)
 			}
 			w.Forget()

@@ -32,7 +32,7 @@ func TestPacketsAgreeWithOracle(t *testing.T) {
 		t.Fatalf("%d of %d packets arrive where there are no rules yet", got, len(begins))
 	}
 	n.script("iptables -P FORWARD DROP; ip6tables -P FORWARD DROP")
-	writer, err := firewall.New(firewall.Options{Log: slog.New(slog.DiscardHandler)})
+	writer, err := firewall.New(t.Context(), firewall.Options{Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}
