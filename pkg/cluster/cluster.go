@@ -8,6 +8,7 @@ package cluster
 
 import (
 	"cmp"
+	"fmt"
 	"net/netip"
 	"slices"
 	"time"
@@ -61,6 +62,20 @@ const (
 	LogDenied
 	LogAll
 )
+
+// ParseLogMode reads "none", "denied" or "all".
+func ParseLogMode(text string) (LogMode, error) {
+	switch text {
+	case "none":
+		return LogNone, nil
+	case "denied":
+		return LogDenied, nil
+	case "all":
+		return LogAll, nil
+	default:
+		return LogNone, fmt.Errorf("%q: say none, denied or all", text)
+	}
+}
 
 // Pod is a Kubernetes Pod.
 type Pod struct {
