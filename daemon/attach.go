@@ -36,7 +36,7 @@ func (n *node) handle(ctx context.Context, request agentapi.Request) agentapi.Re
 		if request.Explain == nil {
 			return refuse(types.ErrDecodingFailure, errors.New("the request names no connection"))
 		}
-		return n.explain(*request.Explain)
+		return n.explain(ctx, *request.Explain)
 	default:
 		return refuse(types.ErrDecodingFailure, fmt.Errorf("unknown operation %q", request.Op))
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -16,15 +17,32 @@ import (
 	"github.com/warren-cni/warren/pkg/cluster"
 	"github.com/warren-cni/warren/pkg/firewall"
 	"github.com/warren-cni/warren/pkg/kube"
-	"github.com/warren-cni/warren/pkg/netfilter"
 	"github.com/warren-cni/warren/pkg/policy"
 )
 
 // explainName is the name of the command, whose exit status main makes.
 const explainName = "explain"
 
-// errDenied says that the connection that was asked about is denied.
-var errDenied = errors.New("denied")
+// The errors that the output has told already.
+var (
+	// errDenied says that the connection that was asked about is denied, or one of them.
+	errDenied = errors.New("denied")
+	// errUnknown says that it cannot be told.
+	errUnknown = errors.New("unknown")
+)
+
+// answer is what an explanation, or a verdict in it, comes to.
+type answer string
+
+// The answers.
+const (
+	allowed answer = "allowed"
+	denied  answer = "denied"
+	// partly is allowed to some and denied to others.
+	partly answer = "partly"
+	// unknown is what cannot be told: the kernel is not as planned, or a Service has no endpoint that is ready.
+	unknown answer = "unknown"
+)
 
 // explanation is what `warrend explain` shows.
 type explanation struct {
@@ -32,13 +50,48 @@ type explanation struct {
 
 	// Node is the node whose daemon answered; empty without a daemon.
 	Node string `json:"node,omitempty"`
-	// Allowed is true when every verdict is.
-	Allowed bool `json:"allowed"`
-	// Verdicts are one for each pair of addresses of one family and each number behind a port's name.
-	Verdicts []policy.Verdict `json:"verdicts"`
+	// Answer is that of all verdicts but those of endpoints that are not ready.
+	Answer answer `json:"answer"`
+	// Service is set where a Service was asked for.
+	Service *serviceAnswer `json:"service,omitempty"`
+	// Verdicts are one for each pair of addresses of one family and each number behind a port's name; of a Service for each
+	// endpoint.
+	Verdicts []judged `json:"verdicts"`
+	// Notes say what one has to know to read the answer rightly.
+	Notes []string `json:"notes,omitempty"`
 	// Problems are those of the policies, pods and nodes that the verdicts name: what the kernel has may differ from what was
 	// planned.
 	Problems []agentapi.Problem `json:"problems"`
+	// Drift is where the kernel of Node is not as planned, in the chains and sets that decide.
+	Drift []firewall.Difference `json:"drift,omitempty"`
+	// Unasked are the other nodes that enforce a part of the verdicts. What their kernels have is not known here.
+	Unasked []unasked `json:"unasked,omitempty"`
+}
+
+// judged is one connection with what policies decide about it.
+type judged struct {
+	policy.Verdict
+
+	// Answer is Allowed in a word, and unknown where the kernel is not as planned.
+	Answer answer `json:"answer"`
+	// ServicePort is the port of the Service that leads there; empty where no Service was asked for.
+	ServicePort string `json:"servicePort,omitempty"`
+	// NotReady is true for an endpoint that gets no connections at the moment.
+	NotReady bool `json:"notReady,omitempty"`
+}
+
+// serviceAnswer is the answer for a Service, by its ports.
+type serviceAnswer struct {
+	Name       string       `json:"name"`
+	ClusterIPs []netip.Addr `json:"clusterIPs,omitempty"`
+	Ports      []portAnswer `json:"ports"`
+}
+
+// portAnswer counts the endpoints that are ready, and those of them that are reached.
+type portAnswer struct {
+	Port      string `json:"port"`
+	Endpoints int    `json:"endpoints"`
+	Allowed   int    `json:"allowed"`
 }
 
 // explainCommand tells what the policies decide about a connection.
@@ -69,16 +122,16 @@ The exit status is 0 when the connection is allowed, 1 when it is denied, 2 when
 			}
 			ask := func() (explanation, error) { return askDaemon(cmd.Context(), p.socket(), q) }
 			if objects != "" {
-				ask = func() (explanation, error) { return askObjects(objects, q) }
+				ask = func() (explanation, error) { return askObjects(cmd.Context(), objects, q) }
 			}
 			e, err := ask()
 			if err != nil {
 				return err
 			}
-			if err = printExplanation(cmd.OutOrStdout(), e, output); err == nil && !e.Allowed {
-				return errDenied
+			if err = printExplanation(cmd.OutOrStdout(), e, output); err != nil {
+				return err
 			}
-			return err
+			return e.Answer.status()
 		},
 	}
 	p.add(cmd.Flags())
@@ -109,26 +162,35 @@ func askDaemon(ctx context.Context, socket string, q agentapi.Explain) (explanat
 }
 
 // askObjects answers from a directory of objects, for a cluster with encryption on.
-func askObjects(dir string, q agentapi.Explain) (explanation, error) {
+func askObjects(ctx context.Context, dir string, q agentapi.Explain) (explanation, error) {
 	snapshot, problems, err := kube.Load(dir, "")
 	if err != nil {
 		return explanation{}, err
 	}
-	return explain(snapshot, problems, q, true)
+	f := facts{snapshot: snapshot, problems: problems, encrypted: true}
+	e, err := explain(f, q)
+	if err != nil {
+		return explanation{}, err
+	}
+	e.settle()
+	return e, nil
 }
 
-// explain answers the operator's question from what the last step planned.
-func (n *node) explain(q agentapi.Explain) agentapi.Response {
+// explain answers the operator's question from what the last step planned. It waits for no step that runs.
+func (n *node) explain(ctx context.Context, q agentapi.Explain) agentapi.Response {
 	o := n.outcomeNow()
 	if !o.synced {
 		return refuse(types.ErrTryAgainLater, errNotReady(o))
 	}
-	e, err := explain(o.plan.snapshot, o.problems, q, n.options.encryptionMode)
+	f := facts{snapshot: o.plan.snapshot, problems: o.problems, encrypted: n.options.encryptionMode}
+	e, err := explain(f, q)
 	if err != nil {
 		return refuse(types.ErrDecodingFailure, err)
 	}
 	e.Node = n.options.nodeName
 	e.close(o.closed)
+	e.askOthers(f.snapshot)
+	e.settle()
 	text, err := json.Marshal(e)
 	if err != nil {
 		return refuse(types.ErrInternal, fmt.Errorf("writing the explanation: %w", err))
@@ -136,20 +198,27 @@ func (n *node) explain(q agentapi.Explain) agentapi.Response {
 	return agentapi.Response{Explanation: text}
 }
 
-// explain answers a question from a snapshot. It is pure.
-func explain(s cluster.Snapshot, problems []cluster.Problem, q agentapi.Explain, encrypted bool) (explanation, error) {
-	flows, err := flowsOf(s, q, encrypted)
+// explain answers a question by the policies alone. It is pure.
+func explain(f facts, q agentapi.Explain) (explanation, error) {
+	connections, err := connectionsOf(f, q)
 	if err != nil {
 		return explanation{}, err
 	}
-	e := explanation{Explain: q, Allowed: true, Problems: []agentapi.Problem{}}
-	for _, f := range flows {
-		v := policy.Explain(s, f)
+	e := explanation{Explain: q, Notes: f.notes, Problems: []agentapi.Problem{}}
+	for _, c := range connections {
+		v := judged{Verdict: policy.Explain(f.snapshot, c.Flow), NotReady: c.notReady}
+		if c.port != nil {
+			v.ServicePort = servicePortText(*c.port)
+			e.Notes = append(e.Notes, blindBlocks(f, c, v.Verdict)...)
+		}
 		e.Verdicts = append(e.Verdicts, v)
-		e.Allowed = e.Allowed && v.Allowed
 	}
+	if f.service != nil {
+		e.Service = &serviceAnswer{Name: f.service.Key().String(), ClusterIPs: f.service.ClusterIPs}
+	}
+	e.Notes = unique(e.Notes)
 	named := e.objects()
-	for _, p := range problems {
+	for _, p := range f.problems {
 		if concerns(p, named) {
 			e.Problems = append(e.Problems, agentapi.Problem(p))
 		}
@@ -157,25 +226,19 @@ func explain(s cluster.Snapshot, problems []cluster.Problem, q agentapi.Explain,
 	return e, nil
 }
 
-// close takes back what rules allow that the kernel of the daemon's own node has refused: it drops in their place.
-func (e *explanation) close(closed []firewall.ClosedChain) {
-	for i := range e.Verdicts {
-		v := &e.Verdicts[i]
-		for _, side := range []*policy.Side{&v.Egress, &v.Ingress} {
-			isSide := func(c firewall.ClosedChain) bool {
-				return c.Name == side.Chain && c.Family == netfilter.FamilyOf(v.Flow.Dst)
-			}
-			if side.Node != e.Node || !side.Allowed || !slices.ContainsFunc(closed, isSide) {
-				continue
-			}
-			side.Allowed, v.Allowed, e.Allowed = false, false, false
-			side.Because = "the kernel has chain " + side.Chain + " closed, because it refused these rules"
+// unique leaves out what was said before.
+func unique(texts []string) []string {
+	var kept []string
+	for _, text := range texts {
+		if !slices.Contains(kept, text) {
+			kept = append(kept, text)
 		}
 	}
+	return kept
 }
 
 // objects are the objects that the verdicts rest on, named as in problems.
-func (e explanation) objects() map[string]bool {
+func (e *explanation) objects() map[string]bool {
 	named := map[string]bool{}
 	for _, v := range e.Verdicts {
 		for _, end := range []policy.End{v.From, v.To} {

@@ -70,7 +70,7 @@ func TestExplainText(t *testing.T) {
 // What a program reads is what people read.
 func TestExplainJSON(t *testing.T) {
 	question := agentapi.Explain{From: "shop/web", To: "shop/api", Port: "http"}
-	want, err := askObjects(explainObjects, question)
+	want, err := askObjects(t.Context(), explainObjects, question)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -85,7 +85,7 @@ func TestExplainJSON(t *testing.T) {
 	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 		t.Errorf("explanation (-want +got):\n%s", diff)
 	}
-	if !got.Allowed || len(got.Verdicts) != 2 || got.Problems == nil {
+	if got.Answer != allowed || len(got.Verdicts) != 2 || got.Problems == nil {
 		t.Errorf("not the verdicts of both families: %s", out)
 	}
 }
@@ -97,12 +97,12 @@ func TestExplainWithoutEncryption(t *testing.T) {
 		t.Fatal(err)
 	}
 	for encrypted, want := range map[bool]string{true: "10.244.1.1", false: "192.0.2.1"} {
-		e, err := explain(snapshot, nil, agentapi.Explain{From: "monitoring/agent", To: "shop/api", Port: "metrics"}, encrypted)
+		e, err := explain(facts{snapshot: snapshot, encrypted: encrypted}, agentapi.Explain{From: "monitoring/agent", To: "shop/api", Port: "metrics"})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := e.Verdicts[0].Flow.Src; got != netip.MustParseAddr(want) || e.Allowed == encrypted {
-			t.Errorf("encryption %v: from %s, allowed %v", encrypted, got, e.Allowed)
+		if got := e.Verdicts[0].Flow.Src; got != netip.MustParseAddr(want) || e.Verdicts[0].Allowed == encrypted {
+			t.Errorf("encryption %v: from %s, allowed %v", encrypted, got, e.Verdicts[0].Allowed)
 		}
 	}
 }
@@ -121,7 +121,7 @@ func TestExplainTellsProblems(t *testing.T) {
 	for _, object := range append(slices.Clone(concerned), "NetworkPolicy shop/other", "Pod shop/web2", "Node worker-3", "Namespace monitoring") {
 		problems = append(problems, problem(object))
 	}
-	e, err := explain(snapshot, problems, agentapi.Explain{From: "shop/web", To: "shop/api", Port: "http"}, true)
+	e, err := explain(facts{snapshot: snapshot, problems: problems, encrypted: true}, agentapi.Explain{From: "shop/web", To: "shop/api", Port: "http"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -148,12 +148,13 @@ func TestExplainTellsWhatIsClosed(t *testing.T) {
 		t.Fatal(err)
 	}
 	ask := func(node string, closed func(policy.Verdict) firewall.ClosedChain) explanation {
-		e, err := explain(snapshot, nil, agentapi.Explain{From: "shop/web", To: "shop/api", Port: "http"}, true)
-		if err != nil || !e.Allowed || len(e.Verdicts) != 2 {
+		e, err := explain(facts{snapshot: snapshot, encrypted: true}, agentapi.Explain{From: "shop/web", To: "shop/api", Port: "http"})
+		if e.settle(); err != nil || e.Answer != allowed || len(e.Verdicts) != 2 {
 			t.Fatalf("not allowed before: %+v, %v", e, err)
 		}
 		e.Node = node
-		e.close([]firewall.ClosedChain{closed(e.Verdicts[1])})
+		e.close([]firewall.ClosedChain{closed(e.Verdicts[1].Verdict)})
+		e.settle()
 		return e
 	}
 	ingress := func(v policy.Verdict) firewall.ClosedChain {
@@ -161,7 +162,7 @@ func TestExplainTellsWhatIsClosed(t *testing.T) {
 	}
 	e := ask("worker-2", ingress)
 	first, second := e.Verdicts[0], e.Verdicts[1]
-	if e.Allowed || !first.Allowed || second.Allowed || !second.Egress.Allowed || second.Ingress.Allowed {
+	if e.Answer != partly || !first.Allowed || second.Allowed || !second.Egress.Allowed || second.Ingress.Allowed {
 		t.Errorf("closed in one family: %+v", e)
 	}
 	var out bytes.Buffer
@@ -176,13 +177,13 @@ func TestExplainTellsWhatIsClosed(t *testing.T) {
 			t.Errorf("no %q in:\n%s", want, out.String())
 		}
 	}
-	if e = ask("worker-1", ingress); !e.Allowed {
+	if e = ask("worker-1", ingress); e.Answer != allowed {
 		t.Errorf("closed on another node: %+v", e)
 	}
 	other := func(v policy.Verdict) firewall.ClosedChain {
 		return firewall.ClosedChain{Family: netfilter.FamilyOf(v.Flow.Dst), Name: netfilter.Name("I", "shop/other")}
 	}
-	if e = ask("worker-2", other); !e.Allowed {
+	if e = ask("worker-2", other); e.Answer != allowed {
 		t.Errorf("another chain is closed: %+v", e)
 	}
 }
@@ -203,7 +204,7 @@ func TestExplainWithoutAnswer(t *testing.T) {
 		t.Errorf("another command: %s", got)
 	}
 	n := &node{}
-	if response := n.explain(agentapi.Explain{}); response.Error == nil || !strings.Contains(response.Error.Message, "has not read the cluster") {
+	if response := n.explain(t.Context(), agentapi.Explain{}); response.Error == nil || !strings.Contains(response.Error.Message, "has not read the cluster") {
 		t.Errorf("a daemon that knows nothing yet: %+v", response)
 	}
 	if response := n.handle(t.Context(), agentapi.Request{Op: agentapi.OpExplain}); response.Error == nil {

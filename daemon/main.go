@@ -37,6 +37,8 @@ func execute(ctx context.Context, root *cobra.Command) int {
 		return 0
 	case errors.Is(err, errDenied):
 		return 1 // the output has told it
+	case errors.Is(err, errUnknown):
+		return 2 // the same
 	}
 	fmt.Fprintln(root.ErrOrStderr(), "error:", err)
 	if cmd.Name() == explainName {

@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"slices"
 	"strings"
+	"text/tabwriter"
 
 	"github.com/warren-cni/warren/pkg/policy"
 )
@@ -18,43 +20,141 @@ func printExplanation(w io.Writer, e explanation, output string) error {
 		return encoder.Encode(e)
 	}
 	var b strings.Builder
-	for i, v := range e.Verdicts {
-		printHeading(&b, e, v)
-		reasons := printReasons(v)
-		if i+1 < len(e.Verdicts) && printReasons(e.Verdicts[i+1]) == reasons {
-			continue // one text for the two families, or for all numbers of a port's name
-		}
-		b.WriteString("\n" + reasons)
-		if i+1 < len(e.Verdicts) {
+	printService(&b, e)
+	printDrift(&b, e)
+	for i, group := range groups(e.Verdicts) {
+		if i > 0 {
 			b.WriteString("\n")
 		}
+		printGroup(&b, e, group)
+	}
+	for _, note := range e.Notes {
+		fmt.Fprintf(&b, "Note: %s.\n", note)
 	}
 	if len(e.Problems) > 0 {
 		b.WriteString("\nThe kernel may differ from this verdict:")
 		printProblems(&b, e.Problems)
 	}
-	if e.Node != "" {
-		fmt.Fprintf(&b, "\nAs warrend on node %s sees the cluster.\n", e.Node)
-	}
+	printAsked(&b, e)
 	_, err := io.WriteString(w, b.String())
 	return err
 }
 
-// printHeading prints the verdict at a glance.
-func printHeading(b *strings.Builder, e explanation, v policy.Verdict) {
+// printService prints the answer for a Service at a glance.
+func printService(b *strings.Builder, e explanation) {
+	if e.Service == nil {
+		return
+	}
+	addresses := "headless"
+	if len(e.Service.ClusterIPs) > 0 {
+		addresses = strings.Join(texts(e.Service.ClusterIPs), ", ")
+	}
+	fmt.Fprintf(b, "%s  %s -> Service %s (%s)\n", e.Answer.word(), e.From, e.Service.Name, addresses)
+	table := tabwriter.NewWriter(b, 0, 0, 2, ' ', 0)
+	for _, p := range e.Service.Ports {
+		fmt.Fprintf(table, "  %s\t%s\n", p.Port, p.text())
+	}
+	_ = table.Flush() // a strings.Builder takes everything
+	b.WriteString("\n")
+}
+
+// text says how many endpoints of a port are reached.
+func (p portAnswer) text() string {
+	switch {
+	case p.Endpoints == 0:
+		return "no endpoint is ready, so nothing answers whatever policies say"
+	case p.Endpoints == p.Allowed:
+		return fmt.Sprintf("allowed to all endpoints that are ready (%d)", p.Endpoints)
+	default:
+		return fmt.Sprintf("allowed to %d of %d endpoints that are ready", p.Allowed, p.Endpoints)
+	}
+}
+
+// printDrift prints where the kernel is not as planned.
+func printDrift(b *strings.Builder, e explanation) {
+	if len(e.Drift) == 0 {
+		return
+	}
+	fmt.Fprintf(b, "The kernel of node %s disagrees with the plan. The next audit repairs it; until then the verdict is only the plan's:\n", e.Node)
+	for _, d := range e.Drift {
+		fmt.Fprintf(b, "  %s\n", d)
+	}
+	b.WriteString("\n")
+}
+
+// groups puts verdicts together that have the same reasons: of the two families, of the numbers behind a port's name, of the
+// endpoints of a Service.
+func groups(verdicts []judged) [][]judged {
+	var all [][]judged
+	for _, v := range verdicts {
+		at := slices.IndexFunc(all, func(group []judged) bool { return alike(group[0], v) })
+		if at < 0 {
+			all = append(all, []judged{v})
+			continue
+		}
+		all[at] = append(all[at], v)
+	}
+	return all
+}
+
+// alike tells whether the same rules decide two verdicts in the same way.
+func alike(a, b judged) bool {
+	return a.Answer == b.Answer && alikeSides(a.Egress, b.Egress) && alikeSides(a.Ingress, b.Ingress) && slices.Equal(a.Notes, b.Notes)
+}
+
+func alikeSides(a, b policy.Side) bool {
+	match := func(a, b policy.Match) bool { return a.Matches == b.Matches && a.Text == b.Text }
+	rule := func(a, b policy.Rule) bool {
+		return a.Field == b.Field && slices.EqualFunc(a.Peers, b.Peers, match) && slices.EqualFunc(a.Ports, b.Ports, match)
+	}
+	return a.Because == b.Because && slices.EqualFunc(a.Policies, b.Policies, func(a, b policy.Policy) bool {
+		return a.Name == b.Name && slices.EqualFunc(a.Rules, b.Rules, rule)
+	})
+}
+
+// printGroup prints verdicts that are alike.
+func printGroup(b *strings.Builder, e explanation, group []judged) {
+	reasons, same := printReasons(group[0].Verdict), true
+	for _, v := range group {
+		printHeading(b, e, v)
+		same = same && printReasons(v.Verdict) == reasons
+	}
+	b.WriteString("\n")
+	if !same {
+		fmt.Fprintf(b, "All for the same reasons, here in the words of the first (%s):\n", endText("", group[0].To, group[0].Flow.Dst))
+	}
+	b.WriteString(reasons)
+}
+
+// printHeading prints a verdict at a glance.
+func printHeading(b *strings.Builder, e explanation, v judged) {
 	what := "ICMP (no --port was given)"
 	if v.Flow.Protocol != policy.ICMP {
 		what = fmt.Sprintf("%d/%s", v.Flow.Port, v.Flow.Protocol)
 	}
-	fmt.Fprintf(b, "%s  %s -> %s  %s\n", word(v.Allowed), endText(e.From, v.From, v.Flow.Src), endText(e.To, v.To, v.Flow.Dst), what)
+	to := e.To
+	if e.Service != nil {
+		to = "" // what was asked is no name of the endpoint
+	}
+	fmt.Fprintf(b, "%s  %s -> %s  %s", v.Answer.word(), endText(e.From, v.From, v.Flow.Src), endText(to, v.To, v.Flow.Dst), what)
+	if v.Answer == unknown {
+		fmt.Fprintf(b, "  (%s by the plan)", strings.ToLower(word(v.Allowed)))
+	}
+	if v.NotReady {
+		b.WriteString("  (not ready)")
+	}
+	b.WriteString("\n")
 }
 
+// word is an answer in a word that is seen.
+func (a answer) word() string { return strings.ToUpper(string(a)) }
+
 // word is a verdict in a word.
-func word(allowed bool) string {
-	if allowed {
-		return "ALLOWED"
+func word(isAllowed bool) string {
+	if isAllowed {
+		return allowed.word()
 	}
-	return "DENIED"
+	return denied.word()
 }
 
 // endText names an end of a connection. asked is how the operator named it.
@@ -123,4 +223,16 @@ func printMatches(b *strings.Builder, label string, matches []policy.Match, allo
 			fmt.Fprintf(b, "      %-4s  %s: %s\n", label, m.Text, m.Why)
 		}
 	}
+}
+
+// printAsked prints who answered, and who else could tell more.
+func printAsked(b *strings.Builder, e explanation) {
+	if e.Node == "" {
+		return
+	}
+	fmt.Fprintf(b, "\nAs warrend on node %s sees the cluster.", e.Node)
+	for _, u := range e.Unasked {
+		fmt.Fprintf(b, " What the kernel of node %s has, that one tells:\n  %s", u.Node, u.Ask)
+	}
+	b.WriteString("\n")
 }

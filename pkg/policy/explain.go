@@ -108,7 +108,7 @@ func (e *explainer) side(d direction, subject End) Side {
 	_, pods := e.at(d.subject)
 	policies := e.selecting(d, pods[0])
 	if len(policies) == 0 {
-		return Side{Allowed: true, Node: subject.Node, Because: "no policy isolates " + subject.Pod + " for " + d.name}
+		return Side{Allowed: true, Node: subject.Node, Because: "no policy isolates " + sideText(d.subject) + " for " + d.name}
 	}
 	s := Side{Isolated: true, Node: subject.Node}
 	var names, allowing []string
@@ -148,10 +148,6 @@ func (e *explainer) notes(v Verdict) []string {
 	}
 	if own := e.tunnelAddress(v.From); own.IsValid() && own != v.Flow.Src {
 		add("with encryption on, what node %s sends to pods of other nodes comes from %s, so that is what an ipBlock has to hold", v.From.Node, own)
-	}
-	if v.To == (End{}) && e.vacant(v.Flow.Dst) == "" {
-		add("if %s is the address of a Service, ask for its endpoints: policies judge after its translation, so an ipBlock that names a Service address never matches",
-			v.Flow.Dst)
 	}
 	return notes
 }
