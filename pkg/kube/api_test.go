@@ -2,7 +2,6 @@ package kube
 
 import (
 	"context"
-	"errors"
 	"io"
 	"log/slog"
 	"net"
@@ -78,7 +77,8 @@ func TestAPI(t *testing.T) {
 	create(t, admin, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop", Labels: map[string]string{"team": "a"}}})
 	create(t, admin, &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "default"}})
 	t.Run("changes", func(t *testing.T) { testAPIChanges(t, server, admin) })
-	t.Run("fetch", func(t *testing.T) { testAPIFetchPod(t, server, admin) })
+	t.Run("refresh", func(t *testing.T) { testAPIRefresh(t, server, admin) })
+	t.Run("refresh in an outage", func(t *testing.T) { testAPIRefreshOutage(t, server, admin) })
 	t.Run("publish", func(t *testing.T) { testAPIPublish(t, server, admin) })
 	t.Run("outage", func(t *testing.T) { testAPIOutage(t, server, admin) })
 }
@@ -118,50 +118,6 @@ func testAPIChanges(t *testing.T, server *apiserver.Server, admin kubernetes.Int
 	<-r.Changed()
 	if snapshot, _ = r.Snapshot(); hasPod("web", nil)(snapshot, nil) {
 		t.Error("a signal came for a change that the snapshot does not show")
-	}
-}
-
-func testAPIFetchPod(t *testing.T, server *apiserver.Server, admin kubernetes.Interface) {
-	// The informers of this source stand still, as if the watch were late.
-	late, err := NewAPI(server.Admin(), "n1", slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err = late.FetchPod(t.Context(), "shop", "api", "u"); !errors.Is(err, errPodUnknown) {
-		t.Errorf("fetching a pod that does not exist: got %v, want errPodUnknown", err)
-	}
-	pod := create(t, admin, newPod("api"))
-	defer deletePod(t, admin, "api")
-	if err = late.FetchPod(t.Context(), "shop", "api", "other"); !errors.Is(err, errPodUnknown) {
-		t.Errorf("fetching a pod with another uid: got %v, want errPodUnknown", err)
-	}
-	if err = late.FetchPod(t.Context(), "shop", "api", string(pod.UID)); err != nil {
-		t.Fatal(err)
-	}
-	snapshot, _ := late.Snapshot()
-	if !hasPod("api", func(p cluster.Pod) bool { return p.UID == string(pod.UID) })(snapshot, nil) {
-		t.Errorf("objects are %v, want the fetched pod", summary(snapshot))
-	}
-	select {
-	case <-late.Changed():
-	default:
-		t.Error("the fetched pod was not signalled")
-	}
-
-	// An event that is older than the fetched pod, such as the end of an earlier pod with that name, does not touch it.
-	kindOfPods := kind[*corev1.Pod, cluster.Pod]{resource: resourcePods, table: &late.store.pods, convert: convertPod}
-	older := newPod("api")
-	older.UID, older.ResourceVersion = "earlier", "1"
-	drop(late, kindOfPods, older)
-	put(late, kindOfPods, older)
-	snapshot, _ = late.Snapshot()
-	if !hasPod("api", func(p cluster.Pod) bool { return p.UID == string(pod.UID) })(snapshot, nil) {
-		t.Errorf("objects are %v, want the fetched pod after an older event", summary(snapshot))
-	}
-	put(late, kindOfPods, pod)
-	drop(late, kindOfPods, pod)
-	if snapshot, _ = late.Snapshot(); len(snapshot.Pods) > 0 {
-		t.Errorf("objects are %v, want none after the informer saw the pod and its end", summary(snapshot))
 	}
 }
 

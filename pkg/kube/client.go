@@ -12,9 +12,11 @@ import (
 	"k8s.io/client-go/transport"
 )
 
-// requestsPerSecond bounds what a node asks of the API server. It only has to cover a burst of new pods that the
-// informer has not seen yet; client-go's default of 5 would make them wait.
-const requestsPerSecond = 50
+// What a node may ask of the API server: every pod that starts is read, and after a reboot they all start at once.
+const (
+	requestsPerSecond = 50
+	requestsAtOnce    = 300
+)
 
 // clients are the clients of the two API groups that Warren reads.
 type clients struct {
@@ -31,7 +33,7 @@ func newClients(config *rest.Config, wrap transport.WrapperFunc) (clients, error
 	}
 	config = rest.CopyConfig(config)
 	config.Wrap(wrap)
-	config.QPS, config.Burst = requestsPerSecond, 2*requestsPerSecond
+	config.QPS, config.Burst = requestsPerSecond, requestsAtOnce
 	config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
 	config.ContentType = runtime.ContentTypeProtobuf
 	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON

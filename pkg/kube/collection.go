@@ -9,6 +9,20 @@ import (
 	"github.com/warren-cni/warren/pkg/cluster"
 )
 
+// object names a converted object of any kind.
+type object struct {
+	resource string
+	cluster.Key
+}
+
+// String renders the name for messages.
+func (o object) String() string {
+	if o.Namespace == "" {
+		return o.resource + "/" + o.Name
+	}
+	return o.resource + "/" + o.Namespace + "/" + o.Name
+}
+
 // collection converts the objects of several files.
 type collection struct {
 	store

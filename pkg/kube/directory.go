@@ -154,11 +154,13 @@ func (d *Directory) Snapshot() (cluster.Snapshot, []cluster.Problem) {
 	return d.store.snapshot(d.self), slices.Clone(d.problems)
 }
 
-// FetchPod reads the directory again when the pod is not known.
-func (d *Directory) FetchPod(_ context.Context, namespace, name, uid string) error {
-	if d.knows(namespace, name, uid) {
-		return nil
-	}
+// FetchPod is Refresh under its former name.
+func (d *Directory) FetchPod(ctx context.Context, namespace, name, uid string) error {
+	return d.Refresh(ctx, namespace, name, uid)
+}
+
+// Refresh reads the directory again: its changes may not have been seen yet. A pod that is not there with that uid is an error.
+func (d *Directory) Refresh(_ context.Context, namespace, name, uid string) error {
 	if err := d.load(); err != nil {
 		return err
 	}

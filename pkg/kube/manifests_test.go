@@ -244,7 +244,7 @@ func testSource(t *testing.T, daemon *rest.Config) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err = source.FetchPod(ctx, namespace, "warren-n1", "another"); err == nil || apierrors.IsForbidden(err) {
+	if err = source.Refresh(ctx, namespace, "warren-n1", "another"); err == nil || apierrors.IsForbidden(err) {
 		t.Errorf("fetching a pod with a wrong uid: got %v, want that it has another", err)
 	}
 	ended := make(chan error, 1)

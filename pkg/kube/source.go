@@ -22,6 +22,9 @@ const (
 	codeUnreachable = "APIUnreachable"
 )
 
+// errKind says that an object is of another kind than the one that was asked for.
+var errKind = errors.New("the object is of another kind")
+
 // errPodUnknown says that a pod with that namespace, name and uid does not exist.
 var errPodUnknown = errors.New("the pod is not known")
 
