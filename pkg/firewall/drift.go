@@ -19,8 +19,9 @@ type Difference struct {
 	Chain string `json:"chain,omitempty"`
 	// What is wrong, for example "lacks members" or "is closed".
 	What string `json:"what"`
-	// Detail are the members or the rule that it is about.
-	Detail string `json:"detail,omitempty"`
+	// Detail is the rule or some of the members that it is about, for people; Members are all of them.
+	Detail  string            `json:"detail,omitempty"`
+	Members []netfilter.Entry `json:"-"`
 }
 
 // String returns the difference as a sentence.
@@ -76,11 +77,11 @@ func driftOfSets(f netfilter.Family, have map[string]*set, wanted []netfilter.Se
 		}
 		missing, extra := netfilter.DiffEntries(s.members, sorted(w.Entries))
 		if len(missing) > 0 {
-			d.What, d.Detail = "lacks members", some(missing)
+			d.What, d.Detail, d.Members = "lacks members", some(missing), missing
 			all = append(all, d)
 		}
 		if len(extra) > 0 {
-			d.What, d.Detail = "has members that it should not have", some(extra)
+			d.What, d.Detail, d.Members = "has members that it should not have", some(extra), extra
 			all = append(all, d)
 		}
 	}
