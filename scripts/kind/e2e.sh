@@ -5,6 +5,7 @@
 #   RUN=...   runs only the tests that match, for example TestWarren/tiers, on the cluster that was kept
 # When a test fails, what the nodes say is in build/e2e-logs/.
 export NAME=${NAME:-warren-e2e}
+export IP_FAMILY=${IP_FAMILY:-dual}
 # shellcheck source=scripts/kind/lib.sh
 . "$(dirname "$0")/lib.sh"
 
@@ -48,7 +49,7 @@ finish() {
   exit $result
 }
 
-scripts/tools/build.sh kind kubectl e2e.test
+scripts/tools/build.sh kind kubectl suite
 rm -rf "$logs"
 mkdir -p "$logs"
 trap finish EXIT
@@ -59,4 +60,4 @@ fi
 docker_is_up || die "no docker answers"
 AGNHOST=$(agnhost_image)
 export AGNHOST
-go test -tags e2e -count=1 -v -timeout 20m ./pkg/internal/e2e -run "${RUN:-TestWarren}"
+go test -tags e2e -count=1 -v -timeout 50m ./pkg/internal/e2e -run "${RUN:-TestWarren}"

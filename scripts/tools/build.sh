@@ -2,7 +2,7 @@
 # Builds third-party tools from the Go module proxy into build/tools/, at the versions pinned in scripts/tools/*/go.mod.
 # Usage: scripts/tools/build.sh TOOL|GROUP...
 #   tools:  golangci-lint etcd kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubeadm kubectl
-#           kind coredns agnhost pause e2e.test
+#           kind coredns agnhost pause e2e.test ginkgo
 #   groups: lint, apiserver (an API server alone), cluster (kind and what its node image holds), suite (Kubernetes' own
 #           e2e tests of the network)
 # With --stamps first it builds nothing and prints what the named tools were built from, as one hash each.
@@ -19,7 +19,7 @@ members() {
     apiserver) echo kube-apiserver etcd ;;
     cluster)   echo kube-apiserver etcd kubeadm kubelet kubectl kube-controller-manager kube-scheduler kube-proxy \
                  kind coredns agnhost pause ;;
-    suite)     echo e2e.test ;;
+    suite)     echo e2e.test ginkgo ;;
     *)         echo "$1" ;;
   esac
 }
@@ -35,6 +35,7 @@ source_of() {
                    echo kubernetes "k8s.io/kubernetes/cmd/$1" ;;
     agnhost)       echo kubernetes k8s.io/kubernetes/test/images/agnhost ;;
     e2e.test)      echo kubernetes ./suite ;;
+    ginkgo)        echo kubernetes github.com/onsi/ginkgo/v2/ginkgo ;;
     pause)         echo pause . ;;
     *) echo "build.sh: unknown tool '$1'" >&2; return 2 ;;
   esac

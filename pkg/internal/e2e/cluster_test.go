@@ -3,14 +3,17 @@
 package e2e
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -141,11 +144,43 @@ func (c *cluster) kubectl(t *testing.T, args ...string) {
 	run(t, command{name: c.tool("kubectl"), args: args, timeout: 5 * time.Minute})
 }
 
-// apply applies YAML until the test ends.
-func (c *cluster) apply(t *testing.T, yaml string) {
+// podProcess is a program that runs in a pod.
+type podProcess struct {
+	process *exec.Cmd
+	in      io.WriteCloser
+	out     *bufio.Reader
+	errors  *bytes.Buffer
+}
+
+// startInPod starts a program in a pod; it ends with the test at the latest.
+func (c *cluster) startInPod(t *testing.T, namespace, pod string, program ...string) *podProcess {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	t.Cleanup(cancel)
+	args := append([]string{"exec", "--stdin", "--namespace", namespace, pod, "--"}, program...)
+	p := &podProcess{process: exec.CommandContext(ctx, c.tool("kubectl"), args...), errors: &bytes.Buffer{}}
+	p.process.Stderr = p.errors
+	var err error
+	if p.in, err = p.process.StdinPipe(); err != nil {
+		t.Fatal(err)
+	}
+	out, err := p.process.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.out = bufio.NewReader(out)
+	if err = p.process.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// apply applies YAML until the test ends, with flags of kubectl's.
+func (c *cluster) apply(t *testing.T, yaml string, flags ...string) {
 	t.Helper()
 	kubectl := func(ctx context.Context, args ...string) error {
-		_, err := try(ctx, command{name: c.tool("kubectl"), args: append(args, "-f", "-"), stdin: yaml, timeout: 2 * time.Minute})
+		args = slices.Concat(args, []string{"-f", "-"}, flags)
+		_, err := try(ctx, command{name: c.tool("kubectl"), args: args, stdin: yaml, timeout: 2 * time.Minute})
 		return err
 	}
 	t.Cleanup(func() {
@@ -254,12 +289,18 @@ func (c *cluster) rolledOut(t *testing.T) {
 	eventually(t, time.Minute, "the daemons are well", c.healthy)
 }
 
-// applyFile applies a file of the project until the test ends.
-func (c *cluster) applyFile(t *testing.T, file string) {
+// applyFile applies a file of the project until the test ends, with flags of kubectl's.
+func (c *cluster) applyFile(t *testing.T, file string, flags ...string) {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(c.root, file))
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.apply(t, string(text))
+	c.apply(t, string(text), flags...)
+}
+
+// onNode runs a shell script on a node and returns what it prints.
+func onNode(t *testing.T, node, script string) string {
+	t.Helper()
+	return run(t, command{name: "docker", args: []string{"exec", node, "sh", "-c", script}})
 }

@@ -28,13 +28,17 @@ const port = 8080
 // probePod is a pod that serves and sends probes.
 type probePod struct {
 	name, node string
-	labels     map[string]string
+	// namespace is known once the pod was made.
+	namespace string
+	labels    map[string]string
 	// bandwidth is the most that the pod may receive; no limit if empty.
 	bandwidth string
 	// port is where it serves; 8080 if zero.
 	port int32
 	// hostPort is a port of the node that leads to the pod; none if zero.
 	hostPort int32
+	// arguments are the probe's; it serves if there are none.
+	arguments []string
 	// addresses, one a family, are known once the pod runs.
 	addresses []string
 }
@@ -50,8 +54,11 @@ func (p *probePod) targets(network string) []string {
 
 // target names what a probe is sent to.
 func target(network, host string, port int32) string {
-	return network + "/" + net.JoinHostPort(host, strconv.Itoa(int(port)))
+	return network + "/" + hostPort(host, port)
 }
+
+// hostPort joins an address and a port.
+func hostPort(host string, port int32) string { return net.JoinHostPort(host, strconv.Itoa(int(port))) }
 
 // namespace makes a namespace that goes away with the test.
 func (c *cluster) namespace(t *testing.T, name string) {
@@ -73,7 +80,19 @@ func (c *cluster) namespace(t *testing.T, name string) {
 // start starts probe pods in a namespace and waits until all serve.
 func (c *cluster) start(t *testing.T, namespace string, pods ...*probePod) {
 	t.Helper()
+	c.create(t, namespace, pods...)
 	for _, p := range pods {
+		for _, ip := range c.awaitPod(t, namespace, p.name).Status.PodIPs {
+			p.addresses = append(p.addresses, ip.IP)
+		}
+	}
+}
+
+// create makes probe pods in a namespace.
+func (c *cluster) create(t *testing.T, namespace string, pods ...*probePod) {
+	t.Helper()
+	for _, p := range pods {
+		p.namespace = namespace
 		object := c.podObject(p)
 		// Pods are refused until the namespace has its ServiceAccount.
 		eventually(t, time.Minute, "pod "+p.name+" exists", func(ctx context.Context) error {
@@ -83,11 +102,6 @@ func (c *cluster) start(t *testing.T, namespace string, pods ...*probePod) {
 			}
 			return err
 		})
-	}
-	for _, p := range pods {
-		for _, ip := range c.awaitPod(t, namespace, p.name).Status.PodIPs {
-			p.addresses = append(p.addresses, ip.IP)
-		}
 	}
 }
 
@@ -123,6 +137,10 @@ func podReady(pod *corev1.Pod) bool {
 func (c *cluster) podObject(p *probePod) *corev1.Pod {
 	grace := int64(0)
 	serves := cmp.Or(p.port, port)
+	arguments := p.arguments
+	if arguments == nil {
+		arguments = []string{"serve", "-address", fmt.Sprintf(":%d", serves)}
+	}
 	var annotations map[string]string
 	if p.bandwidth != "" {
 		annotations = map[string]string{"kubernetes.io/ingress-bandwidth": p.bandwidth}
@@ -134,7 +152,7 @@ func (c *cluster) podObject(p *probePod) *corev1.Pod {
 			TerminationGracePeriodSeconds: &grace,
 			Containers: []corev1.Container{{
 				Name: "probe", Image: c.agnhost, ImagePullPolicy: corev1.PullIfNotPresent,
-				Command:      []string{probeFolder + "/probe", "serve", "-address", fmt.Sprintf(":%d", serves)},
+				Command:      append([]string{probeFolder + "/probe"}, arguments...),
 				Ports:        []corev1.ContainerPort{{ContainerPort: serves, HostPort: p.hostPort}},
 				VolumeMounts: []corev1.VolumeMount{{Name: "probe", MountPath: probeFolder, ReadOnly: true}},
 				ReadinessProbe: &corev1.Probe{
@@ -209,7 +227,7 @@ func (c *cluster) testPods(t *testing.T) {
 		{name: "four", node: c.worker, labels: label, hostPort: 18080, bandwidth: "77M"},
 	}
 	c.start(t, namespace, pods...)
-	services := c.startService(t, namespace, label)
+	services := c.startService(t, namespace, "echo", label, "one", "three")
 	c.watch(t, func(marker string) {
 		for _, from := range pods {
 			var targets []string
@@ -245,12 +263,13 @@ func (c *cluster) checkChainedPlugins(t *testing.T, namespace, from string) {
 	}
 }
 
-// startService makes a Service "echo" for the pods with a label and returns its addresses, one a family.
-func (c *cluster) startService(t *testing.T, namespace string, selector map[string]string) []string {
+// startService makes a Service for the pods with a label, waits until the pods named in from reach it, and returns its
+// addresses, one a family.
+func (c *cluster) startService(t *testing.T, namespace, name string, selector map[string]string, from ...string) []string {
 	t.Helper()
 	families := corev1.IPFamilyPolicyPreferDualStack
 	service, err := c.client.CoreV1().Services(namespace).Create(t.Context(), &corev1.Service{
-		ObjectMeta: metav1.ObjectMeta{Name: "echo"},
+		ObjectMeta: metav1.ObjectMeta{Name: name},
 		Spec: corev1.ServiceSpec{Selector: selector, IPFamilyPolicy: &families, Ports: []corev1.ServicePort{
 			{Name: "tcp", Protocol: corev1.ProtocolTCP, Port: port}, {Name: "udp", Protocol: corev1.ProtocolUDP, Port: port},
 		}},
@@ -258,12 +277,15 @@ func (c *cluster) startService(t *testing.T, namespace string, selector map[stri
 	if err != nil {
 		t.Fatal(err)
 	}
-	served := map[string]bool{}
+	served, table := map[string]bool{}, reachTable{}
 	for _, address := range service.Spec.ClusterIPs {
 		served[target("tcp", address, port)], served[target("udp", address, port)] = true, true
 	}
-	eventually(t, 30*time.Second, "kube-proxy serves the Service on both nodes", func(ctx context.Context) error {
-		return c.compare(ctx, reachTable{namespace + "/one": served, namespace + "/three": served}, newMarker(t))
+	for _, pod := range from {
+		table[namespace+"/"+pod] = served
+	}
+	eventually(t, 30*time.Second, "kube-proxy serves the Service "+name, func(ctx context.Context) error {
+		return c.compare(ctx, table, newMarker(t))
 	})
 	return service.Spec.ClusterIPs
 }

@@ -3,24 +3,9 @@
 package e2e
 
 import (
-	"bufio"
-	"bytes"
-	"context"
-	"encoding/json"
-	"io"
-	"net"
-	"os/exec"
-	"strconv"
 	"testing"
 	"time"
 )
-
-// flowReport is what the probe prints about the flows of a protocol.
-type flowReport struct {
-	Flows, Sent, Received, Errors int
-	FirstError                    string
-	LongestGapNanoseconds         time.Duration
-}
 
 // flowsEach is how many flows there are over TCP and over UDP.
 const flowsEach = 50
@@ -34,7 +19,7 @@ func (c *cluster) testRollout(t *testing.T) {
 	c.start(t, namespace, client, server)
 	underLoad := func(t *testing.T, during func()) {
 		t.Helper()
-		load := c.startFlows(t, namespace, client.name, net.JoinHostPort(server.addresses[0], strconv.Itoa(port)))
+		load := c.startFlows(t, namespace, client.name, flowsEach, hostPort(server.addresses[0], port))
 		during()
 		checkFlows(t, load.stop(t))
 	}
@@ -77,57 +62,4 @@ func checkFlows(t *testing.T, reports map[string]flowReport) {
 			t.Errorf("%s: want %d flows and no error; first error: %q", protocol, flowsEach, r.FirstError)
 		}
 	}
-}
-
-// flows are probe flows that run in a pod.
-type flows struct {
-	process *exec.Cmd
-	in      io.Closer
-	out     *bufio.Reader
-	errors  *bytes.Buffer
-}
-
-// startFlows starts flows from a pod to an address and returns when all are established.
-func (c *cluster) startFlows(t *testing.T, namespace, pod, address string) *flows {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
-	t.Cleanup(cancel)
-	args := []string{
-		"exec", "--stdin", "--namespace", namespace, pod, "--", probeFolder + "/probe", "flows",
-		"-tcp", strconv.Itoa(flowsEach), "-udp", strconv.Itoa(flowsEach), "-rate", "50", address,
-	}
-	f := &flows{process: exec.CommandContext(ctx, c.tool("kubectl"), args...), errors: &bytes.Buffer{}}
-	f.process.Stderr = f.errors
-	in, err := f.process.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := f.process.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	f.in, f.out = in, bufio.NewReader(out)
-	if err = f.process.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if line, err := f.out.ReadString('\n'); err != nil || line != "established\n" {
-		t.Fatalf("the flows are not established: %q, %v\n%s", line, err, f.errors)
-	}
-	return f
-}
-
-// stop ends the flows and returns a report for each protocol.
-func (f *flows) stop(t *testing.T) map[string]flowReport {
-	t.Helper()
-	if err := f.in.Close(); err != nil {
-		t.Fatal(err)
-	}
-	var reports map[string]flowReport
-	if err := json.NewDecoder(f.out).Decode(&reports); err != nil {
-		t.Fatalf("reading the flows' report: %v\n%s", err, f.errors)
-	}
-	if err := f.process.Wait(); err != nil {
-		t.Fatalf("running the flows: %v\n%s", err, f.errors)
-	}
-	return reports
 }

@@ -79,5 +79,5 @@ func (c *cluster) leftovers(t *testing.T, node string) string {
 		find /etc/cni/net.d /run/warren /var/lib/warren -mindepth 1
 		find /opt/cni/bin -name warren
 		true`, wgdevice.RouteProtocol)
-	return run(t, command{name: "docker", args: []string{"exec", node, "sh", "-c", script}})
+	return onNode(t, node, script)
 }

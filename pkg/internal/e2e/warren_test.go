@@ -16,7 +16,9 @@ func TestWarren(t *testing.T) {
 	}
 	t.Run("pods", c.testPods)
 	t.Run("denied", c.testDenied)
+	t.Run("baseline", c.testBaseline)
 	t.Run("tiers", c.testTiers)
+	t.Run("race", c.testRace)
 	t.Run("plaintext", c.testPlaintext)
 	t.Run("rollout", c.testRollout)
 	t.Run("killed", c.testKilled)

@@ -4,9 +4,7 @@ package e2e
 
 import (
 	"context"
-	"net"
 	"net/netip"
-	"strconv"
 	"testing"
 	"time"
 
@@ -112,7 +110,7 @@ func (c *cluster) testKilled(t *testing.T) {
 	both.set(namespace+"/near", far, true)
 	both.set(namespace+"/far", near, true)
 
-	load := c.startFlows(t, namespace, near.name, net.JoinHostPort(far.addresses[0], strconv.Itoa(port)))
+	load := c.startFlows(t, namespace, near.name, flowsEach, hostPort(far.addresses[0], port))
 	c.watch(t, func(marker string) {
 		c.kubectl(t, "delete", "pods", "--namespace", system, "--all", "--force", "--grace-period=0")
 		c.rolledOut(t)

@@ -18,7 +18,11 @@ import (
 const usage = `usage:
   probe serve -address :8080                         echo, over TCP and UDP
   probe reach -marker TEXT [-timeout 2s] TARGET...   send the marker to each target at once and wait for its echo
-  probe flows [-tcp N] [-udp N] [-rate N] ADDRESS    keep flows to an echo server until stdin ends
+  probe flows [-tcp N] [-udp N] [-rate N] ADDRESS... keep flows to echo servers until stdin ends; each line of stdin asks for
+                                                     a report
+  probe knock -marker TEXT [-listen ADDRESS] [-stdin] [-interval 20ms] [-for 5s] TARGET...
+                                                     send the marker again and again, to targets on stdin too, and print who
+                                                     has sent it here
 A target is tcp/HOST:PORT or udp/HOST:PORT.`
 
 func main() {
@@ -51,18 +55,54 @@ func run(ctx context.Context, args []string, in io.Reader, out io.Writer) error 
 		}
 		return json.NewEncoder(out).Encode(reachAll(ctx, *marker, *timeout, flags.Args()))
 	case "flows":
-		var l load
-		flags.IntVar(&l.tcp, "tcp", 0, "TCP flows")
-		flags.IntVar(&l.udp, "udp", 0, "UDP flows")
-		flags.IntVar(&l.rate, "rate", 50, "messages a second, each way, of each flow")
-		if err := flags.Parse(args[1:]); err != nil {
+		load, err := readLoad(flags, args[1:])
+		if err != nil {
 			return err
 		}
-		if l.rate < 1 {
-			return fmt.Errorf("-rate %d: say 1 or more", l.rate)
+		return keepFlows(ctx, load, in, out)
+	case "knock":
+		k, err := readKnocker(flags, args[1:], in)
+		if err != nil {
+			return err
 		}
-		return keepFlows(ctx, l, flags.Arg(0), in, out)
+		return k.run(ctx, flags.Args(), out)
 	default:
 		return fmt.Errorf("unknown command %q\n%s", args[0], usage)
 	}
+}
+
+// readLoad reads the arguments of flows.
+func readLoad(flags *flag.FlagSet, args []string) (load, error) {
+	var l load
+	flags.IntVar(&l.tcp, "tcp", 0, "TCP flows to each address")
+	flags.IntVar(&l.udp, "udp", 0, "UDP flows to each address")
+	flags.IntVar(&l.rate, "rate", 50, "messages a second, each way, of each flow")
+	if err := flags.Parse(args); err != nil {
+		return load{}, err
+	}
+	if l.rate < 1 {
+		return load{}, fmt.Errorf("-rate %d: say 1 or more", l.rate)
+	}
+	l.addresses = flags.Args()
+	return l, nil
+}
+
+// readKnocker reads the arguments of knock.
+func readKnocker(flags *flag.FlagSet, args []string, in io.Reader) (knocker, error) {
+	var k knocker
+	flags.StringVar(&k.marker, "marker", "", "what is sent, and listened for")
+	flags.StringVar(&k.listen, "listen", "", "address to listen on")
+	flags.DurationVar(&k.interval, "interval", 20*time.Millisecond, "time between two messages to a target")
+	flags.DurationVar(&k.during, "for", 0, "how long to send")
+	more := flags.Bool("stdin", false, "read more targets from stdin")
+	if err := flags.Parse(args); err != nil {
+		return knocker{}, err
+	}
+	if k.interval <= 0 {
+		return knocker{}, fmt.Errorf("-interval %v: say more than zero", k.interval)
+	}
+	if *more {
+		k.more = in
+	}
+	return k, nil
 }
