@@ -20,8 +20,8 @@ func Cleanup(ctx context.Context, log *slog.Logger) error {
 	}
 	var errs []error
 	for _, backend := range []string{nft, legacy} {
-		if err := suites[backend].clean(ctx, log); err != nil {
-			errs = append(errs, fmt.Errorf("removing rules by iptables-%s: %w", backend, err))
+		if cleanErr := suites[backend].clean(ctx, log); cleanErr != nil {
+			errs = append(errs, fmt.Errorf("removing rules by iptables-%s: %w", backend, cleanErr))
 		}
 	}
 	sets := kernelSets{}
