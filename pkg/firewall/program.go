@@ -15,8 +15,9 @@ import (
 	"github.com/warren-cni/warren/pkg/netfilter"
 )
 
-// lockWait is how many seconds a program waits for the xtables lock before it gives up; the next Apply tries again.
-const lockWait = 10
+// lockWait is how many seconds a program waits for the xtables lock before it gives up and the next Apply tries again: what needs
+// no program, the sets, is not held up for longer.
+const lockWait = 5
 
 // execer finds and runs programs.
 type execer interface {
