@@ -126,11 +126,6 @@ func (a *API) Snapshot() (cluster.Snapshot, []cluster.Problem) {
 	return a.store.snapshot(a.self), problems
 }
 
-// FetchPod is Refresh under its former name.
-func (a *API) FetchPod(ctx context.Context, namespace, name, uid string) error {
-	return a.Refresh(ctx, namespace, name, uid)
-}
-
 // setProblems reports whether the object's problems differ from what they were; the lock is held.
 func (a *API) setProblems(name object, problems []cluster.Problem) bool {
 	changed := !slices.Equal(a.problems[name], problems)

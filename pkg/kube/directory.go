@@ -154,11 +154,6 @@ func (d *Directory) Snapshot() (cluster.Snapshot, []cluster.Problem) {
 	return d.store.snapshot(d.self), slices.Clone(d.problems)
 }
 
-// FetchPod is Refresh under its former name.
-func (d *Directory) FetchPod(ctx context.Context, namespace, name, uid string) error {
-	return d.Refresh(ctx, namespace, name, uid)
-}
-
 // Refresh reads the directory again: its changes may not have been seen yet. A pod that is not there with that uid is an error.
 func (d *Directory) Refresh(_ context.Context, namespace, name, uid string) error {
 	if err := d.load(); err != nil {

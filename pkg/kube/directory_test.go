@@ -238,17 +238,17 @@ func TestDirectorySaysNothingWhenNothingChanged(t *testing.T) {
 	}
 }
 
-func TestDirectoryFetchPod(t *testing.T) {
+func TestDirectoryRefresh(t *testing.T) {
 	d := newDirectory(t, map[string]string{"n1.yaml": nodeYAML})
-	if err := d.FetchPod(t.Context(), "shop", "api-1", "u1"); !errors.Is(err, errPodUnknown) {
-		t.Errorf("fetching a pod that is nowhere: got %v, want errPodUnknown", err)
+	if err := d.Refresh(t.Context(), "shop", "api-1", "u1"); !errors.Is(err, errPodUnknown) {
+		t.Errorf("refreshing a pod that is nowhere: got %v, want errPodUnknown", err)
 	}
 	write(t, d.dir, "pod.yaml", podYAML)
-	if err := d.FetchPod(t.Context(), "shop", "api-1", "u1"); err != nil {
-		t.Errorf("fetching a pod whose file is new: %v", err)
+	if err := d.Refresh(t.Context(), "shop", "api-1", "u1"); err != nil {
+		t.Errorf("refreshing a pod whose file is new: %v", err)
 	}
-	if err := d.FetchPod(t.Context(), "shop", "api-1", "u2"); !errors.Is(err, errPodUnknown) {
-		t.Errorf("fetching a pod with another uid: got %v, want errPodUnknown", err)
+	if err := d.Refresh(t.Context(), "shop", "api-1", "u2"); !errors.Is(err, errPodUnknown) {
+		t.Errorf("refreshing a pod with another uid: got %v, want errPodUnknown", err)
 	}
 }
 

@@ -13,10 +13,6 @@ import (
 // annotationConfigHash marks the mirror pod of a static pod. Its value is the uid that the kubelet knows the pod by.
 const annotationConfigHash = "kubernetes.io/config.hash"
 
-func convertNamespace(n *corev1.Namespace) (cluster.Namespace, []cluster.Problem) {
-	return cluster.Namespace{Name: n.Name, Labels: labelSet(n.Labels)}, nil
-}
-
 func convertPod(p *corev1.Pod) (cluster.Pod, []cluster.Problem) {
 	found := &findings{code: codePod, object: "Pod " + p.Namespace + "/" + p.Name, remedy: "delete the pod, so that it is made again"}
 	return cluster.Pod{

@@ -22,6 +22,7 @@ func convertPolicy(p *networkingv1.NetworkPolicy) (cluster.Policy, []cluster.Pro
 		code: codePolicy, object: "NetworkPolicy " + p.Namespace + "/" + p.Name, remedy: "correct the NetworkPolicy",
 	}
 	policy := cluster.Policy{Namespace: p.Namespace, Name: p.Name, UID: string(p.UID)}
+	policy.Log = logMode(p.Annotations, found)
 	policy.Ingress, policy.Egress = directions(&p.Spec, found)
 
 	path := field.NewPath("spec")

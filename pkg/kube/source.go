@@ -15,6 +15,7 @@ import (
 // Codes of the problems that this package reports.
 const (
 	codeNode        = "NodeInvalid"
+	codeNamespace   = "NamespaceInvalid"
 	codePod         = "PodInvalid"
 	codePolicy      = "PolicyInvalid"
 	codeFile        = "FileInvalid"

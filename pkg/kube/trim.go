@@ -9,18 +9,18 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// trim reduces an object to what the conversion reads, before the informer keeps it: a pod of 5 KiB becomes one of a few
-// hundred bytes. Fields keep their positions as far as a message names them.
+// trim reduces an object to what the conversion reads: while the first list comes in, a pod of 5 KiB is kept as one of a
+// few hundred bytes. Fields keep their positions as far as a message names them.
 func trim(object any) (any, error) {
 	switch o := object.(type) {
 	case *corev1.Node:
 		return trimNode(o), nil
 	case *corev1.Namespace:
-		return &corev1.Namespace{ObjectMeta: trimMeta(&o.ObjectMeta)}, nil
+		return &corev1.Namespace{ObjectMeta: trimMeta(&o.ObjectMeta, annotationPrefix)}, nil
 	case *corev1.Pod:
 		return trimPod(o), nil
 	case *networkingv1.NetworkPolicy:
-		return &networkingv1.NetworkPolicy{ObjectMeta: trimMeta(&o.ObjectMeta), Spec: o.Spec}, nil
+		return &networkingv1.NetworkPolicy{ObjectMeta: trimMeta(&o.ObjectMeta, annotationPrefix), Spec: o.Spec}, nil
 	default:
 		return object, nil
 	}
