@@ -23,10 +23,6 @@
 package policy
 
 import (
-	"cmp"
-	"slices"
-	"strings"
-
 	"github.com/warren-cni/warren/pkg/cluster"
 	"github.com/warren-cni/warren/pkg/netfilter"
 )
@@ -35,6 +31,7 @@ import (
 const (
 	selfChain     = netfilter.Prefix + "-SELF"
 	isolatedChain = netfilter.Prefix + "-ISOLATED"
+	table         = "mangle"
 )
 
 // direction is what differs between ingress and egress.
@@ -67,144 +64,25 @@ func egress() direction {
 	}
 }
 
-// Compile plans the packet filter for the policies that select a pod of the snapshot's own node. The snapshot must be
-// bound (see cluster.Snapshot.Bind): a local pod without an address is in no group, and the start gate keeps it closed.
-//
-// What cannot be compiled allows nothing and is a Problem; the pods stay isolated and everything else is enforced.
+// Compile plans the packet filter for the policies that select a pod of the snapshot's own node, once. The snapshot must be
+// bound (see cluster.Snapshot.Bind). The problems are what cannot be enforced: it allows nothing, the pods stay isolated and everything else
+// is enforced.
 func Compile(s cluster.Snapshot) (netfilter.Ruleset, []cluster.Problem) {
-	c := newCompiler(s)
-	in, out := c.groups(ingress()), c.groups(egress())
-	return netfilter.Ruleset{
-		V4: c.compile(netfilter.IPv4, in, out),
-		V6: c.compile(netfilter.IPv6, in, out),
-	}, cluster.SortProblems(c.problems)
-}
-
-// group are local pods that the same policies isolate in one direction.
-type group struct {
-	policies []*cluster.Policy
-	pods     []*cluster.Pod
-}
-
-// names lists the group's policies.
-func (g group) names() []string {
-	names := make([]string, len(g.policies))
-	for i, p := range g.policies {
-		names[i] = p.Namespace + "/" + p.Name
+	c := NewCompiler(s.Self, Options{})
+	for i := range s.Namespaces {
+		c.setNamespace(s.Namespaces[i].Name, &s.Namespaces[i])
 	}
-	return names
-}
-
-// groups divides the local pods that are isolated in a direction, in the order of their policies.
-func (c *compiler) groups(d direction) []group {
-	byPolicies := map[string]*group{}
-	for _, pod := range c.local {
-		selecting := c.selecting(d, pod)
-		if len(selecting) == 0 {
-			continue
-		}
-		g := &group{policies: selecting}
-		key := strings.Join(g.names(), " ")
-		if known, ok := byPolicies[key]; ok {
-			g = known
-		}
-		g.pods = append(g.pods, pod)
-		byPolicies[key] = g
+	for i := range s.Policies {
+		c.setPolicy(s.Policies[i].Key(), &s.Policies[i])
 	}
-	groups := make([]group, 0, len(byPolicies))
-	for _, g := range byPolicies {
-		groups = append(groups, *g)
+	for i := range s.Pods {
+		c.setPod(s.Pods[i].Key(), &s.Pods[i])
 	}
-	slices.SortFunc(groups, func(a, b group) int { return slices.Compare(a.names(), b.names()) })
-	return groups
-}
-
-// compile plans one family.
-func (c *compiler) compile(f netfilter.Family, in, out []group) netfilter.Rules {
-	b := &builder{compiler: c, family: f, sets: map[string]netfilter.Set{}}
-	isolated := b.dispatch(ingress(), in)
-	isolated = append(isolated, b.dispatch(egress(), out)...)
-	b.entry(isolated)
-	return b.result()
-}
-
-// entry makes the chains that lead to the dispatch.
-func (b *builder) entry(isolated []member) {
-	if len(isolated) == 0 {
-		b.chain(netfilter.PolicyChain, nil)
-		return
-	}
-	slices.SortFunc(isolated, func(x, y member) int {
-		return cmp.Or(x.address.Compare(y.address), strings.Compare(x.pod, y.pod))
-	})
-	isolated = slices.Compact(isolated)
-	set := b.addressSet(netfilter.Prefix+"-ISOLATED"+b.digit(), "pods that a policy selects", isolated)
-	src, dst := matchSet(set, "src"), matchSet(set, "dst")
-	b.chain(netfilter.PolicyChain, []netfilter.Rule{
-		words("may be the same pod", src, dst, "-g", selfChain),
-		words("", src, "-g", isolatedChain),
-		words("", dst, "-g", isolatedChain),
-	})
-
-	var self []netfilter.Rule
-	for _, m := range isolated {
-		a := m.address.String()
-		self = append(self, words(m.pod+" to itself", "-s", a, "-d", a, "-j", "RETURN"))
-	}
-	b.chain(selfChain, append(self, words("", "-g", isolatedChain)))
-
-	// A pod whose answers conntrack no longer knows would open, as the first packet of a new connection, what its
-	// policies closed; both directions, because the entry that such a packet makes is a reversed one.
-	rules := []netfilter.Rule{words("a connection begins with SYN", "-p tcp ! --syn -j DROP")}
-	for _, d := range []direction{egress(), ingress()} {
-		if all := d.chain + b.digit(); b.has(all) {
-			rules = append(rules, words("isolated for "+d.name, matchSet(all, d.subject), "-j", d.chain))
-		}
-	}
-	b.chain(isolatedChain, rules)
-}
-
-// dispatch makes the chains of one direction, and returns the isolated pods.
-func (b *builder) dispatch(d direction, groups []group) []member {
-	var isolated []member
-	var rules []netfilter.Rule
-	for _, g := range groups {
-		members := b.members(g.pods)
-		if len(members) == 0 {
-			continue
-		}
-		isolated = append(isolated, members...)
-		names := g.names()
-		comment := strings.Join(names, " ")
-		set := b.addressSet(netfilter.SetName(b.family, "G"+d.group, names...), d.name+" by "+comment, members)
-		chain := d.groupChain(names)
-		rules = append(rules, words(comment, matchSet(set, d.subject), "-g", chain))
-		b.chains = append(b.chains, netfilter.Chain{Table: "mangle", Name: chain, Rules: b.groupRules(d, g), Closable: names})
-	}
-	if len(rules) == 0 {
-		return nil
-	}
-	b.addressSet(d.chain+b.digit(), "pods isolated for "+d.name, isolated)
-	b.chain(d.chain, append(rules, words("isolated, by policies that do not stand yet", "-j", "DROP")))
-	return isolated
+	c.plan()
+	return c.Ruleset(), c.Problems()
 }
 
 // groupChain is the chain of the group of pods that these policies isolate.
 func (d direction) groupChain(policies []string) string {
 	return netfilter.Name(d.group, policies...)
-}
-
-// groupRules are the rules of a group: what its policies allow, and a DROP.
-func (b *builder) groupRules(d direction, g group) []netfilter.Rule {
-	var rules []netfilter.Rule
-	for _, p := range g.policies {
-		for _, r := range d.rules(p) {
-			lines := b.allow(d, p, r)
-			if r.AnyPeer && r.AnyPort {
-				return append(rules, lines...) // nothing comes past it
-			}
-			rules = append(rules, lines...)
-		}
-	}
-	return append(rules, words("isolated by "+strings.Join(g.names(), " "), "-j", "DROP"))
 }

@@ -1,0 +1,301 @@
+package policy
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+
+	"k8s.io/apimachinery/pkg/labels"
+
+	"github.com/warren-cni/warren/pkg/cluster"
+	"github.com/warren-cni/warren/pkg/netfilter"
+	"github.com/warren-cni/warren/pkg/podcidr"
+)
+
+// Options are what a node's operator decides about all policies.
+type Options struct {
+	// Log is what is logged of the connections of isolated pods where neither a policy nor the namespace asks for more.
+	Log cluster.LogMode
+}
+
+// Compiler plans the packet filter for the policies that select a pod of one node, and keeps the plan in step with the
+// cluster. What an Update costs follows what changed: a pod meets only the selectors that ask for one of its labels, a local
+// pod that comes or goes renders its groups anew, and an edited policy the groups that it is in.
+//
+// What it holds and returns depends on the cluster's state alone, not on the order in which it came about. It keeps the objects
+// that it is given, and no copies of them. It is not safe for concurrent use.
+type Compiler struct {
+	self string
+	log  cluster.LogMode
+	// own are the addresses of the node itself.
+	own        []netip.Addr
+	namespaces map[string]*namespace
+	owners     owners
+	selections map[selector]*selection
+	scopes     map[selector]*scope
+	byLabels   index[*scope]
+	sets       map[string]*set
+	groups     map[groupID]*group
+	chains     map[string]*group
+	frame      netfilter.Ruleset
+	news
+}
+
+// news is what an Update that is under way has come across.
+type news struct {
+	// dirty are local pods that may be in other groups than they were, with their namespaces; stale are groups whose rules may be
+	// others. The frame is made anew where reframe is true.
+	dirty   map[*pod]*namespace
+	stale   map[*group]bool
+	reframe bool
+	// touches are entries that may have come to a set or gone; unused are sets that a rule does not refer to any more, fresh those
+	// that were not there before.
+	touches []touched
+	unused  []*set
+	fresh   []*set
+	// stirred are scopes with new or dead selections. Namespaces find their scopes anew where rescoped is true.
+	stirred  []*scope
+	rescoped bool
+	round    uint64
+	change   netfilter.Change
+	edits    map[*set]*netfilter.SetChange
+	affected []netip.Addr
+	// found and entries are space for lists.
+	found   []*selection
+	entries []netfilter.Entry
+}
+
+// Update is what a change of the cluster comes to.
+type Update struct {
+	// Change turns the rules before into the rules now.
+	Change netfilter.Change
+	// Affected are the addresses whose established connections may be judged otherwise than before, sorted.
+	Affected []netip.Addr
+}
+
+// NewCompiler returns the compiler of the node self, for a cluster in which there is nothing.
+func NewCompiler(self string, o Options) *Compiler {
+	c := &Compiler{
+		self: self, log: o.Log, namespaces: map[string]*namespace{},
+		owners:     owners{first: map[netip.Addr]*pod{}, more: map[netip.Addr][]*pod{}},
+		selections: map[selector]*selection{}, scopes: map[selector]*scope{}, sets: map[string]*set{},
+		groups: map[groupID]*group{}, chains: map[string]*group{},
+		news: news{dirty: map[*pod]*namespace{}, stale: map[*group]bool{}, edits: map[*set]*netfilter.SetChange{}},
+	}
+	for _, f := range netfilter.Families {
+		*c.frame.Of(f) = c.newFrame(f)
+	}
+	return c
+}
+
+// Update takes in what changed in the cluster. The pods must be bound (see cluster.State): one without an address is in no
+// set and no group, and where it is local the start gate keeps it closed.
+func (c *Compiler) Update(d cluster.Delta) Update {
+	if node, ok := d.Nodes[c.self]; ok {
+		c.setSelf(node)
+	}
+	for name, object := range d.Namespaces {
+		c.setNamespace(name, object)
+	}
+	for key, object := range d.Policies {
+		c.setPolicy(key, object)
+	}
+	for key, object := range d.Pods {
+		c.setPod(key, object)
+	}
+	return c.plan()
+}
+
+// setSelf takes the addresses of the node itself, whose traffic with its pods no policy stops.
+func (c *Compiler) setSelf(node *cluster.Node) {
+	c.own = nil
+	if node == nil {
+		return
+	}
+	c.own = slices.Clone(node.Addresses)
+	for _, p := range node.PodCIDRs {
+		c.own = append(c.own, podcidr.NodeAddress(p))
+	}
+}
+
+// plan finds out what the changed objects come to. The groups come first, because their rules say which selections and sets
+// there are; then the members of sets.
+func (c *Compiler) plan() Update {
+	for p, n := range c.dirty {
+		c.regroup(n, p)
+	}
+	for g := range c.stale {
+		c.refresh(g)
+	}
+	c.drop()
+	c.settle()
+	c.retouch()
+	if c.reframe {
+		before := c.frame
+		for _, f := range netfilter.Families {
+			*c.frame.Of(f) = c.newFrame(f)
+		}
+		c.add(netfilter.Diff(before, c.frame))
+	}
+	for s, change := range c.edits {
+		change.Add, change.Remove = sorted(change.Add), sorted(change.Remove)
+		c.changed(s, *change)
+	}
+	for _, f := range netfilter.Families {
+		r := c.changes(f)
+		slices.SortFunc(r.Sets, func(a, b netfilter.SetChange) int { return strings.Compare(a.Name, b.Name) })
+		slices.SortFunc(r.Write, netfilter.Chain.Compare)
+		slices.SortFunc(r.Delete, netfilter.Chain.Compare)
+	}
+	slices.SortFunc(c.affected, netip.Addr.Compare)
+	u := Update{Change: c.change, Affected: slices.Compact(c.affected)}
+	clear(c.dirty)
+	clear(c.stale)
+	clear(c.edits)
+	c.reframe, c.change, c.affected = false, netfilter.Change{}, nil
+	return u
+}
+
+// sorted returns the entries sorted, as they are where there are few.
+func sorted(entries []netfilter.Entry) []netfilter.Entry {
+	slices.SortFunc(entries, netfilter.Entry.Compare)
+	return entries
+}
+
+// Ruleset returns the rules that the cluster comes to, all of them.
+func (c *Compiler) Ruleset() netfilter.Ruleset {
+	var all netfilter.Ruleset
+	for _, f := range netfilter.Families {
+		frame, r := c.frame.Of(f), all.Of(f)
+		r.Sets, r.Chains = slices.Clone(frame.Sets), slices.Clone(frame.Chains)
+		for _, g := range c.groups {
+			if is := g.of(f); is.stands {
+				r.Chains = append(r.Chains, g.chainOf(is.rules))
+			}
+		}
+	}
+	for _, s := range c.sets {
+		r := all.Of(s.family)
+		r.Sets = append(r.Sets, s.whole())
+	}
+	for _, f := range netfilter.Families {
+		r := all.Of(f)
+		slices.SortFunc(r.Sets, func(a, b netfilter.Set) int { return strings.Compare(a.Name, b.Name) })
+		slices.SortFunc(r.Chains, netfilter.Chain.Compare)
+	}
+	return all
+}
+
+// Problems returns what of the policies in force here cannot be enforced, sorted. It allows nothing; the pods stay isolated and
+// everything else is enforced.
+func (c *Compiler) Problems() []cluster.Problem {
+	var problems []cluster.Problem
+	for _, g := range c.groups {
+		problems = append(problems, g.problems...)
+	}
+	return cluster.SortProblems(problems)
+}
+
+// Group returns what a chain of a group is there for: the direction that its policies isolate in, "ingress" or "egress", and
+// the namespaces and names of the policies. It returns false for a chain that is not there.
+func (c *Compiler) Group(chain string) (direction string, policies []string, ok bool) {
+	g, ok := c.chains[chain]
+	if !ok {
+		return "", nil, false
+	}
+	return g.direction.name, g.names, true
+}
+
+// Allows tells whether this node lets a new connection pass: by the egress policies of the source where that is a pod of the
+// node, and by the ingress policies of the destination where that is one. closed names the group chains that the kernel refused, so
+// that nothing passes there.
+//
+// Where two local pods have an address, which leases do not allow, both must allow.
+func (c *Compiler) Allows(f Flow, closed map[string]bool) bool {
+	if f.Src == f.Dst || slices.Contains(c.own, f.Src) || slices.Contains(c.own, f.Dst) {
+		return true // a pod and itself, a pod and its own node
+	}
+	src, dst := c.owners.of(f.Src), c.owners.of(f.Dst)
+	meetings := c.meetings(f, src, dst)
+	blocked := func(pods []*pod, direction int) bool {
+		return slices.ContainsFunc(pods, func(p *pod) bool {
+			g := p.groups[direction]
+			return g != nil && (closed[g.chain] || !slices.ContainsFunc(meetings, g.allows))
+		})
+	}
+	return !blocked(dst, 0) && !blocked(src, 1)
+}
+
+// meetings are the ways to see a flow where several pods have one of its addresses: as one between each two of them. What a set
+// holds of an address comes from one pod, not from two together.
+func (c *Compiler) meetings(f Flow, src, dst []*pod) []meeting {
+	var all []meeting
+	for _, from := range apart(src) {
+		for _, to := range apart(dst) {
+			all = append(all, meeting{flow: f, src: from, dst: to, namespace: c.namespaceLabels})
+		}
+	}
+	return all
+}
+
+// apart returns lists of one pod each, or an empty list where there is none.
+func apart(pods []*pod) [][]*cluster.Pod {
+	lists := make([][]*cluster.Pod, max(1, len(pods)))
+	for i, p := range pods {
+		lists[i] = []*cluster.Pod{p.Pod}
+	}
+	return lists
+}
+
+// allows tells whether one of the group's policies allows a flow.
+func (g *group) allows(m meeting) bool {
+	for _, p := range g.policies {
+		for _, r := range g.direction.rules(p) {
+			if m.allows(g.direction, p.Namespace, r) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// namespaceLabels returns the labels of a namespace, and whether it is known.
+func (c *Compiler) namespaceLabels(name string) (labels.Set, bool) {
+	if n := c.namespaces[name]; n != nil && n.object != nil {
+		return n.object.Labels, true
+	}
+	return nil, false
+}
+
+// affect notes addresses whose connections may be judged otherwise.
+func (c *Compiler) affect(addresses ...netip.Addr) {
+	c.affected = append(c.affected, addresses...)
+}
+
+// changes returns the change of a family.
+func (c *Compiler) changes(f netfilter.Family) *netfilter.RulesChange { return c.change.Of(f) }
+
+// changed adds the change of a set.
+func (c *Compiler) changed(s *set, change netfilter.SetChange) {
+	r := c.changes(s.family)
+	r.Sets = append(r.Sets, change)
+}
+
+// edited returns the change of the members of a set, to be added to.
+func (c *Compiler) edited(s *set) *netfilter.SetChange {
+	change, ok := c.edits[s]
+	if !ok {
+		change = &netfilter.SetChange{Set: s.Set}
+		change.Entries = nil
+		c.edits[s] = change
+	}
+	return change
+}
+
+// add adds a change of other sets and chains.
+func (c *Compiler) add(more netfilter.Change) {
+	for _, f := range netfilter.Families {
+		r, m := c.changes(f), more.Of(f)
+		r.Sets, r.Write, r.Delete = append(r.Sets, m.Sets...), append(r.Write, m.Write...), append(r.Delete, m.Delete...)
+	}
+}
