@@ -7,6 +7,7 @@ import (
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 
+	"github.com/warren-cni/warren/pkg/conntrack"
 	"github.com/warren-cni/warren/pkg/gate"
 	"github.com/warren-cni/warren/pkg/ipam"
 	"github.com/warren-cni/warren/pkg/podlink"
@@ -38,7 +39,7 @@ func release(leases *ipam.Store, containerID, ifname string) error {
 	if linkErr := podlink.Detach(podlink.HostName(containerID, ifname)); linkErr != nil {
 		return errors.Join(err, linkErr)
 	}
-	if forgetErr := gate.Forget(addresses); forgetErr != nil {
+	if forgetErr := conntrack.Forget(addresses); forgetErr != nil {
 		return errors.Join(err, forgetErr)
 	}
 	_, releaseErr := leases.Release(containerID, ifname)
