@@ -87,12 +87,46 @@ type serviceAnswer struct {
 	Ports      []portAnswer `json:"ports"`
 }
 
-// portAnswer counts the endpoints that are ready, and those of them that are reached.
+// portAnswer counts the endpoints of a port that are ready, those of them that are reached, and those of which it is not known.
 type portAnswer struct {
 	Port      string `json:"port"`
 	Endpoints int    `json:"endpoints"`
 	Allowed   int    `json:"allowed"`
+	Unknown   int    `json:"unknown"`
 }
+
+// The help of the command.
+const (
+	explainLong = `Tell whether policies allow a connection, and which of their rules decide: the egress policies of its source and the
+ingress policies of its destination, rule by rule, and the node that enforces them.
+
+A Service, by name or by its address, is answered for each of its endpoints, because policies judge a connection after it was
+translated to one of them; without --port for all its ports.
+
+It asks the daemon of this node, which knows the pods and policies of all nodes, and says where its own kernel is not as
+planned. With --objects it reads a directory instead, and addresses of pods come from their status.
+
+The exit status is 0 when the connection is allowed (to all endpoints of a Service that are ready), 1 when it is denied (to
+one of them), and 2 when that cannot be told.`
+
+	explainExamples = `  # Does the web pod reach the api pod? By the number of the container's port, or by its name:
+  warrend explain --from shop/web --to shop/api --port 8080
+  warrend explain --from shop/web --to shop/api --port http
+
+  # Does it reach every endpoint of a Service, on one of its ports, or on all?
+  warrend explain --from shop/web --to svc/shop/api --port 80
+  warrend explain --from shop/web --to svc/shop/api
+
+  # Who from outside reaches it, and what outside does it reach?
+  warrend explain --from 203.0.113.9 --to shop/web --port 443
+  warrend explain --from shop/web --to 192.0.2.7 --port 53/udp
+
+  # What would policies do that are not applied yet?
+  warrend explain --from shop/web --to shop/api --port http --objects ./objects
+
+  # For programs:
+  warrend explain --from shop/web --to svc/shop/api -o json | jq .answer`
+)
 
 // explainCommand tells what the policies decide about a connection.
 func explainCommand() *cobra.Command {
@@ -100,22 +134,14 @@ func explainCommand() *cobra.Command {
 	var q agentapi.Explain
 	var objects, output string
 	cmd := &cobra.Command{
-		Use:   explainName + " --from NAMESPACE/POD|IP --to NAMESPACE/POD|IP [--port PORT]",
-		Short: "Tell whether policies allow a connection, and which of their rules decide",
-		Long: `Tell whether policies allow a connection, and which of their rules decide: the egress policies of its source and the
-ingress policies of its destination, rule by rule, and the node that enforces them.
-
-It asks the daemon of this node, which knows the pods and policies of all nodes. With --objects it reads a directory
-instead, and addresses of pods come from their status.
-
-The exit status is 0 when the connection is allowed, 1 when it is denied, 2 when that cannot be told.`,
-		Example: `  warrend explain --from shop/web --to shop/api --port 8080
-  warrend explain --from shop/web --to 192.0.2.7 --port 53/udp
-  warrend explain --from shop/web --to shop/api --port http --objects ./objects`,
-		Args: cobra.NoArgs,
+		Use:     explainName + " --from NAMESPACE/POD|IP --to NAMESPACE/POD|svc/NAMESPACE/NAME|IP [--port PORT]",
+		Short:   "Tell whether policies allow a connection, and which of their rules decide",
+		Long:    explainLong,
+		Example: explainExamples,
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if q.From == "" || q.To == "" {
-				return errors.New("explain needs --from and --to, each a NAMESPACE/POD or an address")
+				return errors.New("explain needs --from and --to, each a NAMESPACE/POD or an address, or svc/NAMESPACE/NAME as --to")
 			}
 			if output != "text" && output != "json" {
 				return fmt.Errorf("-o %s: say text or json", output)
@@ -136,8 +162,8 @@ The exit status is 0 when the connection is allowed, 1 when it is denied, 2 when
 	}
 	p.add(cmd.Flags())
 	cmd.Flags().StringVar(&q.From, "from", "", "source: NAMESPACE/POD or an address (required)")
-	cmd.Flags().StringVar(&q.To, "to", "", "destination: NAMESPACE/POD or an address (required)")
-	cmd.Flags().StringVar(&q.Port, "port", "", "port of the destination: 80, 53/udp, or a container port's name; without it ICMP, which only rules without ports allow")
+	cmd.Flags().StringVar(&q.To, "to", "", "destination: NAMESPACE/POD, svc/NAMESPACE/NAME or an address (required)")
+	cmd.Flags().StringVar(&q.Port, "port", "", "port of the destination: 80, 53/udp, or the name of a container's or a Service's port; without it ICMP, which only rules without ports allow, or all ports of a Service")
 	cmd.Flags().StringVar(&objects, "objects", "", "read Node, Namespace, Pod and NetworkPolicy YAML from this directory instead of asking the daemon")
 	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
 	return cmd
@@ -216,6 +242,9 @@ func explain(f facts, q agentapi.Explain) (explanation, error) {
 	if f.service != nil {
 		e.Service = &serviceAnswer{Name: f.service.Key().String(), ClusterIPs: f.service.ClusterIPs}
 	}
+	if q.Port == "" && slices.ContainsFunc(e.Verdicts, stoppedByPorts) {
+		e.Notes = append(e.Notes, "without --port this asks about ICMP, which a rule with ports never matches; --port asks about a connection")
+	}
 	e.Notes = unique(e.Notes)
 	named := e.objects()
 	for _, p := range f.problems {
@@ -224,6 +253,16 @@ func explain(f facts, q agentapi.Explain) (explanation, error) {
 		}
 	}
 	return e, nil
+}
+
+// stoppedByPorts tells whether ICMP is denied by the ports of a rule alone.
+func stoppedByPorts(v judged) bool {
+	matches := func(m policy.Match) bool { return m.Matches }
+	return v.Flow.Protocol == policy.ICMP && slices.ContainsFunc([]policy.Side{v.Egress, v.Ingress}, func(side policy.Side) bool {
+		return !side.Allowed && slices.ContainsFunc(side.Policies, func(p policy.Policy) bool {
+			return slices.ContainsFunc(p.Rules, func(r policy.Rule) bool { return slices.ContainsFunc(r.Peers, matches) })
+		})
+	})
 }
 
 // unique leaves out what was said before.

@@ -97,8 +97,12 @@ func portAnswers(verdicts []judged) []portAnswer {
 	for i := range ports {
 		for _, answers := range endpoints[ports[i].Port] {
 			ports[i].Endpoints++
-			if sum(answers) == allowed {
+			switch sum(answers) {
+			case allowed:
 				ports[i].Allowed++
+			case unknown:
+				ports[i].Unknown++
+			default:
 			}
 		}
 	}

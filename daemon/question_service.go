@@ -122,7 +122,7 @@ func portsOf(service *cluster.Service, asked askedPort) ([]cluster.ServicePort, 
 		return nil, errors.New("the Service has no ports")
 	}
 	if len(ports) == 0 {
-		return nil, fmt.Errorf("service %s has no such port; it has %s", service.Key(), orNone(has))
+		return nil, fmt.Errorf("Service %s has no such port; it has %s", service.Key(), orNone(has))
 	}
 	return ports, nil
 }

@@ -28,8 +28,9 @@ func printExplanation(w io.Writer, e explanation, output string) error {
 		}
 		printGroup(&b, e, group)
 	}
-	for _, note := range e.Notes {
-		fmt.Fprintf(&b, "Note: %s.\n", note)
+	if len(e.Notes) > 0 {
+		b.WriteString("\n")
+		printNotes(&b, e.Notes)
 	}
 	if len(e.Problems) > 0 {
 		b.WriteString("\nThe kernel may differ from this verdict:")
@@ -38,6 +39,13 @@ func printExplanation(w io.Writer, e explanation, output string) error {
 	printAsked(&b, e)
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// printNotes prints what one has to know besides.
+func printNotes(b *strings.Builder, notes []string) {
+	for _, note := range notes {
+		fmt.Fprintf(b, "Note: %s.\n", note)
+	}
 }
 
 // printService prints the answer for a Service at a glance.
@@ -63,10 +71,10 @@ func (p portAnswer) text() string {
 	switch {
 	case p.Endpoints == 0:
 		return "no endpoint is ready, so nothing answers whatever policies say"
-	case p.Endpoints == p.Allowed:
-		return fmt.Sprintf("allowed to all endpoints that are ready (%d)", p.Endpoints)
+	case p.Unknown > 0:
+		return fmt.Sprintf("allowed to %d of %d ready endpoints, unknown for %d", p.Allowed, p.Endpoints, p.Unknown)
 	default:
-		return fmt.Sprintf("allowed to %d of %d endpoints that are ready", p.Allowed, p.Endpoints)
+		return fmt.Sprintf("allowed to %d of %d ready endpoints", p.Allowed, p.Endpoints)
 	}
 }
 
@@ -83,7 +91,7 @@ func printDrift(b *strings.Builder, e explanation) {
 }
 
 // groups puts verdicts together that have the same reasons: of the two families, of the numbers behind a port's name, of the
-// endpoints of a Service.
+// endpoints of a Service. What stands in the way comes first, and what gets no connections last.
 func groups(verdicts []judged) [][]judged {
 	var all [][]judged
 	for _, v := range verdicts {
@@ -94,12 +102,19 @@ func groups(verdicts []judged) [][]judged {
 		}
 		all[at] = append(all[at], v)
 	}
+	rank := func(group []judged) int {
+		if group[0].NotReady {
+			return 2
+		}
+		return slices.Index([]answer{denied, allowed}, group[0].Answer) // unknown is before them
+	}
+	slices.SortStableFunc(all, func(a, b []judged) int { return rank(a) - rank(b) })
 	return all
 }
 
 // alike tells whether the same rules decide two verdicts in the same way.
 func alike(a, b judged) bool {
-	return a.Answer == b.Answer && alikeSides(a.Egress, b.Egress) && alikeSides(a.Ingress, b.Ingress) && slices.Equal(a.Notes, b.Notes)
+	return a.Answer == b.Answer && a.NotReady == b.NotReady && alikeSides(a.Egress, b.Egress) && alikeSides(a.Ingress, b.Ingress) && slices.Equal(a.Notes, b.Notes)
 }
 
 func alikeSides(a, b policy.Side) bool {
@@ -176,9 +191,7 @@ func printReasons(v policy.Verdict) string {
 	var b strings.Builder
 	printSide(&b, "egress", "to", v.Egress)
 	printSide(&b, "ingress", "from", v.Ingress)
-	for _, note := range v.Notes {
-		fmt.Fprintf(&b, "Note: %s.\n", note)
-	}
+	printNotes(&b, v.Notes)
 	return b.String()
 }
 
@@ -225,14 +238,13 @@ func printMatches(b *strings.Builder, label string, matches []policy.Match, allo
 	}
 }
 
-// printAsked prints who answered, and who else could tell more.
+// printAsked prints who answered, and who else has a part in it.
 func printAsked(b *strings.Builder, e explanation) {
 	if e.Node == "" {
 		return
 	}
-	fmt.Fprintf(b, "\nAs warrend on node %s sees the cluster.", e.Node)
+	fmt.Fprintf(b, "\nAs warrend on node %s sees the cluster.\n", e.Node)
 	for _, u := range e.Unasked {
-		fmt.Fprintf(b, " What the kernel of node %s has, that one tells:\n  %s", u.Node, u.Ask)
+		fmt.Fprintf(b, "Node %s enforces a part of it; whether its kernel does as planned, its own warrend tells:\n  %s\n", u.Node, u.Ask)
 	}
-	b.WriteString("\n")
 }

@@ -37,11 +37,11 @@ type Request struct {
 
 // Explain is a question about a connection, in the words of the operator.
 type Explain struct {
-	// From and To are each a pod's namespace/name, or an address.
+	// From and To are each a pod's namespace/name, or an address; To may be a Service's svc/namespace/name too.
 	From string `json:"from"`
 	To   string `json:"to"`
-	// Port is a number or the name of a container port of the destination, either with /protocol or without. It is empty for
-	// ICMP.
+	// Port is a number or the name of a port of the destination, either with /protocol or without. Empty it stands for ICMP, or
+	// for all ports of a Service.
 	Port string `json:"port,omitempty"`
 }
 
