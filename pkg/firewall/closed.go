@@ -1,18 +1,25 @@
 package firewall
 
 import (
-	"context"
+	"cmp"
 	"errors"
 	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/warren-cni/warren/pkg/netfilter"
 )
 
-// ClosedError says that the kernel agrees with the ruleset but for some chains whose rules it refused: netfilter.Chain.Closed
-// stands in their place, and the start gate is open. They are tried again when they change, and after Forget.
+// ClosedError says that the kernel agrees with the ruleset but for some chains and sets that it refused. What they concern is closed:
+// netfilter.Chain.Closed stands in the place of a chain, the gate keeps out whom a set should isolate, and who is not in the sets that
+// lead to rules is dropped. All else is enforced, and the start gate is open for it. Every Apply tries the sets again, and the
+// chains some minutes later, or when they change.
 type ClosedError struct {
 	Chains []ClosedChain
+	Sets   []ClosedSet
 }
 
 // ClosedChain is a chain that stands closed.
@@ -26,79 +33,217 @@ type ClosedChain struct {
 	Err error
 }
 
+// ClosedSet is a set that is not as wanted.
+type ClosedSet struct {
+	Family netfilter.Family
+	Name   string
+	// Comment says what the set is, as in netfilter.Set.
+	Comment string
+	// Objects are those of the chains that refer to the set.
+	Objects []string
+	// KeptOut are the addresses that the gate keeps out, because the set would have to isolate them.
+	KeptOut []netip.Addr
+	// Err is what the kernel says.
+	Err error
+}
+
 // Error implements error.
 func (e *ClosedError) Error() string {
-	lines := make([]string, len(e.Chains))
-	for i, c := range e.Chains {
-		lines[i] = fmt.Sprintf("chain %s (%s) is closed, without %s: %v", c.Name, c.Family, strings.Join(c.Objects, ", "), c.Err)
+	var lines []string
+	for _, c := range e.Chains {
+		lines = append(lines, fmt.Sprintf("chain %s (%s) is closed, without %s: %v", c.Name, c.Family, strings.Join(c.Objects, ", "), c.Err))
+	}
+	for _, s := range e.Sets {
+		lines = append(lines, fmt.Sprintf("set %s (%s; %s) of %s is not as wanted: %v",
+			s.Name, s.Family, s.Comment, strings.Join(s.Objects, ", "), s.Err))
 	}
 	return strings.Join(lines, "\n")
 }
 
-// write replaces chains of a table, and closes those that are refused if they may be. It finds them by trying fewer at
-// a time, because not every refusal names a rule. Closable chains lead to no others and the others lead to them, so they
-// come first.
-func (a *apply) write(ctx context.Context, p place, t *table, chains []netfilter.Chain) error {
-	err := a.restore(ctx, p, netfilter.Delta{Table: p.table, Write: chains})
-	closable, rest := part(chains)
-	if !refused(err) || len(closable) == 0 {
-		return err
+// Unwrap returns what is said against the chains and sets.
+func (e *ClosedError) Unwrap() []error {
+	var errs []error
+	for _, c := range e.Chains {
+		errs = append(errs, c.Err)
 	}
-	single := len(chains) == 1
-	// After a warning the chains stand, without what was left out of them: nothing may pass that way meanwhile.
-	if errors.Is(err, errWarned) || single && !t.closed(chains[0]) {
-		if closeErr := a.restore(ctx, p, netfilter.Delta{Table: p.table, Write: closed(closable)}); closeErr != nil {
-			return errors.Join(err, closeErr)
-		}
+	for _, s := range e.Sets {
+		errs = append(errs, s.Err)
 	}
-	if single {
-		t.chains[chains[0].Name] = chain{rules: chains[0].Rules, refused: err}
+	return errs
+}
+
+// closedError returns what stands closed now, or nil.
+func (w *Firewall) closedError() error {
+	if len(w.refusals)+len(w.lacking) == 0 {
 		return nil
 	}
-	if len(rest) == 0 {
-		closable, rest = closable[:len(closable)/2], closable[len(closable)/2:]
+	e := &ClosedError{}
+	for id, r := range w.refusals {
+		e.Chains = append(e.Chains, ClosedChain{Family: id.family, Name: id.name, Objects: r.chain.Closable, Err: r.err})
 	}
-	err = a.write(ctx, p, t, closable)
-	if err != nil {
-		return err
+	slices.SortFunc(e.Chains, func(a, b ClosedChain) int {
+		return cmp.Or(cmp.Compare(a.Family, b.Family), cmp.Compare(a.Name, b.Name))
+	})
+	for _, name := range slices.Sorted(maps.Keys(w.lacking)) {
+		e.Sets = append(e.Sets, w.lacking[name])
 	}
-	return a.write(ctx, p, t, rest)
+	return e
 }
 
-// part divides chains into those that may be closed and the others.
-func part(chains []netfilter.Chain) (closable, rest []netfilter.Chain) {
+// retryAfter is how long a chain whose rules were refused stays closed before they are tried again.
+const retryAfter = 3 * time.Minute
+
+// chainID is a chain of a table and family.
+type chainID struct {
+	place
+	name string
+}
+
+// refusal is why a chain stands closed.
+type refusal struct {
+	chain netfilter.Chain
+	err   error
+	// until is when the rules are tried again; zero where an Apply does that at once.
+	until time.Time
+}
+
+// retry lets the next writing try the chains that refer to a set.
+func (w *Firewall) retry(set string) {
+	maps.DeleteFunc(w.refusals, func(_ chainID, r refusal) bool { return mentions(r.chain.Rules, set) })
+}
+
+// mentions says whether one of the rules has this word.
+func mentions(rules []netfilter.Rule, word string) bool {
+	return slices.ContainsFunc(rules, func(r netfilter.Rule) bool { return slices.Contains(r.Args, word) })
+}
+
+// shortcoming is what went wrong with a set.
+type shortcoming uint8
+
+const (
+	missing  shortcoming = iota // it could not be made
+	unfilled                    // members could not be added
+	overfull                    // members could not be removed
+)
+
+// fault closes what depends on a set that is not as it should be. Only where that is not possible it is an error.
+func (a *apply) fault(p *familyPlan, s *setPlan, is shortcoming, err error) error {
+	l := ClosedSet{Family: p.family, Name: s.Name, Comment: s.Comment, KeptOut: a.lacking[s.Name].KeptOut}
+	l.Err = errors.Join(a.lacking[s.Name].Err, err)
+	users := a.users(p, s.Name)
+	for _, c := range users {
+		l.Objects = append(l.Objects, c.Closable...)
+	}
+	slices.Sort(l.Objects)
+	l.Objects = slices.Compact(l.Objects)
+	if s.Role == netfilter.Selects && !leads(users, s.Name) {
+		return err // a fence: it closes by itself
+	}
+	if is == missing || is == overfull && s.Role == netfilter.Allows {
+		a.broken[s.Name] = err
+	}
+	var out []netfilter.Entry
+	switch {
+	case s.Role == netfilter.Isolates && is != overfull:
+		out = s.add
+	case s.Role == netfilter.Selects && is == overfull:
+		out = s.remove // the rules that it leads to are no longer theirs
+	}
+	for _, e := range out {
+		l.KeptOut = append(l.KeptOut, e.Prefix.Addr())
+	}
+	a.lacking[s.Name] = l
+	if shutErr := a.shut(p.family, out); shutErr != nil {
+		return errors.Join(err, shutErr)
+	}
+	return nil
+}
+
+// shut takes addresses out of the gate.
+func (a *apply) shut(f netfilter.Family, out []netfilter.Entry) error {
+	if len(out) == 0 {
+		return nil
+	}
+	for name, st := range a.known.sets {
+		if st.role == netfilter.Gate && st.family == f {
+			a.changes.SetOps += len(out)
+			return a.sets.Remove(name, st.typ, out)
+		}
+	}
+	return errors.New("there is no gate to keep them out")
+}
+
+// users returns the wanted chains that refer to a set.
+func (a *apply) users(p *familyPlan, set string) []netfilter.Chain {
+	var users []netfilter.Chain
+	for _, at := range places(p.family) {
+		for _, c := range a.wanted(p, at.table) {
+			if mentions(c.Rules, set) {
+				users = append(users, c)
+			}
+		}
+	}
+	return users
+}
+
+// wanted returns the chains of a table that are to stand after the plan: in a patch also those that stay.
+func (a *apply) wanted(p *familyPlan, table string) []netfilter.Chain {
+	chains := slices.Clone(p.chains[table])
+	if a.whole {
+		return chains
+	}
+	named := map[string]bool{}
 	for _, c := range chains {
-		if len(c.Closable) > 0 {
-			closable = append(closable, c)
-		} else {
-			rest = append(rest, c)
+		named[c.Name] = true
+	}
+	for _, name := range p.deleted[table] {
+		named[name] = true
+	}
+	t := a.known.tables[place{p.family, table}]
+	for _, name := range slices.Sorted(maps.Keys(t.chains)) {
+		r, refused := a.refusals[chainID{place{p.family, table}, name}]
+		switch {
+		case named[name]:
+		case refused:
+			chains = append(chains, r.chain)
+		default:
+			chains = append(chains, netfilter.Chain{
+				Table: table, Name: name, Rules: t.chains[name].rules, Closable: t.chains[name].closable,
+			})
 		}
 	}
-	return closable, rest
+	return chains
 }
 
-// closed returns the closed form of the chains.
-func closed(chains []netfilter.Chain) []netfilter.Chain {
-	forms := make([]netfilter.Chain, len(chains))
-	for i, c := range chains {
-		forms[i] = c.Closed()
-	}
-	return forms
+// leads says whether the chains use a set only to go on to a chain behind it. Whoever no rule leads anywhere is dropped.
+func leads(users []netfilter.Chain, set string) bool {
+	return !slices.ContainsFunc(users, func(c netfilter.Chain) bool {
+		return slices.ContainsFunc(c.Rules, func(r netfilter.Rule) bool {
+			return slices.Contains(r.Args, set) && !slices.Contains(r.Args, "-g")
+		})
+	})
 }
 
-// closed says whether the closed form of a chain stands.
-func (t *table) closed(c netfilter.Chain) bool {
-	have := t.chains[c.Name]
-	return have.refused != nil || have.holds(c.Closed().Rules)
-}
-
-// refusals returns those of the wanted chains of a family that stand closed.
-func (t *table) refusals(f netfilter.Family, wanted []netfilter.Chain) []ClosedChain {
-	var all []ClosedChain
-	for _, w := range wanted {
-		if err := t.chains[w.Name].refused; err != nil {
-			all = append(all, ClosedChain{Family: f, Name: w.Name, Objects: w.Closable, Err: err})
+// mended returns the chain as it may stand while sets are broken: closed where it may be, else without the rules that refer to a set
+// that leads or isolates, because whom these concern is dropped or kept out. With another set in it, it comes back as it is
+// and is refused.
+func (a *apply) mended(c netfilter.Chain, roles map[string]netfilter.Role) (netfilter.Chain, error) {
+	var errs []error
+	rules := slices.DeleteFunc(slices.Clone(c.Rules), func(r netfilter.Rule) bool {
+		for name, err := range a.broken {
+			if slices.Contains(r.Args, name) {
+				errs = append(errs, err)
+				return roles[name] != netfilter.Allows
+			}
 		}
+		return false
+	})
+	if len(errs) == 0 {
+		return c, nil
 	}
-	return all
+	if len(c.Closable) > 0 {
+		return c.Closed(), errs[0]
+	}
+	c.Rules = rules
+	return c, nil
 }

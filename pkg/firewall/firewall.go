@@ -1,14 +1,15 @@
 // Package firewall makes the kernel's packet filter agree with a netfilter.Ruleset: sets over netlink, chains with one
 // iptables-restore a family and table, jumps from built-in chains with go-iptables.
 //
-// The order within an apply keeps things closed. What opens the start gate leaves its set first and enters it last; other sets
-// gain members before the rules change and lose them after; chains are complete before a hook leads to them; the tables that
-// close (raw, mangle) are in order before those that open (nat, filter) are touched; where a step fails, what builds on it is
-// not done. Every state in between is one that the cluster could have asked for, had its changes come one by one. After an error
-// the next Apply reads the kernel and goes on from whatever stands.
+// Apply takes the whole ruleset, reads the kernel and puts right what differs. Patch takes what changed since and does only that:
+// no reading, no program where only sets change.
 //
-// One kind of failure stops nothing else: a chain that may be closed (netfilter.Chain.Closable) and whose rules are refused is
-// replaced by a DROP, which counts as standing, because it lets less pass than the rules would. See ClosedError.
+// The order within both keeps things closed: at no step, also when one fails, does a packet pass that the old and the new ruleset
+// both deny. What opens the start gate leaves its set first and enters it last, the sets that rules refer to change before or after
+// the chains as familyPlan.order says, chains are complete before a hook leads to them, and the tables that close (raw, mangle) are in
+// order before those that open (nat, filter) are touched. After an error the next Apply goes on from whatever stands.
+//
+// What the kernel refuses of one policy stops nothing else, but closes what it concerns; see ClosedError.
 //
 // What carries the prefix netfilter.Prefix is ours, whoever made it; nothing else is ever changed.
 package firewall
@@ -18,6 +19,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
+	"time"
 
 	"github.com/warren-cni/warren/pkg/cluster"
 	"github.com/warren-cni/warren/pkg/netfilter"
@@ -31,9 +35,12 @@ type Options struct {
 	// Admit is asked before members enter a set of the gate. It calls add with those that still may, and keeps that true until add
 	// returns. Without it all may.
 	Admit func(members []netfilter.Entry, add func([]netfilter.Entry) error) error
+	// Now tells the time. Without it, rules that were refused are tried again by each Apply, which takes its time where there are
+	// many.
+	Now func() time.Time
 }
 
-// Changes counts what an Apply wrote; all zero when the kernel agreed already.
+// Changes counts what an Apply or a Patch wrote; all zero when the kernel agreed already.
 type Changes struct {
 	// SetOps are sets created, swapped and destroyed, and members added and removed.
 	SetOps int
@@ -56,16 +63,24 @@ type Firewall struct {
 	abandoned suite
 	// denials are the packets that were counted so far.
 	denials denials
+	now     func() time.Time
 	// known is what the kernel holds, as far as it has been read or written since the last error or Forget.
 	known known
 	// suspect are tables that were written with a warning, or may have been: their rules are not believed, whatever their
-	// hashes say.
+	// hashes say. A chain in the kernel says the same to the next daemon.
 	suspect map[place]bool
+	// refusals are the chains that stand closed, lacking the sets that are not as wanted, by name.
+	refusals map[chainID]refusal
+	lacking  map[string]ClosedSet
+	// broken are those of the lacking that rules must not rely on, and why.
+	broken map[string]error
 }
 
 // known is a memory of the kernel's state.
 type known struct {
-	sets   map[string]*set // nil: not read
+	// whole: all of it is known, since an Apply.
+	whole  bool
+	sets   map[string]*standing
 	tables map[place]*table
 	stuck  map[string]bool // what could not be removed
 }
@@ -90,11 +105,15 @@ func New(ctx context.Context, o Options) (*Firewall, error) {
 		return nil, err
 	}
 	w := &Firewall{
-		log:     o.Log,
-		sets:    kernelSets{},
-		admit:   o.Admit,
-		backend: o.Backend,
-		suspect: map[place]bool{},
+		log:      o.Log,
+		sets:     kernelSets{},
+		admit:    o.Admit,
+		backend:  o.Backend,
+		now:      o.Now,
+		suspect:  map[place]bool{},
+		refusals: map[chainID]refusal{},
+		lacking:  map[string]ClosedSet{},
+		broken:   map[string]error{},
 	}
 	if w.backend == "" {
 		w.backend, w.problems, err = choose(ctx, o.Log, suites)
@@ -114,74 +133,61 @@ func (w *Firewall) Backend() string { return w.backend }
 // Problems returns what an operator should put right, as found by New.
 func (w *Firewall) Problems() []cluster.Problem { return w.problems }
 
-// Forget makes the next Apply read the kernel again, and so repair what others changed.
+// ErrUnknown is the error of Patch where the kernel's state is not known: before the first Apply, after an error or Forget, or when
+// the change does not fit what stands. An Apply must come first.
+var ErrUnknown = errors.New("the kernel's state is not known")
+
+// Forget makes Patch fail until the next Apply, and lets that try again to remove what could not be removed.
 func (w *Firewall) Forget() {
-	w.known = known{tables: map[place]*table{}, stuck: map[string]bool{}}
+	w.known = known{sets: map[string]*standing{}, tables: map[place]*table{}, stuck: map[string]bool{}}
 }
 
-// Apply makes the kernel agree with the ruleset and returns what it wrote. It does as much as is safe when something
+// Apply reads the kernel, makes it agree with the ruleset and returns what it wrote. It does as much as is safe when something
 // fails, and then returns all errors joined; calling it again goes on from whatever stands. After an error nothing has been
 // added to a set of the gate, unless adding is what failed. Only a *ClosedError, which never comes joined to another, means that
-// everything has been done but for the chains that it names.
+// everything has been done but for the chains and sets that it names.
 func (w *Firewall) Apply(ctx context.Context, r netfilter.Ruleset) (Changes, error) {
-	a := &apply{Firewall: w, plans: map[netfilter.Family][]setPlan{}}
-	if err := a.run(ctx, &r); err != nil {
-		w.Forget()
-		return a.changes, err
+	a := &apply{Firewall: w, whole: true}
+	plans, err := a.planWhole(ctx, &r)
+	if err == nil {
+		err = a.run(ctx, plans)
 	}
-	w.retire(ctx)
-	if len(a.closed) > 0 {
-		return a.changes, &ClosedError{Chains: a.closed}
-	}
-	return a.changes, nil
-}
-
-// readSets returns the sets of ours that stand: those with a gate among the wanted are always read anew, because other
-// programs change it.
-func (w *Firewall) readSets(r *netfilter.Ruleset) error {
-	if w.known.sets == nil {
-		all, err := w.sets.List("")
-		if err != nil {
-			return err
-		}
-		w.known.sets = all
-		return nil
-	}
-	for _, f := range netfilter.Families {
-		for _, s := range r.Of(f).Sets {
-			if s.Role != netfilter.Gate {
-				continue
-			}
-			found, err := w.sets.List(s.Name)
-			if err != nil {
-				return err
-			}
-			delete(w.known.sets, s.Name)
-			if found[s.Name] != nil {
-				w.known.sets[s.Name] = found[s.Name]
-			}
-		}
-	}
-	return nil
-}
-
-// readTable returns what is known of a table, from memory or from the kernel.
-func (w *Firewall) readTable(ctx context.Context, p place) (*table, error) {
-	if t := w.known.tables[p]; t != nil {
-		return t, nil
-	}
-	saved, err := w.tools[p.family].read(ctx, p.table)
 	if err != nil {
-		return nil, fmt.Errorf("reading %s: %w", p, err)
+		return a.changes, w.fail(err)
 	}
-	t := parseTable(saved)
-	if w.suspect[p] {
-		for name := range t.chains {
-			t.chains[name] = chain{hashes: []string{"suspect"}}
+	w.known.whole = true
+	w.retire(ctx)
+	return a.changes, w.closedError()
+}
+
+// Patch makes a change to what stands and returns what it wrote. It reads nothing, so it does not see what others did, and its cost
+// is that of the change. The errors are those of Apply, and ErrUnknown, with which it has done nothing.
+func (w *Firewall) Patch(ctx context.Context, c netfilter.Change) (Changes, error) {
+	if !w.known.whole {
+		return Changes{}, ErrUnknown
+	}
+	plans := map[netfilter.Family]*familyPlan{}
+	for _, f := range netfilter.Families {
+		p, err := w.planPatch(f, c.Of(f))
+		if err != nil {
+			return Changes{}, err
 		}
+		plans[f] = p
 	}
-	w.known.tables[p] = t
-	return t, nil
+	a := &apply{Firewall: w}
+	if err := a.run(ctx, plans); err != nil {
+		return a.changes, w.fail(err)
+	}
+	return a.changes, w.closedError()
+}
+
+// fail forgets the kernel's state, and adds to an error what may have led to it.
+func (w *Firewall) fail(err error) error {
+	for _, name := range slices.Sorted(maps.Keys(w.lacking)) {
+		err = errors.Join(err, w.lacking[name].Err)
+	}
+	w.Forget()
+	return err
 }
 
 // each calls do with every element and joins the errors.

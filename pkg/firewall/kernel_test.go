@@ -47,7 +47,7 @@ func newNode(tb testing.TB, backend string) *node {
 }
 
 func (n *node) options() Options {
-	return Options{Log: slog.New(slog.NewTextHandler(&n.log, nil)), Backend: n.backend}
+	return Options{Log: slog.New(slog.NewTextHandler(&n.log, nil)), Backend: n.backend, Now: func() time.Time { return time.Unix(0, 0) }}
 }
 
 // firewall returns a Firewall that knows nothing yet, as that of a daemon that has just started.

@@ -123,11 +123,6 @@ func findTools(x execer, f netfilter.Family, backend string) (*tools, error) {
 	return t, nil
 }
 
-// read returns a table as iptables-save writes it.
-func (t *tools) read(ctx context.Context, table string) (string, error) {
-	return t.run(ctx, "", t.save, "-t", table)
-}
-
 // readAll returns the tables that stand, by name, as iptables-save writes them.
 func (t *tools) readAll(ctx context.Context) (map[string]string, error) {
 	saved, err := t.run(ctx, "", t.save)
@@ -161,9 +156,9 @@ func (t *tools) run(ctx context.Context, stdin, path string, args ...string) (st
 	words := complaint(stderr)
 	switch {
 	case err != nil:
-		return "", fmt.Errorf("%s%w: %s", culprit(stdin, stderr), err, words)
+		return "", blame(stdin, stderr, fmt.Errorf("%w: %s", err, words))
 	case words != "":
-		return "", fmt.Errorf("%s%w: %s", culprit(stdin, stderr), errWarned, words)
+		return "", blame(stdin, stderr, fmt.Errorf("%w: %s", errWarned, words))
 	case strings.Contains(stdout, "is incompatible, use 'nft' tool"):
 		return "", errors.New("the table has rules made by nft that iptables cannot read")
 	}
@@ -174,8 +169,12 @@ func (t *tools) run(ctx context.Context, stdin, path string, args ...string) (st
 // could not be run, it was killed) it may take the same input another time.
 func refused(err error) bool {
 	var exit *exec.ExitError
-	return errors.Is(err, errWarned) ||
-		errors.As(err, &exit) && exit.Exited() && !strings.Contains(err.Error(), "holding the xtables lock")
+	return errors.Is(err, errWarned) || errors.As(err, &exit) && exit.Exited() && !locked(err)
+}
+
+// locked says whether an error means that a program gave up because somebody else held the lock all the time.
+func locked(err error) bool {
+	return err != nil && strings.Contains(err.Error(), "holding the xtables lock")
 }
 
 // complaint returns the lines of an error output that mean something, as one line.
@@ -194,20 +193,34 @@ func complaint(stderr string) string {
 	return strings.Join(lines, "; ")
 }
 
-// culprit names the rule of the input that an error output complains about, or returns "".
-func culprit(input, stderr string) string {
+// ruleError is an error that is about a rule of the input.
+type ruleError struct {
+	chain, comment, rule string
+	err                  error
+}
+
+// Error implements error.
+func (e *ruleError) Error() string {
+	return fmt.Sprintf("rule %q in chain %s (%s): %v", e.comment, e.chain, e.rule, e.err)
+}
+
+// Unwrap returns what is said about the rule.
+func (e *ruleError) Unwrap() error { return e.err }
+
+// blame adds the rule of the input that an error output complains about, where it names one.
+func blame(input, stderr string, err error) error {
 	m := failedLine.FindStringSubmatch(stderr)
 	if m == nil {
-		return ""
+		return err
 	}
-	n, err := strconv.Atoi(m[1])
+	n, numberErr := strconv.Atoi(m[1])
 	lines := strings.Split(input, "\n")
-	if err != nil || n < 1 || n > len(lines) {
-		return ""
+	if numberErr != nil || n < 1 || n > len(lines) {
+		return err
 	}
 	rule := ruleLine.FindStringSubmatch(lines[n-1])
 	if rule == nil {
-		return ""
+		return err
 	}
-	return fmt.Sprintf("rule %q in chain %s (%s): ", rule[2], rule[1], rule[3])
+	return &ruleError{chain: rule[1], comment: rule[2], rule: rule[3], err: err}
 }

@@ -1,6 +1,7 @@
 package firewall
 
 import (
+	"fmt"
 	"maps"
 	"slices"
 
@@ -20,17 +21,52 @@ func capacity(n int) int {
 	return c
 }
 
+// standing is what is remembered of a set in the kernel: not its members, because a change names those that differ, and a whole
+// apply reads them back.
+type standing struct {
+	typ    netfilter.SetType
+	family netfilter.Family
+	role   netfilter.Role
+	// max is how many members fit, n is how many there are at most.
+	max, n int
+	// members are known of the sets that lead to rules or isolate, which hold pods of this node.
+	members map[netfilter.Entry]struct{}
+}
+
+// stand notes a set with its members.
+func stand(role netfilter.Role, s *set) *standing {
+	st := &standing{typ: s.typ, family: s.family, role: role, max: s.max}
+	if role == netfilter.Selects || role == netfilter.Isolates {
+		st.members = map[netfilter.Entry]struct{}{}
+	}
+	st.enter(s.members)
+	return st
+}
+
+func (s *standing) enter(members []netfilter.Entry) {
+	s.n += len(members)
+	if s.members == nil {
+		return
+	}
+	for _, e := range members {
+		s.members[e] = struct{}{}
+	}
+}
+
+func (s *standing) leave(members []netfilter.Entry) {
+	s.n -= len(members)
+	for _, e := range members {
+		delete(s.members, e)
+	}
+}
+
 // setPlan is what has to happen to one wanted set.
 type setPlan struct {
 	netfilter.Set
 	family netfilter.Family
-	// have is the set that stands, nil when there is none.
-	have *set
-	// replace: a set of another type or family has the name.
-	replace bool
-	// enlarge: what it must hold until the rules have changed does not fit.
-	enlarge     bool
-	add, remove []netfilter.Entry
+	// create: there is none. replace: there is one of another type or family, which goes first.
+	create, replace bool
+	add, remove     []netfilter.Entry
 }
 
 // planSets compares the sets that stand with those of one family that are wanted.
@@ -38,37 +74,61 @@ func planSets(have map[string]*set, f netfilter.Family, wanted []netfilter.Set) 
 	plans := make([]setPlan, 0, len(wanted))
 	for _, w := range wanted {
 		w.Entries = sorted(w.Entries)
-		p := setPlan{Set: w, family: f, have: have[w.Name], add: w.Entries}
-		if p.have != nil && (p.have.typ != w.Type || p.have.family != f) {
-			p.replace = true
-		} else if p.have != nil {
-			p.add, p.remove = netfilter.DiffEntries(p.have.members, w.Entries)
-			// A set that other programs change cannot be made anew: what they take out meanwhile would come back.
-			p.enlarge = w.Role != netfilter.Gate && len(p.add) > 0 && len(p.have.members)+len(p.add) > p.have.max
+		p := setPlan{Set: w, family: f}
+		stands := have[w.Name]
+		switch {
+		case stands == nil:
+			p.create, p.add = true, w.Entries
+		case stands.typ != w.Type || stands.family != f:
+			p.create, p.replace, p.add = true, true, w.Entries
+		default:
+			p.add, p.remove = netfilter.DiffEntries(stands.members, w.Entries)
 		}
 		plans = append(plans, p)
 	}
 	return plans
 }
 
-// whole returns what the set holds when the plan has been carried out.
-func (p *setPlan) whole() *set {
-	s := &set{typ: p.Type, family: p.family, max: capacity(len(p.Entries)), members: p.Entries}
-	if p.have != nil && !p.replace && !p.enlarge {
-		s.max = p.have.max
+// patchSets returns the plans for the sets that a change names. It is an error where the change does not fit what stands.
+func (w *Firewall) patchSets(f netfilter.Family, changes []netfilter.SetChange) ([]setPlan, []goneSet, error) {
+	var plans []setPlan
+	var gone []goneSet
+	for _, c := range changes {
+		st := w.known.sets[c.Name]
+		_, lacking := w.lacking[c.Name]
+		switch {
+		case st == nil && lacking && !c.New:
+			// What needs it is closed until an apply can make it.
+		case c.Gone && st != nil:
+			gone = append(gone, goneSet{name: c.Name, known: true, role: st.role, members: st.members})
+		case c.New && st == nil:
+			plans = append(plans, setPlan{Set: c.Set, family: f, create: true, add: sorted(c.Entries)})
+		case !c.New && st != nil && st.typ == c.Type && st.family == f:
+			plans = append(plans, setPlan{Set: c.Set, family: f, add: c.Add, remove: c.Remove})
+		default:
+			return nil, nil, fmt.Errorf("%w: set %s is not what the change takes it for", ErrUnknown, c.Name)
+		}
 	}
-	return s
+	return plans, gone, nil
 }
 
-// leftOverSets returns the names of the sets that stand and are not wanted, sorted.
-func leftOverSets(have map[string]*set, r *netfilter.Ruleset) []string {
+// leftOverSets returns the sets that stand and are not wanted, sorted. before is what was known of them.
+func leftOverSets(have map[string]*set, before map[string]*standing, r *netfilter.Ruleset) []goneSet {
 	left := maps.Clone(have)
 	for _, f := range netfilter.Families {
 		for _, w := range r.Of(f).Sets {
 			delete(left, w.Name)
 		}
 	}
-	return slices.Sorted(maps.Keys(left))
+	var gone []goneSet
+	for _, name := range slices.Sorted(maps.Keys(left)) {
+		g := goneSet{name: name}
+		if st := before[name]; st != nil {
+			g.known, g.role, g.members = true, st.role, st.members
+		}
+		gone = append(gone, g)
+	}
+	return gone
 }
 
 // sorted returns the members in order, each once. Plans are sorted already; a wrong order would take out members that

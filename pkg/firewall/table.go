@@ -20,13 +20,13 @@ type table struct {
 type chain struct {
 	// hashes are of the rules as read from the kernel: "" is a rule that is not ours.
 	hashes []string
-	// rules are the rules as written or found equal, nil when only the hashes are known.
-	rules []netfilter.Rule
-	// refused says why the chain stands closed instead of with these rules; nil where it does not.
-	refused error
+	// rules are the rules as written or found equal, nil when only the hashes are known; closable are then its objects, as in
+	// netfilter.Chain.
+	rules    []netfilter.Rule
+	closable []string
 }
 
-// holds says whether the chain has exactly these rules, or stands closed because they were refused.
+// holds says whether the chain has exactly these rules.
 func (c chain) holds(rules []netfilter.Rule) bool {
 	if c.rules != nil {
 		return slices.EqualFunc(c.rules, rules, netfilter.Rule.Equal)
@@ -116,12 +116,14 @@ func words(rule string) []string {
 	return all
 }
 
-// rewrite returns the chains that the table does not hold as wanted.
-func (t *table) rewrite(wanted []netfilter.Chain) []netfilter.Chain {
+// differing returns the chains that the table does not hold as wanted, and notes the others.
+func (t *table) differing(wanted []netfilter.Chain) []netfilter.Chain {
 	var chains []netfilter.Chain
 	for _, w := range wanted {
 		if have, ok := t.chains[w.Name]; !ok || !have.holds(w.Rules) {
 			chains = append(chains, w)
+		} else {
+			t.hold(w)
 		}
 	}
 	return chains
@@ -143,11 +145,10 @@ func (t *table) leftOver(wanted []netfilter.Chain) []string {
 	return names
 }
 
-// hold notes that the wanted chains stand, but for those whose rules were refused.
-func (t *table) hold(wanted []netfilter.Chain) {
-	for _, w := range wanted {
-		if have := t.chains[w.Name]; have.refused == nil || !have.holds(w.Rules) {
-			t.chains[w.Name] = chain{rules: w.Rules}
-		}
+// hold notes that a chain stands.
+func (t *table) hold(c netfilter.Chain) {
+	if c.Rules == nil {
+		c.Rules = []netfilter.Rule{}
 	}
+	t.chains[c.Name] = chain{rules: c.Rules, closable: c.Closable}
 }

@@ -1,0 +1,135 @@
+package firewall
+
+import (
+	"net/netip"
+
+	"github.com/warren-cni/warren/pkg/netfilter"
+)
+
+// move is a step through the sets of one role: their new members enter, or their old ones leave.
+type move struct {
+	role  netfilter.Role
+	enter bool
+}
+
+// familyPlan is what has to happen in one family.
+type familyPlan struct {
+	family netfilter.Family
+	sets   []setPlan
+	// gone are sets that go at the end, with those of their members that are known.
+	gone []goneSet
+	// chains are those that are to stand, by table: all of them (Apply) or the ones that change (Patch); deleted are those that
+	// go together with the change, by table.
+	chains  map[string][]netfilter.Chain
+	deleted map[string][]string
+	// writes says that chains will be written; edits, that one that may be closed, so one with the rules of policies, gets others.
+	writes, edits bool
+	hooks         []netfilter.Hook
+}
+
+// goneSet is a set that is no longer wanted. role and members are known only where this Firewall wrote it.
+type goneSet struct {
+	name    string
+	known   bool
+	role    netfilter.Role
+	members map[netfilter.Entry]struct{}
+}
+
+// order returns the moves before the chains are written, and those after.
+//
+// Each pod has a verdict in each direction, and a packet passes when those of both its ends agree. So it must not happen that one
+// end is judged by the new rules already, the other one still by the old ones, and both allow what each whole state denies at the
+// other end. Members of the sets that allow are only those of both states until all else has changed. The rest turns with the one
+// atomic step there is, the writing of the chains: before it everything is at most what the old state allows, afterwards at most what
+// the new one does. That has a price: an address is isolated before the chains are there that judge it, or taken from one group
+// before the other can have it, and in between its new connections are dropped. So where less will do, less is done:
+//
+//   - Where only one address changes its place, or all that change only lose rights, or only gain them, nothing can be mixed. Nobody
+//     is isolated before his rules stand, nor keeps being so after they went.
+//   - Where groups only gain members or only lose them, and no rules of a group change, an address is in both its groups while the
+//     chains are written. Which group counts is then told by the dispatch, in which more policies come first: a policy that is
+//     made or deleted turns with the chains.
+//   - Where one address changes its place among those that are allowed, and nothing else, it enters before it leaves.
+func (p *familyPlan) order() (before, after []move) {
+	enter := func(r netfilter.Role) move { return move{r, true} }
+	leave := func(r netfilter.Role) move { return move{r, false} }
+	c := p.census()
+	if len(c.allowed) <= 1 && len(c.judged) == 0 && !c.opens && !c.closes && !p.writes {
+		return []move{enter(netfilter.Allows), leave(netfilter.Allows)}, nil
+	}
+	one := len(c.judged) <= 1 && !c.unknown && !p.edits
+	parted := !one && (c.opens || p.edits) && (c.closes || p.edits)
+	crossing := !one && (p.edits || c.grouped && c.ungrouped)
+	before = []move{leave(netfilter.Allows)}
+	switch {
+	case crossing:
+		before = append(before, enter(netfilter.Isolates), leave(netfilter.Selects))
+		after = []move{enter(netfilter.Selects), leave(netfilter.Isolates), enter(netfilter.Allows)}
+	case parted:
+		before = append(before, enter(netfilter.Selects), enter(netfilter.Isolates))
+		after = []move{leave(netfilter.Isolates), leave(netfilter.Selects), enter(netfilter.Allows)}
+	default:
+		before = append(before, enter(netfilter.Selects), leave(netfilter.Isolates))
+		after = []move{enter(netfilter.Isolates), leave(netfilter.Selects), enter(netfilter.Allows)}
+	}
+	return before, after
+}
+
+// census is who changes place in a plan.
+type census struct {
+	// allowed are the addresses that enter or leave sets that allow, judged those whose own way to the rules changes.
+	allowed, judged map[netip.Prefix]bool
+	// unknown: there may be more of the judged than are listed.
+	unknown bool
+	// opens: somebody is less isolated or leaves a group; closes: the reverse.
+	opens, closes bool
+	// grouped and ungrouped: somebody enters or leaves a group that stays.
+	grouped, ungrouped bool
+}
+
+func (p *familyPlan) census() census {
+	c := census{allowed: map[netip.Prefix]bool{}, judged: map[netip.Prefix]bool{}}
+	for i := range p.sets {
+		c.count(&p.sets[i])
+	}
+	for _, g := range p.gone {
+		if g.known && g.role != netfilter.Selects && g.role != netfilter.Isolates {
+			continue
+		}
+		c.opens = true
+		c.unknown = c.unknown || !g.known
+		for e := range g.members {
+			c.judged[e.Prefix] = true
+		}
+	}
+	return c
+}
+
+// count takes the changes of one set. It stops listing addresses when there are many.
+func (c *census) count(s *setPlan) {
+	list := c.judged
+	switch s.Role {
+	case netfilter.Gate:
+		return
+	case netfilter.Allows:
+		if s.create {
+			return // nothing refers to it
+		}
+		list = c.allowed
+	case netfilter.Selects, netfilter.Isolates:
+		c.closes = c.closes || s.create || len(s.add) > 0
+		c.opens = c.opens || len(s.remove) > 0
+		if s.Role == netfilter.Selects && !s.create {
+			c.grouped = c.grouped || len(s.add) > 0
+			c.ungrouped = c.ungrouped || len(s.remove) > 0
+		}
+	}
+	for _, members := range [][]netfilter.Entry{s.add, s.remove} {
+		for _, e := range members {
+			if len(list) > 1 {
+				return
+			}
+			list[e.Prefix] = true
+		}
+	}
+}
