@@ -76,19 +76,19 @@ func TestDeniedCountsPackets(t *testing.T) {
 }
 
 // knock sends datagrams of 33 bytes to ports of the loopback address. They have met the rules when it returns.
-func knock(t testing.TB, ports ...int) {
-	t.Helper()
+func knock(tb testing.TB, ports ...int) {
+	tb.Helper()
 	for _, port := range ports {
 		// Each from a socket of its own: the ICMP error for one would be told to the next.
 		conn, err := net.DialUDP("udp4", nil, &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port})
 		if err != nil {
-			t.Fatal(err)
+			tb.Fatal(err)
 		}
 		if _, err := conn.Write([]byte("knock")); err != nil {
-			t.Fatal(err)
+			tb.Fatal(err)
 		}
 		if err := conn.Close(); err != nil {
-			t.Fatal(err)
+			tb.Fatal(err)
 		}
 	}
 }

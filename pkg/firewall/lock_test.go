@@ -18,18 +18,18 @@ import (
 )
 
 // holdLock takes a lock of the test's own in the place of the xtables lock, and returns what releases it.
-func holdLock(t testing.TB) (release func()) {
-	t.Helper()
-	name := filepath.Join(t.TempDir(), "xtables.lock")
-	t.Setenv("XTABLES_LOCKFILE", name)
+func holdLock(tb testing.TB) (release func()) {
+	tb.Helper()
+	name := filepath.Join(tb.TempDir(), "xtables.lock")
+	tb.Setenv("XTABLES_LOCKFILE", name)
 	file, err := os.Create(name)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
-	t.Cleanup(func() { _ = file.Close() })
+	tb.Cleanup(func() { _ = file.Close() })
 	lock := func(how int) {
 		if err := unix.Flock(int(file.Fd()), how); err != nil {
-			t.Error(err)
+			tb.Error(err)
 		}
 	}
 	lock(unix.LOCK_EX)
@@ -120,9 +120,11 @@ func TestRivalRestores(t *testing.T) {
 		go func() {
 			var err error
 			for rounds := 0; err == nil && ctx.Err() == nil; rounds++ {
-				cmd := exec.CommandContext(t.Context(), "nsenter", "--net="+namespace, "iptables-"+n.backend+"-restore", "--noflush", "-w")
+				cmd := exec.CommandContext(ctx, "nsenter", "--net="+namespace, "iptables-"+n.backend+"-restore", "--noflush", "-w")
 				cmd.Stdin = strings.NewReader(text.String())
-				err = cmd.Run()
+				if err = cmd.Run(); ctx.Err() != nil {
+					err = nil // it was stopped
+				}
 				if rounds == 0 {
 					close(started)
 				}
