@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -18,14 +19,15 @@ const (
 	requestsAtOnce    = 300
 )
 
-// clients are the clients of the two API groups that Warren reads.
+// clients are the clients of the API groups that Warren reads.
 type clients struct {
 	core       *rest.RESTClient
 	networking *rest.RESTClient
+	discovery  *rest.RESTClient
 }
 
-// newClients makes clients that share one connection, wrapped. They know two API groups and no more: the whole clientset
-// would link the types of every group into the daemon.
+// newClients makes clients that share one connection, wrapped. They know these API groups and no more: the whole
+// clientset would link the types of every group into the daemon.
 func newClients(config *rest.Config, wrap transport.WrapperFunc) (clients, error) {
 	scheme, err := newScheme()
 	if err != nil {
@@ -54,12 +56,16 @@ func newClients(config *rest.Config, wrap transport.WrapperFunc) (clients, error
 	if err != nil {
 		return clients{}, fmt.Errorf("making a client of the networking API: %w", err)
 	}
-	return clients{core: core, networking: networking}, nil
+	discovery, err := group("/apis", discoveryv1.SchemeGroupVersion)
+	if err != nil {
+		return clients{}, fmt.Errorf("making a client of the discovery API: %w", err)
+	}
+	return clients{core: core, networking: networking, discovery: discovery}, nil
 }
 
 func newScheme() (*runtime.Scheme, error) {
 	scheme := runtime.NewScheme()
-	for _, add := range []func(*runtime.Scheme) error{corev1.AddToScheme, networkingv1.AddToScheme} {
+	for _, add := range []func(*runtime.Scheme) error{corev1.AddToScheme, networkingv1.AddToScheme, discoveryv1.AddToScheme} {
 		if err := add(scheme); err != nil {
 			return nil, fmt.Errorf("registering the API types: %w", err)
 		}

@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -106,7 +107,7 @@ func setDefaults(o apiObject) bool {
 	case *corev1.Node, *corev1.Namespace:
 		o.SetNamespace("")
 		return true
-	case *corev1.Pod, *networkingv1.NetworkPolicy:
+	case *corev1.Pod, *networkingv1.NetworkPolicy, *corev1.Service, *discoveryv1.EndpointSlice:
 		if o.GetNamespace() == "" {
 			o.SetNamespace(metav1.NamespaceDefault)
 		}

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/fsnotify/fsnotify"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 
 	"github.com/warren-cni/warren/pkg/cluster"
 )
@@ -47,6 +49,9 @@ type Directory struct {
 	files    map[string]*file
 	store    store
 	problems []cluster.Problem
+	// services and endpoints answer questions; their changes are nobody's.
+	services  map[cluster.Key]*corev1.Service
+	endpoints map[cluster.Key]*discoveryv1.EndpointSlice
 }
 
 // file is what is known of one file.
@@ -71,15 +76,24 @@ func NewDirectory(path, self string, log *slog.Logger) (*Directory, error) {
 
 // Load reads a directory once, as the node called self sees it.
 func Load(path, self string) (cluster.Snapshot, []cluster.Problem, error) {
-	d, err := NewDirectory(path, self, slog.New(slog.DiscardHandler))
+	d, err := ReadDirectory(path, self)
 	if err != nil {
-		return cluster.Snapshot{}, nil, err
-	}
-	if err := d.load(); err != nil {
 		return cluster.Snapshot{}, nil, err
 	}
 	snapshot, problems := d.Snapshot()
 	return snapshot, problems, nil
+}
+
+// ReadDirectory returns the source of a directory that is read once and not followed, to ask it questions.
+func ReadDirectory(path, self string) (*Directory, error) {
+	d, err := NewDirectory(path, self, slog.New(slog.DiscardHandler))
+	if err != nil {
+		return nil, err
+	}
+	if err := d.load(); err != nil {
+		return nil, err
+	}
+	return d, nil
 }
 
 // Run reads the directory and follows its changes until the context ends.
@@ -255,6 +269,7 @@ func (d *Directory) assemble() {
 			collected.add(name, p)
 		}
 	}
+	d.services, d.endpoints = collected.services, collected.endpoints
 	problems := cluster.SortProblems(collected.problems)
 	if d.store.become(&collected.store) || !slices.Equal(problems, d.problems) {
 		d.problems = problems

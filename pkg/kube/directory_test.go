@@ -139,7 +139,7 @@ func TestLoadReportsWhatIsNotKubernetes(t *testing.T) {
 			message:  "podSelector",
 			policies: []string{"policy shop/deny "},
 		},
-		"kind not used":    {text: "apiVersion: v1\nkind: Service\nmetadata: {name: x}\n", field: "kind", message: "Service objects are not read here"},
+		"kind not used":    {text: "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\n", field: "kind", message: "ConfigMap objects are not read here"},
 		"kind not known":   {text: strings.Replace(policyYAML, "NetworkPolicy", "Networkpolicy", 1), message: `objects of kind "Networkpolicy" in version "networking.k8s.io/v1" are not read here`},
 		"version unknown":  {text: strings.Replace(policyYAML, "networking.k8s.io/v1", "extensions/v1beta1", 1), message: "extensions/v1beta1", policies: []string{"policy shop/deny "}},
 		"no kind":          {text: "metadata: {name: x}\n", message: "'Kind' is missing"},

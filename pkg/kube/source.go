@@ -1,10 +1,10 @@
 // Package kube is the boundary towards Kubernetes: it turns API objects into the values of pkg/cluster and follows their
 // changes, from an API server or from a directory of YAML files.
 //
-// Input: Node, Namespace, Pod and NetworkPolicy objects. Output: a cluster.Snapshot, the problems of what could not be
-// understood, and one coalesced signal that something changed. Objects are converted once, when they change. What cannot
-// be understood never opens anything: a bad peer or rule is absent, a bad selector isolates, and a broken file keeps the
-// objects that it had.
+// Input: Node, Namespace, Pod and NetworkPolicy objects. Output: what changed as a cluster.Delta, the problems of what could
+// not be understood, and one coalesced signal that something changed. Objects are converted once, when they change. What
+// cannot be understood never opens anything: a bad peer or rule is absent, a bad selector isolates, and a broken file
+// keeps the objects that it had. Services are read only when somebody asks for one.
 package kube
 
 import (
