@@ -5,10 +5,11 @@
 #   IP_FAMILY=ipv4               ipv4, ipv6 or dual
 #   KUBE_PROXY_MODE=iptables     iptables or nftables
 #   ENCRYPTION=on                on or off
+#   FEATURE_GATES={}             Kubernetes' own switches, for example {"StrictIPCIDRValidation": false}
 #   NODE_IMAGE=                  kind's node image; "local" makes one here; unset: kind's own where a registry answers, else local
 #   SKIP_WARREN=                 set: leave the cluster without a network
 # Docker is started by the script (as root) where none answers; scripts/kind/down.sh takes all of it away again.
-[ $# -eq 0 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -eq 0 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
 # shellcheck source=scripts/kind/lib.sh
 . "$(dirname "$0")/lib.sh"
 
@@ -21,6 +22,7 @@ check_options() {
     iptables | nftables) ;; *) die "KUBE_PROXY_MODE=$KUBE_PROXY_MODE: want iptables or nftables" ;;
   esac
   check_encryption
+  : "${FEATURE_GATES:="{}"}"
   [[ "${WORKERS:=1}" =~ ^[0-9]+$ ]] || die "WORKERS=$WORKERS: want a number"
   [ -n "${SKIP_WARREN:-}" ] || [ -f "$image_archive" ] || die "$image_archive is missing: run make image"
 }
@@ -54,6 +56,7 @@ kind_config() {
   cat <<END
 kind: Cluster
 apiVersion: kind.x-k8s.io/v1alpha4
+featureGates: $FEATURE_GATES
 networking:
   disableDefaultCNI: true
   ipFamily: $IP_FAMILY

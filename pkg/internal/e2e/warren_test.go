@@ -16,13 +16,18 @@ func TestWarren(t *testing.T) {
 	}
 	t.Run("pods", c.testPods)
 	t.Run("denied", c.testDenied)
+	t.Run("own service", c.testOwnService)
+	t.Run("forward", c.testForward)
 	t.Run("baseline", c.testBaseline)
 	t.Run("tiers", c.testTiers)
 	t.Run("race", c.testRace)
+	t.Run("cut", c.testCut)
+	t.Run("told", c.testTold)
 	t.Run("plaintext", c.testPlaintext)
 	t.Run("rollout", c.testRollout)
 	t.Run("killed", c.testKilled)
 	t.Run("capabilities", c.testCapabilities)
 	t.Run("upstream", c.testUpstream)
+	t.Run("kube-proxy in nftables mode", c.testKubeProxyNFTables)
 	t.Run("uninstall", c.testUninstall)
 }

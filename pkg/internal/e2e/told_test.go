@@ -1,0 +1,184 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// testTold checks what users are told on the cluster itself: why a policy cannot be enforced, which packets it has denied,
+// and how a Service is reached.
+func (c *cluster) testTold(t *testing.T) {
+	const namespace = "e2e-told"
+	c.namespace(t, namespace)
+	label := map[string]string{"app": "closed"}
+	near := &probePod{name: "near", node: c.worker}
+	closed := &probePod{name: "closed", node: c.worker, labels: label}
+	far := &probePod{name: "far", node: c.controlPlane, labels: label}
+	c.start(t, namespace, near, closed, far)
+	c.startService(t, namespace, "closed", label, near.name)
+
+	t.Run("a policy that cannot be enforced", func(t *testing.T) { c.testUnenforceable(t, namespace) })
+	t.Run("denied packets", func(t *testing.T) { c.testDeniedPackets(t, namespace, near, closed) })
+	t.Run("a Service explained", func(t *testing.T) { c.testServiceExplained(t, namespace) })
+}
+
+// testUnenforceable makes a policy whose block Warren does not guess at (10 or 8?). Kubernetes took such blocks until 1.36.
+// One node says so in an Event, once.
+func (c *cluster) testUnenforceable(t *testing.T, namespace string) {
+	c.apply(t, `
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: odd}
+spec:
+  podSelector: {matchLabels: {app: closed}}
+  ingress: [{from: [{ipBlock: {cidr: 010.0.0.0/8}}]}]
+`, "--namespace", namespace)
+	c.awaitEvent(t, namespace, "NetworkPolicy", "odd", "spec.ingress[0].from[0].ipBlock.cidr")
+	// Both nodes have a pod that the policy selects, and both have the problem; only one of them writes.
+	eventually(t, 30*time.Second, "both daemons have the problem", func(ctx context.Context) error {
+		for _, node := range c.nodes() {
+			status, err := c.status(ctx, node)
+			if err != nil {
+				return err
+			}
+			if len(status.Problems) != 1 || status.Problems[0].Object != "NetworkPolicy "+namespace+"/odd" {
+				return fmt.Errorf("node %s has the problems %+v", node, status.Problems)
+			}
+		}
+		return nil
+	})
+	<-time.After(15 * time.Second) // longer than the daemons' regular look at everything
+	events := c.events(t, namespace, "NetworkPolicy", "odd")
+	if len(events) != 1 || events[0].Count > 1 || events[0].Series != nil {
+		t.Errorf("want one Event that came once; there are %+v", events)
+	}
+}
+
+// testDeniedPackets asks for a policy's denied packets and finds one in the daemon's log, and in an Event on the pod.
+func (c *cluster) testDeniedPackets(t *testing.T, namespace string, from, to *probePod) {
+	table := reachTable{}
+	table.set(namespace+"/"+from.name, to, false)
+	const policy = `
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: quiet}
+spec: {podSelector: {matchLabels: {app: closed}}, policyTypes: [Ingress]}
+`
+	c.apply(t, policy, "--namespace", namespace)
+	c.awaitTable(t, table)
+	if lines := c.packetLines(t, from, to); len(lines) > 0 {
+		t.Fatalf("packets are logged before anybody has asked for it: %q", lines)
+	}
+
+	c.apply(t, strings.Replace(policy, "{name: quiet}", "{name: loud, annotations: {warren.cni/log: denied}}", 1), "--namespace", namespace)
+	var lines []string
+	eventually(t, 30*time.Second, "a denied packet is in the log", func(ctx context.Context) error {
+		if err := c.compare(ctx, table, newMarker(t)); err != nil {
+			return err
+		}
+		if lines = c.packetLines(t, from, to); len(lines) == 0 {
+			return fmt.Errorf("no line names %s/%s and %s/%s", from.namespace, from.name, to.namespace, to.name)
+		}
+		return nil
+	})
+	t.Log(lines[0])
+	for _, word := range []string{"ingress", "denied", namespace + "/loud", namespace + "/quiet"} {
+		if !strings.Contains(lines[0], `"`+word+`"`) {
+			t.Errorf("the line does not say %q", word)
+		}
+	}
+	c.awaitEvent(t, namespace, "Pod", to.name, from.name)
+}
+
+// packetLines returns the lines of JSON in the log of a pod's daemon that name both pods.
+func (c *cluster) packetLines(t *testing.T, from, to *probePod) []string {
+	t.Helper()
+	pods, err := c.daemonPods(t.Context(), system, daemonSet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := run(t, command{name: c.tool("kubectl"), args: []string{
+		"logs", "--namespace", system, pods[to.node].Name, "--container", daemon, "--since", "5m",
+	}})
+	var lines []string
+	for line := range strings.Lines(log) {
+		if json.Valid([]byte(line)) && strings.Contains(line, `"`+from.namespace+"/"+from.name+`"`) &&
+			strings.Contains(line, `"`+to.namespace+"/"+to.name+`"`) {
+			lines = append(lines, strings.TrimSpace(line))
+		}
+	}
+	return lines
+}
+
+// testServiceExplained asks a daemon why a pod does not reach a Service, before and after a policy is in its way.
+func (c *cluster) testServiceExplained(t *testing.T, namespace string) {
+	explain := func(ctx context.Context) (string, error) {
+		pods, err := c.daemonPods(ctx, system, daemonSet)
+		if err != nil {
+			return "", err
+		}
+		return try(ctx, command{name: c.tool("kubectl"), args: []string{
+			"exec", "--namespace", system, pods[c.worker].Name, "--container", daemon, "--",
+			"warrend", "explain", "--from", namespace + "/near", "--to", "svc/" + namespace + "/closed", "--port", "tcp",
+		}})
+	}
+	open, err := explain(t.Context())
+	if err != nil {
+		t.Fatalf("%v\n%s", err, open)
+	}
+	c.apply(t, `
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: closed}
+spec: {podSelector: {matchLabels: {app: closed}}, policyTypes: [Ingress]}
+`, "--namespace", namespace)
+	var said string
+	eventually(t, 30*time.Second, "the Service is explained as closed", func(ctx context.Context) error {
+		said, err = explain(ctx)
+		if err == nil || !strings.Contains(err.Error(), "exit code 1") {
+			return fmt.Errorf("want exit status 1: %w\n%s", err, said)
+		}
+		return nil
+	})
+	t.Logf("open:\n%s\nclosed:\n%s", open, said)
+	for _, words := range [][2]string{{open, "ALLOWED"}, {said, "DENIED"}, {said, namespace + "/far"}, {said, namespace + "/closed"}} {
+		if !strings.Contains(words[0], words[1]) {
+			t.Errorf("the answer does not say %q", words[1])
+		}
+	}
+}
+
+// awaitEvent waits until an Event on an object says something.
+func (c *cluster) awaitEvent(t *testing.T, namespace, kind, name, words string) {
+	t.Helper()
+	eventually(t, 30*time.Second, fmt.Sprintf("an Event on %s %s says %q", kind, name, words), func(context.Context) error {
+		events := c.events(t, namespace, kind, name)
+		if !slices.ContainsFunc(events, func(e corev1.Event) bool { return strings.Contains(e.Message, words) }) {
+			return fmt.Errorf("there are %d Events of Warren's: %+v", len(events), events)
+		}
+		return nil
+	})
+}
+
+// events returns what Warren has written about an object.
+func (c *cluster) events(t *testing.T, namespace, kind, name string) []corev1.Event {
+	t.Helper()
+	list, err := c.client.CoreV1().Events(namespace).List(t.Context(), metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.DeleteFunc(list.Items, func(e corev1.Event) bool {
+		ours := strings.HasPrefix(e.Source.Component, "warren") || strings.HasPrefix(e.ReportingController, "warren")
+		return !ours || e.InvolvedObject.Kind != kind || e.InvolvedObject.Name != name
+	})
+}
