@@ -191,15 +191,18 @@ func (o *owners) add(p *pod, addresses []netip.Addr) {
 func (o *owners) remove(p *pod, addresses []netip.Addr) {
 	for _, a := range addresses {
 		more := o.more[a]
-		if o.first[a] != p {
+		switch {
+		case o.first[a] != p:
 			i := slices.Index(more, p)
-			o.more[a] = slices.Delete(more, i, i+1)
-		} else if len(more) > 0 {
-			o.first[a], o.more[a] = more[0], more[1:]
-		} else {
+			more = slices.Delete(more, i, i+1)
+		case len(more) > 0:
+			o.first[a], more = more[0], more[1:]
+		default:
 			delete(o.first, a)
 		}
-		if len(o.more[a]) == 0 {
+		if len(more) > 0 {
+			o.more[a] = more
+		} else {
 			delete(o.more, a)
 		}
 	}

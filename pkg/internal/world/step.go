@@ -29,12 +29,14 @@ func Step(r *rand.Rand, s cluster.Snapshot) cluster.Snapshot {
 func stepNamespace(r *rand.Rand, s *cluster.Snapshot) {
 	name := pick(r, "a", "b", "c")
 	i := slices.IndexFunc(s.Namespaces, func(n cluster.Namespace) bool { return n.Name == name })
-	switch {
-	case i < 0:
+	if i < 0 {
 		s.Namespaces = append(s.Namespaces, cluster.Namespace{Name: name, Labels: someLabels(r)})
-	case r.IntN(4) == 0:
+		return
+	}
+	switch r.IntN(4) {
+	case 0:
 		s.Namespaces = slices.Delete(s.Namespaces, i, i+1)
-	case r.IntN(4) == 0:
+	case 1:
 		s.Namespaces[i].Log = someLog(r)
 	default:
 		s.Namespaces[i].Labels = someLabels(r)
@@ -46,14 +48,16 @@ func stepPolicy(r *rand.Rand, s *cluster.Snapshot) {
 	i := r.IntN(8)
 	name := fmt.Sprintf("policy%d", i)
 	at := slices.IndexFunc(s.Policies, func(p cluster.Policy) bool { return p.Name == name })
-	switch {
-	case at < 0:
+	if at < 0 {
 		s.Policies = append(s.Policies, newPolicy(r, i))
-	case r.IntN(4) == 0:
+		return
+	}
+	switch r.IntN(6) {
+	case 0:
 		s.Policies = slices.Delete(s.Policies, at, at+1)
-	case r.IntN(4) == 0:
+	case 1:
 		s.Policies[at].Log = someLog(r)
-	case r.IntN(3) == 0:
+	case 2:
 		s.Policies[at].Pods = someSelector(r)
 	default:
 		s.Policies[at] = newPolicy(r, i)
