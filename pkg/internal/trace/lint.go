@@ -24,7 +24,7 @@ func (f *Filter) Lint() error {
 		lintName(key.name, maxChain, report)
 		for i, r := range rules {
 			f.lintRule(key, r, usedSets, report)
-			if len(r.matches) == 0 && r.target != "TCPMSS" && (!r.jump || r.gotos) && i < len(rules)-1 {
+			if len(r.matches) == 0 && r.target != "TCPMSS" && r.logs == "" && (!r.jump || r.gotos) && i < len(rules)-1 {
 				report("%s: no packet comes past rule %d", key.name, i+1)
 			}
 		}

@@ -24,7 +24,8 @@ func (p *ruleParser) option() error {
 	p.words = p.words[1:]
 	arguments, known := map[string]int{
 		"!": 0, "-m": 1, "--comment": 1, "-i": 1, "-o": 1, "-s": 1, "-d": 1, "-p": 1, "--dport": 1, "--match-set": 2, "--ctstate": 1,
-		"--invert": 0, "--syn": 0, "--tcp-flags": 2, "--src-type": 1, "--mark": 1, "-j": 1, "-g": 1,
+		"--invert": 0, "--syn": 0, "--tcp-flags": 2, "--src-type": 1, "--mark": 1,
+		"--limit": 1, "--limit-burst": 1, "-j": 1, "-g": 1,
 	}[word]
 	if !known {
 		return fmt.Errorf("the word %q is unknown", word)
@@ -46,7 +47,7 @@ func (p *ruleParser) option() error {
 func (p *ruleParser) apply(word string, args []string) error {
 	switch word {
 	case "-m":
-		if !slices.Contains([]string{"comment", "set", "conntrack", "rpfilter", "addrtype", "connmark"}, args[0]) {
+		if !slices.Contains([]string{"comment", "set", "conntrack", "rpfilter", "addrtype", "connmark", "limit"}, args[0]) {
 			return fmt.Errorf("the match %q is unknown", args[0])
 		}
 		p.modules = append(p.modules, args[0])
@@ -185,6 +186,8 @@ func (p *ruleParser) state(word string, args []string) error {
 		return p.needs("addrtype", nil)
 	case "--mark":
 		return p.needs("connmark", p.connmark(args[0]))
+	case "--limit", "--limit-burst": // no packet here is one too many
+		return p.needs("limit", p.noNegation())
 	}
 	states := strings.Split(args[0], ",")
 	for _, s := range states {
@@ -215,7 +218,12 @@ func (p *ruleParser) target(word, name string) error {
 	p.rule.target = name
 	rest := p.words
 	p.words = nil
+	limited := slices.Contains(p.modules, "limit")
 	switch {
+	case limited != (name == "NFLOG"):
+		return fmt.Errorf("%s and a limit do not go together as they should", name)
+	case limited:
+		return p.log(rest)
 	case word == "-g":
 		p.rule.jump, p.rule.gotos = true, true
 	case name == "SNAT" && len(rest) == 2 && rest[0] == "--to-source":
@@ -232,5 +240,17 @@ func (p *ruleParser) target(word, name string) error {
 	if len(rest) > 0 {
 		return fmt.Errorf("the target's arguments %q are unknown", rest)
 	}
+	return p.noNegation()
+}
+
+// log reads the arguments of NFLOG, which lets packets go on.
+func (p *ruleParser) log(args []string) error {
+	if len(args) != 6 || !slices.Equal([]string{args[0], args[2], args[4]}, []string{"--nflog-group", "--nflog-size", "--nflog-prefix"}) {
+		return fmt.Errorf("the arguments %q do not log", args)
+	}
+	if len(args[5]) > 63 {
+		return fmt.Errorf("the prefix %s is longer than the kernel takes", args[5])
+	}
+	p.rule.logs = args[5]
 	return p.noNegation()
 }

@@ -40,6 +40,8 @@ type Verdict struct {
 	Target string
 	// Trail holds the comments of the rules that matched, in their order.
 	Trail []string
+	// Logged holds the prefixes that the packet was logged with.
+	Logged []string
 }
 
 // Filter is one family of a parsed packet filter.
@@ -64,6 +66,7 @@ type rule struct {
 	target  string // a chain, or a target with its argument
 	jump    bool
 	gotos   bool
+	logs    string // the prefix of NFLOG
 	sets    []string
 	options []string
 }
@@ -79,7 +82,7 @@ func (f *Filter) Walk(table, builtIn string, p Packet) (Verdict, error) {
 			continue
 		}
 		found = true
-		target, err := f.chain(table, h.chain, p, &v.Trail)
+		target, err := f.chain(table, h.chain, p, &v)
 		if err != nil {
 			return v, fmt.Errorf("walking %s %s: %w", table, builtIn, err)
 		}
@@ -95,28 +98,31 @@ func (f *Filter) Walk(table, builtIn string, p Packet) (Verdict, error) {
 }
 
 // chain walks one chain and returns the final target, or "" where it returned to its caller.
-func (f *Filter) chain(table, name string, p Packet, trail *[]string) (string, error) {
+func (f *Filter) chain(table, name string, p Packet, v *Verdict) (string, error) {
 	rules, ok := f.chains[chainKey{table, name}]
 	if !ok {
 		return "", fmt.Errorf("there is no chain %s in %s", name, table)
 	}
-	if len(*trail) > 10_000 {
+	if len(v.Trail) > 10_000 {
 		return "", fmt.Errorf("chain %s runs in a loop", name)
 	}
 	for _, r := range rules {
 		if slices.ContainsFunc(r.matches, func(m match) bool { return !m(f, p) }) {
 			continue
 		}
-		*trail = append(*trail, r.comment)
+		v.Trail = append(v.Trail, r.comment)
 		switch {
 		case r.target == "RETURN":
 			return "", nil
 		case r.target == "TCPMSS":
 			continue
+		case r.logs != "":
+			v.Logged = append(v.Logged, r.logs)
+			continue
 		case !r.jump:
 			return r.target, nil
 		}
-		target, err := f.chain(table, r.target, p, trail)
+		target, err := f.chain(table, r.target, p, v)
 		if err != nil || target != "" || r.gotos {
 			return target, err // what a goto's chain returns, returns from this one
 		}

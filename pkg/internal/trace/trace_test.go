@@ -2,6 +2,7 @@ package trace_test
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -39,6 +40,11 @@ func TestRefusesTheUnknown(t *testing.T) {
 		"-A WARREN-A -i interface-name-too-long -j DROP",
 		"-A WARREN-A -j REJECT",
 		"-A WARREN-A -j DROP --now",
+		"-A WARREN-A -m limit --limit 1/second -j DROP",
+		"-A WARREN-A --limit 1/second -j NFLOG --nflog-group 1 --nflog-size 9 --nflog-prefix A",
+		"-A WARREN-A -j NFLOG --nflog-group 1 --nflog-size 9 --nflog-prefix A",
+		"-A WARREN-A -m limit -j NFLOG --nflog-group 1",
+		"-A WARREN-A -m limit -j NFLOG --nflog-group 1 --nflog-size 9 --nflog-prefix " + strings.Repeat("A", 64),
 		"-A WARREN-A -j MASQUERADE",
 		"-A WARREN-A -i",
 		"-A WARREN-A ! -j DROP",
@@ -115,6 +121,26 @@ func TestWalk(t *testing.T) {
 	_, err = filter.Walk("raw", "PREROUTING", base)
 	if err == nil {
 		t.Error("a hook that is not there was walked")
+	}
+}
+
+// What is logged goes on.
+func TestLogged(t *testing.T) {
+	const log = "-A WARREN-A -m limit --limit 10/second --limit-burst 5 -j NFLOG --nflog-group 1 --nflog-size 9 --nflog-prefix "
+	filter, err := trace.Parse(text(log+"A", "-A WARREN-A -p udp -j RETURN", log+"B", "-A WARREN-A -j WARREN-B", "-A WARREN-B -j DROP"))
+	if err == nil {
+		err = filter.Lint()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for protocol, want := range map[string]trace.Verdict{
+		"udp": {Logged: []string{"A"}}, "tcp": {Target: "DROP", Logged: []string{"A", "B"}},
+	} {
+		got, walkErr := filter.Walk("mangle", "FORWARD", trace.Packet{Protocol: protocol})
+		if walkErr != nil || got.Target != want.Target || !slices.Equal(got.Logged, want.Logged) {
+			t.Errorf("%s: %+v, %v, want %+v", protocol, got, walkErr, want)
+		}
 	}
 }
 
