@@ -1,6 +1,7 @@
 package firewall
 
 import (
+	"errors"
 	"log/slog"
 	"os"
 	"slices"
@@ -111,6 +112,31 @@ func TestBackendOfOthersIsUsed(t *testing.T) {
 	}
 	n.run("iptables-legacy -t mangle -N KUBE-IPTABLES-HINT")
 	expect(legacy)
+}
+
+// A backend that cannot be read is left alone: a kernel without nf_tables, or rules that only nft understands.
+func TestBackendThatCannotBeRead(t *testing.T) {
+	n := newNode(t, "")
+	suites, err := findSuites(programs{}, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var x faults
+	x.into(&Firewall{sets: kernelSets{}, tools: suites[nft]})
+	x.failAt = 1
+	log := n.options().Log
+	backend, problems, err := choose(t.Context(), log, suites)
+	if backend != legacy || len(problems) > 0 || err != nil {
+		t.Errorf("chose %q with problems %v and error %v", backend, problems, err)
+	}
+	if !strings.Contains(n.log.String(), errInjected.Error()) {
+		t.Errorf("the log does not say why:\n%s", n.log.String())
+	}
+	x.failAt = len(x.calls) + 1
+	_, _, err = choose(t.Context(), log, map[string]suite{nft: suites[nft]})
+	if !errors.Is(err, errInjected) {
+		t.Errorf("with no other backend the error is %v", err)
+	}
 }
 
 // TestSwitchOfBackend goes from one backend to the other and back: the rules in the old one stay until those in the new one stand.

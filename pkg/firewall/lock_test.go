@@ -60,8 +60,8 @@ func TestApplyWaitsForTheLock(t *testing.T) {
 	})
 }
 
-// TestLockHeldForLong holds the lock for longer than an apply waits. Sets are changed meanwhile and questions are answered;
-// the rules, which did not change, close nothing, and stand once the lock is free.
+// TestLockHeldForLong holds the lock for longer than a change waits. Sets are changed meanwhile and questions are answered; that the
+// rules are not written closes nothing for good, and they stand once the lock is free.
 func TestLockHeldForLong(t *testing.T) {
 	n := newNode(t, legacy)
 	w := n.firewall()
@@ -72,7 +72,7 @@ func TestLockHeldForLong(t *testing.T) {
 		setIn(&r.V4, peers(netfilter.IPv4)).Entries = addresses("10.3.0.0/16")
 		return r
 	}
-	if changes := n.apply(w, members()); changes.Execs > 0 || changes.SetOps == 0 {
+	if changes := n.patch(w, sample(), members()); changes.Execs > 0 || changes.SetOps == 0 {
 		t.Errorf("a change of members cost %+v", changes)
 	}
 	if got, want := n.members(peers(netfilter.IPv4)), []string{"10.3.0.0/16"}; !cmp.Equal(got, want) {
@@ -81,17 +81,25 @@ func TestLockHeldForLong(t *testing.T) {
 	if got := n.drift(w, members()); len(got) > 0 {
 		t.Errorf("while the lock is held there is %q", got)
 	}
+	// A change of both: who may do less does so at once.
 	changed := members()
+	setIn(&changed.V4, peers(netfilter.IPv4)).Entries = addresses("10.4.0.0/16")
 	policy := chainIn(&changed.V4, "WARREN-POLICY")
 	policy.Closable, policy.Rules[0] = []string{"shop/api"}, rule("shop/api", "-p udp -j RETURN")
-	before := n.state()
-	_, err := w.Apply(t.Context(), changed)
+	before := oursIn(n.state())
+	_, err := w.Patch(t.Context(), netfilter.Diff(members(), changed))
 	var closed *ClosedError
 	if err == nil || errors.As(err, &closed) || !strings.Contains(err.Error(), "holding the xtables lock") {
 		t.Errorf("the error is %v", err)
 	}
-	if diff := cmp.Diff(before, n.state()); diff != "" {
+	if got := n.members(peers(netfilter.IPv4)); len(got) > 0 {
+		t.Errorf("without the new rules the set holds %q", got)
+	}
+	if diff := cmp.Diff(before, oursIn(n.state())); diff != "" {
 		t.Errorf("without the lock the rules changed:\n%s", diff)
+	}
+	if _, err := w.Patch(t.Context(), netfilter.Change{}); !errors.Is(err, ErrUnknown) {
+		t.Errorf("after the error a patch says %v", err)
 	}
 	release()
 	n.apply(w, changed)
