@@ -16,7 +16,7 @@ import (
 // testKubeProxyNFTables lets kube-proxy use nftables, which all parts before had in iptables mode, and runs again what passes
 // by its rules.
 func (c *cluster) testKubeProxyNFTables(t *testing.T) {
-	t.Cleanup(func() { c.setKubeProxyMode(t, "iptables") })
+	defer c.setKubeProxyMode(t, "iptables")
 	c.setKubeProxyMode(t, "nftables")
 	t.Run("pods", c.testPods)
 	t.Run("own service", c.testOwnService)
@@ -32,9 +32,8 @@ var proxyMode = regexp.MustCompile(`(?m)^mode: .*$`)
 // setKubeProxyMode restarts kube-proxy in a mode and waits until its rules are of that kind only, on both nodes.
 func (c *cluster) setKubeProxyMode(t *testing.T, mode string) {
 	t.Helper()
-	ctx := context.WithoutCancel(t.Context())
 	maps := c.client.CoreV1().ConfigMaps(metav1.NamespaceSystem)
-	config, err := maps.Get(ctx, "kube-proxy", metav1.GetOptions{})
+	config, err := maps.Get(t.Context(), "kube-proxy", metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -43,36 +42,30 @@ func (c *cluster) setKubeProxyMode(t *testing.T, mode string) {
 		t.Fatalf("kube-proxy's configuration names no mode:\n%s", config.Data[file])
 	}
 	config.Data[file] = proxyMode.ReplaceAllString(config.Data[file], "mode: "+mode)
-	if _, err = maps.Update(ctx, config, metav1.UpdateOptions{}); err != nil {
+	if _, err = maps.Update(t.Context(), config, metav1.UpdateOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	for _, step := range []string{"restart", "status"} {
-		_, err = try(ctx, command{name: c.tool("kubectl"), args: []string{
-			"rollout", step, "--namespace", metav1.NamespaceSystem, "daemonset/kube-proxy",
-		}, timeout: 2 * time.Minute})
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
+	c.kubectl(t, "rollout", "restart", "--namespace", metav1.NamespaceSystem, "daemonset/kube-proxy")
+	c.kubectl(t, "rollout", "status", "--namespace", metav1.NamespaceSystem, "daemonset/kube-proxy", "--timeout=120s")
 	for _, node := range c.nodes() {
-		awaitProxyMode(ctx, t, node, mode)
+		eventually(t, time.Minute, node+" has kube-proxy's rules in mode "+mode, func(ctx context.Context) error {
+			modes, err := proxyModes(ctx, node)
+			if err == nil && modes != mode {
+				err = fmt.Errorf("it has rules of %q", modes)
+			}
+			return err
+		})
 	}
 }
 
-// awaitProxyMode waits until a node has kube-proxy's rules of one mode, and none of the other.
-func awaitProxyMode(ctx context.Context, t *testing.T, node, mode string) {
-	t.Helper()
+// proxyModes names the modes of kube-proxy's rules on a node.
+func proxyModes(ctx context.Context, node string) (string, error) {
 	const script = `
 		iptables-save | grep -q -- "-j KUBE-SVC" && echo iptables
 		nft list tables | grep -q kube-proxy && echo nftables
 		true`
-	eventually(t, time.Minute, node+" has kube-proxy's rules in mode "+mode, func(context.Context) error {
-		modes, err := try(ctx, command{name: "docker", args: []string{"exec", node, "sh", "-c", script}})
-		if err == nil && strings.TrimSpace(modes) != mode {
-			err = fmt.Errorf("it has rules of %q", strings.Fields(modes))
-		}
-		return err
-	})
+	modes, err := try(ctx, command{name: "docker", args: []string{"exec", node, "sh", "-c", script}})
+	return strings.TrimSpace(modes), err
 }
 
 // testOwnService lets a pod that may reach nothing reach itself through its own Service.
