@@ -189,11 +189,18 @@ func askDaemon(ctx context.Context, socket string, q agentapi.Explain) (explanat
 
 // askObjects answers from a directory of objects, for a cluster with encryption on.
 func askObjects(ctx context.Context, dir string, q agentapi.Explain) (explanation, error) {
-	snapshot, problems, err := kube.Load(dir, "")
+	objects, err := kube.ReadDirectory(dir, "")
 	if err != nil {
 		return explanation{}, err
 	}
-	f := facts{snapshot: snapshot, problems: problems, encrypted: true}
+	f := facts{encrypted: true}
+	f.snapshot, f.problems = objects.Snapshot()
+	if err = f.lookUp(ctx, objects, q.To); err != nil {
+		return explanation{}, err
+	}
+	if address, ok := strangerAt(f.snapshot, q.To); ok && f.service == nil {
+		f.notes = append(f.notes, fmt.Sprintf("if %s is the address of a Service, put that into the directory: %s", address, translated))
+	}
 	e, err := explain(f, q)
 	if err != nil {
 		return explanation{}, err
@@ -202,19 +209,28 @@ func askObjects(ctx context.Context, dir string, q agentapi.Explain) (explanatio
 	return e, nil
 }
 
-// explain answers the operator's question from what the last step planned. It waits for no step that runs.
+// explainPatience is how long the daemon takes for a question: the server is asked for Services, and the kernel for what it has.
+const explainPatience = 8 * time.Second
+
+// explain answers the operator's question from what was planned last. It waits for no step that runs.
 func (n *node) explain(ctx context.Context, q agentapi.Explain) agentapi.Response {
+	ctx, cancel := context.WithTimeout(ctx, explainPatience)
+	defer cancel()
 	o := n.outcomeNow()
 	if !o.synced {
 		return refuse(types.ErrTryAgainLater, errNotReady(o))
 	}
-	f := facts{snapshot: o.plan.snapshot, problems: o.problems, encrypted: n.options.encryptionMode}
+	f := facts{snapshot: n.planner.snapshot(), problems: o.problems, encrypted: n.options.encryptionMode}
+	if err := f.lookUp(ctx, n.source, q.To); err != nil {
+		return refuse(types.ErrTryAgainLater, err)
+	}
 	e, err := explain(f, q)
 	if err != nil {
 		return refuse(types.ErrDecodingFailure, err)
 	}
 	e.Node = n.options.nodeName
 	e.close(o.closed)
+	e.compare(ctx, kernel{comparer: n.filter, wanted: n.planner.ruleset, closed: o.closed})
 	e.askOthers(f.snapshot)
 	e.settle()
 	text, err := json.Marshal(e)
@@ -241,6 +257,10 @@ func explain(f facts, q agentapi.Explain) (explanation, error) {
 	}
 	if f.service != nil {
 		e.Service = &serviceAnswer{Name: f.service.Key().String(), ClusterIPs: f.service.ClusterIPs}
+	}
+	if f.service != nil && e.Verdicts[0].From == (policy.End{}) {
+		e.Notes = append(e.Notes, "the node that takes in a connection from outside puts its own address in the place of the source where it sends it on "+
+			"to another node, unless the Service has externalTrafficPolicy: Local")
 	}
 	if q.Port == "" && slices.ContainsFunc(e.Verdicts, stoppedByPorts) {
 		e.Notes = append(e.Notes, "without --port this asks about ICMP, which a rule with ports never matches; --port asks about a connection")

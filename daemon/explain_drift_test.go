@@ -36,9 +36,9 @@ func (d *drifted) Drift(_ context.Context, wanted netfilter.Ruleset) ([]firewall
 	return now, nil
 }
 
-// members is a difference in the members of a set of IPv4.
-func members(what string, addresses ...string) firewall.Difference {
-	d := firewall.Difference{Family: netfilter.IPv4, Set: "WARREN-P4", What: what, Detail: strings.Join(addresses, ", ")}
+// lacks is a set of IPv4 that lacks members.
+func lacks(addresses ...string) firewall.Difference {
+	d := firewall.Difference{Family: netfilter.IPv4, Set: "WARREN-P4", What: "lacks members", Detail: strings.Join(addresses, ", ")}
 	for _, a := range addresses {
 		d.Members = append(d.Members, netfilter.Address(netip.MustParseAddr(a)))
 	}
@@ -58,7 +58,7 @@ func driftOf(t *testing.T, node string, d *drifted, closed ...firewall.ClosedCha
 	}
 	e.Node = node
 	rules, _ := policy.Compile(snapshot)
-	base := guard.Compile(guard.Config{Ready: localAddresses(snapshot)})
+	base := guard.Compile(guard.Config{Ready: snapshot.Pods[0].Addresses})
 	e.compare(t.Context(), kernel{
 		comparer: d, closed: closed,
 		wanted: func() netfilter.Ruleset { return netfilter.Merge(base, rules) },
@@ -69,9 +69,9 @@ func driftOf(t *testing.T, node string, d *drifted, closed ...firewall.ClosedCha
 
 // What the kernel has otherwise than planned takes the certainty from a verdict, where it decides about the connection.
 func TestExplainTellsDrift(t *testing.T) {
-	flushed := members("lacks members", "10.244.1.2", "10.244.1.77")
+	flushed := lacks("10.244.1.2", "10.244.1.77")
 	both := func(d firewall.Difference) [][]firewall.Difference {
-		return [][]firewall.Difference{{d}, {members("lacks members", "10.244.1.2"), d}}
+		return [][]firewall.Difference{{d}, {lacks("10.244.1.2"), d}}
 	}
 	for name, c := range map[string]struct {
 		node        string
@@ -80,7 +80,7 @@ func TestExplainTellsDrift(t *testing.T) {
 	}{
 		"a member that takes part":    {"worker-1", both(flushed), partly},
 		"a chain":                     {"worker-1", both(firewall.Difference{Family: netfilter.IPv6, Table: "mangle", Chain: "WARREN-EGRESS", What: "is missing"}), partly},
-		"members that take no part":   {"worker-1", [][]firewall.Difference{{members("lacks members", "10.244.1.77")}}, allowed},
+		"members that take no part":   {"worker-1", [][]firewall.Difference{{lacks("10.244.1.77")}}, allowed},
 		"a step that ran":             {"worker-1", [][]firewall.Difference{{flushed}, {}}, allowed},
 		"nothing":                     {"worker-1", [][]firewall.Difference{{}}, allowed},
 		"a node that takes no part":   {"worker-3", nil, allowed},
@@ -154,7 +154,7 @@ func TestExplainDriftAsksForWhatDecides(t *testing.T) {
 
 // An operator sees at a glance that the kernel does not do what the verdict says.
 func TestExplainDriftText(t *testing.T) {
-	flushed := members("lacks members", "10.244.1.2")
+	flushed := lacks("10.244.1.2")
 	e := driftOf(t, "worker-1", &drifted{differences: [][]firewall.Difference{{flushed}, {flushed}}})
 	e.askOthers(cluster.Snapshot{})
 	var out bytes.Buffer

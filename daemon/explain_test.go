@@ -47,12 +47,22 @@ func TestExplainText(t *testing.T) {
 		"no-port":             "--from shop/web --to monitoring/prober",
 		"not-isolated":        "--from monitoring/prober --to 2001:db8::1,--from monitoring/prober --to 198.51.100.1 --port 53/udp",
 		"outside-excepted":    "--from shop/web --to 198.51.100.200 --port 443",
-		"service-address":     "--from shop/web --to 10.96.0.10 --port 53/udp",
-		"own-node":            "--from monitoring/agent --to shop/web --port 80,--from shop/web --to 10.244.1.1 --port 80,--from 192.0.2.1 --to fd00:10:244:1::2",
-		"host-network":        "--from monitoring/agent --to shop/api --port metrics,--from 192.0.2.1 --to shop/api --port metrics,--from shop/web --to 192.0.2.2 --port 443",
-		"itself":              "--from shop/web --to shop/web --port 80,--from 192.0.2.1 --to 192.0.2.1",
-		"finished":            "--from 10.244.2.9 --to shop/web --port 80,--from shop/migration --to shop/web",
-		"refused": "--from shop/pending --to shop/web,--from shop/web --to shop/gone,--from shop/web --to svc/shop/api," +
+		"service":             "--from shop/web --to svc/shop/api --port 80,--from monitoring/prober --to svc/shop/api --port metrics",
+		"service-partly":      "--from shop/web --to svc/shop/api",
+		"service-address":     "--from shop/web --to 10.96.0.20 --port http,--from shop/web --to 10.96.0.10 --port 53/udp",
+		"service-block":       "--from shop/web --to svc/kube-system/dns --port 53/udp",
+		"service-itself":      "--from shop/api-2 --to svc/shop/api --port http",
+		"service-json":        "--from monitoring/prober --to svc/shop/api --port metrics -o json",
+		"service-outside":     "--from 203.0.113.9 --to svc/shop/api --port http",
+		"service-not-ready":   "--from shop/web --to svc/shop/starting",
+		"service-refused": "--from svc/shop/web --to shop/api --port 80,--from shop/web --to svc/shop/api --port 8080," +
+			"--from shop/web --to svc/shop/api --port http/udp,--from shop/web --to svc/shop/gone,--from shop/web --to svc/shop/nobody," +
+			"--from shop/web --to svc/shop/elsewhere,--from fd00:10:244:1::2 --to svc/kube-system/dns,--from shop/web --to svc/api",
+		"own-node":     "--from monitoring/agent --to shop/web --port 80,--from shop/web --to 10.244.1.1 --port 80,--from 192.0.2.1 --to fd00:10:244:1::2",
+		"host-network": "--from monitoring/agent --to shop/api --port metrics,--from 192.0.2.1 --to shop/api --port metrics,--from shop/web --to 192.0.2.2 --port 443",
+		"itself":       "--from shop/web --to shop/web --port 80,--from 192.0.2.1 --to 192.0.2.1",
+		"finished":     "--from 10.244.2.9 --to shop/web --port 80,--from shop/migration --to shop/web",
+		"refused": "--from shop/pending --to shop/web,--from shop/web --to shop/gone,--from shop/web --to shop/api/http," +
 			"--from shop/web --to shop/api --port sql,--from shop/web --to shop/api --port 70000,--from shop/web --to shop/api --port 80/icmp," +
 			"--from shop/web --to 192.0.2.2 --port http,--from monitoring/prober --to fd00::1,--from shop/web,--form shop/web",
 	} {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -59,24 +58,27 @@ func (f *facts) lookUp(ctx context.Context, known services, to string) error {
 // translated is what one has to know of Services.
 const translated = "policies judge after its translation to an endpoint, so an ipBlock that names a Service's address never matches"
 
-// strangerAt parses an address that neither a pod nor a node has.
+// strangerAt parses an address that neither a pod nor a node has, or can have.
 func strangerAt(s cluster.Snapshot, text string) (netip.Addr, bool) {
 	address, err := netip.ParseAddr(text)
 	if err != nil {
 		return netip.Addr{}, false
 	}
 	address = address.Unmap().WithZone("")
-	isNode := func(n cluster.Node) bool { return slices.Contains(n.Addresses, address) }
-	return address, placeAt(s, address).pod == nil && !slices.ContainsFunc(s.Nodes, isNode)
+	holds := func(p netip.Prefix) bool { return p.Contains(address) }
+	return address, !slices.ContainsFunc(s.Nodes, func(n cluster.Node) bool {
+		return slices.Contains(n.Addresses, address) || slices.ContainsFunc(n.PodCIDRs, holds)
+	})
 }
 
-// serviceConnections returns the connections that a Service's address and port may become: to every endpoint of the
+// serviceConnections returns the connections that one to a Service's address and port may become: to every endpoint of the
 // source's families.
 func serviceConnections(f facts, from place, q agentapi.Explain, asked askedPort) ([]connection, error) {
 	ports, err := portsOf(f.service, asked)
 	if err != nil {
 		return nil, fmt.Errorf("--port %s: %w", q.Port, err)
 	}
+	var served []netip.Addr
 	var connections []connection
 	for i := range ports {
 		for _, e := range f.service.Endpoints {
@@ -84,18 +86,20 @@ func serviceConnections(f facts, from place, q agentapi.Explain, asked askedPort
 			if !serves || !sameFamily(q.To, e.Address) {
 				continue
 			}
+			served = append(served, e.Address)
 			for _, flow := range flowsBetween(f, from, placeAt(f.snapshot, e.Address), target{ports[i].Protocol, number}) {
 				connections = append(connections, connection{Flow: flow, port: &ports[i], notReady: !e.Ready})
 			}
 		}
 	}
 	switch {
-	case len(f.service.Endpoints) == 0:
-		return nil, fmt.Errorf("--to %s: Service %s has no endpoints, so nothing answers whatever policies say (kubectl get endpointslices --namespace %s --selector kubernetes.io/service-name=%s)",
+	case len(served) == 0:
+		return nil, fmt.Errorf("--to %s: no endpoint of Service %s is behind that, so nothing answers whatever policies say "+
+			"(kubectl get endpointslices --namespace %s --selector kubernetes.io/service-name=%s)",
 			q.To, f.service.Key(), f.service.Namespace, f.service.Name)
 	case len(connections) == 0:
-		return nil, fmt.Errorf("no endpoint of Service %s serves the port to an address of %s's family (%s)",
-			f.service.Key(), q.From, orNone(texts(from.addresses)))
+		return nil, fmt.Errorf("%s has %s and Service %s leads to %s: there is no connection between IPv4 and IPv6",
+			q.From, orNone(texts(from.addresses)), f.service.Key(), orNone(unique(texts(served))))
 	default:
 		return connections, nil
 	}
@@ -119,10 +123,10 @@ func portsOf(service *cluster.Service, asked askedPort) ([]cluster.ServicePort, 
 		}
 	}
 	if len(ports) == 0 && asked == (askedPort{}) {
-		return nil, errors.New("the Service has no ports")
+		return nil, fmt.Errorf("%s has no ports", service.Key())
 	}
 	if len(ports) == 0 {
-		return nil, fmt.Errorf("Service %s has no such port; it has %s", service.Key(), orNone(has))
+		return nil, fmt.Errorf("%s has no such port; it has %s", service.Key(), orNone(has))
 	}
 	return ports, nil
 }
@@ -141,7 +145,7 @@ func servicePortText(p cluster.ServicePort) string {
 func blindBlocks(f facts, c connection, v policy.Verdict) []string {
 	var notes []string
 	for _, address := range f.service.ClusterIPs {
-		if address.Is4() != c.Dst.Is4() {
+		if v.Egress.Allowed || address.Is4() != c.Dst.Is4() {
 			continue
 		}
 		before := policy.Explain(f.snapshot, policy.Flow{Src: c.Src, Dst: address, Protocol: c.Protocol, Port: c.port.Port})

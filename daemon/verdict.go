@@ -103,7 +103,7 @@ func groups(verdicts []judged) [][]judged {
 		all[at] = append(all[at], v)
 	}
 	rank := func(group []judged) int {
-		if group[0].NotReady {
+		if !slices.ContainsFunc(group, func(v judged) bool { return !v.NotReady }) {
 			return 2
 		}
 		return slices.Index([]answer{denied, allowed}, group[0].Answer) // unknown is before them
@@ -114,7 +114,7 @@ func groups(verdicts []judged) [][]judged {
 
 // alike tells whether the same rules decide two verdicts in the same way.
 func alike(a, b judged) bool {
-	return a.Answer == b.Answer && a.NotReady == b.NotReady && alikeSides(a.Egress, b.Egress) && alikeSides(a.Ingress, b.Ingress) && slices.Equal(a.Notes, b.Notes)
+	return a.Answer == b.Answer && alikeSides(a.Egress, b.Egress) && alikeSides(a.Ingress, b.Ingress) && slices.Equal(a.Notes, b.Notes)
 }
 
 func alikeSides(a, b policy.Side) bool {
