@@ -63,11 +63,17 @@ func (n *node) attach(ctx context.Context, pod agentapi.Pod) agentapi.Response {
 	if o := n.outcomeNow(); !o.ready {
 		return refuse(types.ErrTryAgainLater, errNotReady(o))
 	}
-	fetchErr := n.fetch(ctx, pod)
+	refreshed := false
+	var unknown error
 	for {
 		next := n.nextStep()
+		if !refreshed { // the watch may be behind: what a pod meets first are the policies as they are now
+			unknown = n.source.Refresh(ctx, pod.Namespace, pod.Name, pod.UID)
+			refreshed = unknown == nil
+		}
+		n.ask(cluster.Holder{ContainerID: pod.ContainerID, Interface: pod.Interface})
 		err := n.loop.Sync(ctx)
-		if ctx.Err() == nil && n.isOpen(pod) { // an error may be the mesh's, which opens nothing
+		if ctx.Err() == nil && refreshed && n.isOpen(pod) { // an error may be the mesh's, which opens nothing
 			return agentapi.Response{}
 		}
 		if err != nil && ctx.Err() == nil {
@@ -78,20 +84,9 @@ func (n *node) attach(ctx context.Context, pod agentapi.Pod) agentapi.Response {
 		case <-ctx.Done():
 			err := fmt.Errorf("pod %s/%s (uid %s) is not known to the daemon, or its policies are not in the kernel, after %v",
 				pod.Namespace, pod.Name, pod.UID, n.clock().Sub(asked).Round(time.Millisecond))
-			return refuse(types.ErrTryAgainLater, errors.Join(err, fetchErr))
+			return refuse(types.ErrTryAgainLater, errors.Join(err, unknown))
 		}
 	}
-}
-
-// fetch reads the pod from the source if the watch has not brought it yet.
-func (n *node) fetch(ctx context.Context, pod agentapi.Pod) error {
-	snapshot, _ := n.source.Snapshot()
-	for _, known := range snapshot.Pods {
-		if known.Namespace == pod.Namespace && known.Name == pod.Name && (known.UID == pod.UID || known.StaticUID == pod.UID) {
-			return nil
-		}
-	}
-	return n.source.FetchPod(ctx, pod.Namespace, pod.Name, pod.UID)
 }
 
 // check says whether the gate is open for the pod.
@@ -108,7 +103,7 @@ func (n *node) check(pod agentapi.Pod) agentapi.Response {
 func (n *node) isOpen(pod agentapi.Pod) bool {
 	o := n.outcomeNow()
 	for _, address := range pod.Addresses {
-		if o.open[address] != (holder{pod.ContainerID, pod.Interface}) {
+		if o.open[address] != (cluster.Holder{ContainerID: pod.ContainerID, Interface: pod.Interface}) {
 			return false
 		}
 	}

@@ -148,7 +148,7 @@ func TestAddressChangesHandsWhileApplying(t *testing.T) {
 	s.startTunnel(0)
 	tools := t.TempDir()
 	slow := filepath.Join(tools, "slow")
-	for _, name := range []string{"iptables-restore", "ip6tables-restore"} {
+	for _, name := range []string{"iptables-nft-restore", "ip6tables-nft-restore"} {
 		script := "#!/bin/sh\n[ -e " + slow + " ] && sleep 4\nexec /usr/sbin/" + name + " \"$@\"\n"
 		if err := os.WriteFile(filepath.Join(tools, name), []byte(script), 0o755); err != nil {
 			t.Fatal(err)

@@ -52,10 +52,11 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	}
 	gauge(m.ready, number(o.ready))
 	gauge(m.encryption, number(m.node.options.encryptionMode))
-	gauge(m.policies, float64(o.plan.counts.policies))
-	gauge(m.pods, float64(o.plan.counts.isolated), "true")
-	gauge(m.pods, float64(o.plan.counts.pods-o.plan.counts.isolated), "false")
-	gauge(m.peers, float64(len(o.plan.mesh.Peers)))
+	counted := count(m.node.planner.snapshot())
+	gauge(m.policies, float64(counted.policies))
+	gauge(m.pods, float64(counted.isolated), "true")
+	gauge(m.pods, float64(counted.pods-counted.isolated), "false")
+	gauge(m.peers, float64(len(o.mesh.Peers)))
 	if !o.applied.IsZero() {
 		gauge(m.lastApply, float64(o.applied.UnixMilli())/1000)
 	}

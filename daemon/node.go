@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/warren-cni/warren/pkg/agentapi"
@@ -21,18 +23,23 @@ import (
 
 // source is where the cluster's objects come from: an API server or a directory.
 type source interface {
+	services
 	Run(ctx context.Context) error
 	Changed() <-chan struct{}
 	WaitForSync(ctx context.Context) error
-	Snapshot() (cluster.Snapshot, []cluster.Problem)
-	FetchPod(ctx context.Context, namespace, name, uid string) error
+	Changes() cluster.Delta
+	Problems() []cluster.Problem
+	Refresh(ctx context.Context, namespace, name, uid string) error
 	Publish(ctx context.Context, annotations map[string]string) error
 }
 
 // filter is the packet filter of the kernel.
 type filter interface {
+	comparer
 	Apply(ctx context.Context, rules netfilter.Ruleset) (firewall.Changes, error)
+	Patch(ctx context.Context, change netfilter.Change) (firewall.Changes, error)
 	Forget()
+	Problems() []cluster.Problem
 }
 
 // tunnel is the WireGuard link, its peers and the routes.
@@ -53,12 +60,16 @@ type node struct {
 	key       wgdevice.Key
 	uplinkMTU func(netip.Addr) (int, error)
 	loop      *reconcile.Loop
+	planner   *planner
 	// planned are the addresses that the step which runs wants to let pass; only the loop touches it.
-	planned map[netip.Addr]holder
+	planned map[netip.Addr]cluster.Holder
+	// tunnelChanged says that something happened to the tunnel since it was applied last.
+	tunnelChanged atomic.Bool
 
 	mu      sync.Mutex
 	last    outcome
-	stepped chan struct{} // closed at the end of the next step
+	stepped chan struct{}    // closed at the end of the next step
+	asked   []cluster.Holder // the attachments that asked since the last step
 }
 
 // outcome is what a step came to. It is replaced as a whole and never changed.
@@ -67,20 +78,19 @@ type outcome struct {
 	synced bool
 	// ready is true once policy and mesh were applied and the conflist stands. It stays: later errors are problems.
 	ready    bool
-	plan     plan
+	mesh     mesh.Config
 	problems []cluster.Problem
 	// open are the addresses that the start gate lets pass, each for one attachment.
-	open map[netip.Addr]holder
+	open map[netip.Addr]cluster.Holder
 	// closed are the chains whose rules the kernel refused when the packet filter was applied last.
 	closed  []firewall.ClosedChain
 	applied time.Time
 	// guarded is true once the packet filter was applied as a whole in this run: only then may there be a tunnel.
 	guarded bool
 	host    host
+	// leaseProblems are those of the last full step.
+	leaseProblems []cluster.Problem
 }
-
-// holder is the attachment that holds an address.
-type holder struct{ containerID, ifname string }
 
 // host is what full steps read and set on the node itself.
 type host struct {
@@ -102,6 +112,22 @@ func (n *node) nextStep() <-chan struct{} {
 	return n.stepped
 }
 
+// ask makes the next step take in an attachment.
+func (n *node) ask(holder cluster.Holder) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.asked = append(n.asked, holder)
+}
+
+// takeAsked returns the attachments that asked since the last time.
+func (n *node) takeAsked() []cluster.Holder {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	asked := n.asked
+	n.asked = nil
+	return asked
+}
+
 // record makes a step's outcome the last one and wakes those who wait for it.
 func (n *node) record(o outcome) {
 	n.mu.Lock()
@@ -115,6 +141,9 @@ func (n *node) record(o outcome) {
 
 // logProblems logs the problems that came and those that went, once each.
 func (n *node) logProblems(before, now []cluster.Problem) {
+	if slices.Equal(before, now) {
+		return
+	}
 	had := make(map[cluster.Problem]bool, len(before))
 	for _, p := range before {
 		had[p] = true
@@ -150,7 +179,10 @@ func (n *node) serve(ctx context.Context) error {
 	start("reconciling", n.reconcile)
 	if n.options.encryptionMode {
 		start("following the tunnel", func(ctx context.Context) error {
-			return wgdevice.WatchTunnel(ctx, n.loop.Trigger)
+			return wgdevice.WatchTunnel(ctx, func() {
+				n.tunnelChanged.Store(true)
+				n.loop.Trigger()
+			})
 		})
 	}
 	<-ctx.Done()

@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/warren-cni/warren/pkg/cluster"
 	"github.com/warren-cni/warren/pkg/wgdevice"
 )
 
@@ -50,6 +51,8 @@ type planning struct {
 	parsedCluster  []netip.Prefix
 	parsedNonMasq  []netip.Prefix
 	encryptionMode bool
+	logConnections string
+	logMode        cluster.LogMode
 }
 
 // add declares the flags.
@@ -58,13 +61,14 @@ func (p *planning) add(f *pflag.FlagSet) {
 	f.StringSliceVar(&p.clusterCIDRs, "cluster-cidr", nil, "the pods' network, one prefix per family (kubeadm: --pod-network-cidr); without it the plaintext guard covers only podCIDRs that are already known")
 	f.StringSliceVar(&p.nonMasquerade, "non-masquerade-cidr", nil, "destinations outside the cluster that see the pod's own address instead of the node's")
 	f.StringVar(&p.encryption, "encryption", "on", "on: pod traffic between nodes goes through WireGuard or is dropped; off: it goes in clear")
+	f.StringVar(&p.logConnections, "log-connections", "none", "connections of isolated pods to log where neither policy nor Namespace says so (annotation warren.cni/log): none, denied or all")
 	f.Uint16Var(&p.port, "wireguard-port", 51820, "UDP port of the WireGuard tunnel")
 	f.IntVar(&p.mtu, "mtu", 0, "MTU of the pods and the tunnel (0: from the uplink)")
 }
 
 // validate parses what pflag leaves as text.
 func (p *planning) validate() error {
-	var errs [3]error
+	var errs [4]error
 	p.parsedCluster, errs[0] = parsePrefixes("cluster-cidr", p.clusterCIDRs)
 	p.parsedNonMasq, errs[1] = parsePrefixes("non-masquerade-cidr", p.nonMasquerade)
 	switch p.encryption {
@@ -73,6 +77,10 @@ func (p *planning) validate() error {
 	case "off":
 	default:
 		errs[2] = fmt.Errorf("--encryption=%s: say on or off", p.encryption)
+	}
+	p.logMode, errs[3] = cluster.ParseLogMode(p.logConnections)
+	if errs[3] != nil {
+		errs[3] = fmt.Errorf("--log-connections=%w", errs[3])
 	}
 	if err := errors.Join(errs[:]...); err != nil {
 		return err

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/netip"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -43,8 +42,9 @@ depend on it is printed all the same.`,
 			if _, ok := snapshot.Node(p.nodeName); !ok {
 				return fmt.Errorf("no Node %s in %s", p.nodeName, p.objects)
 			}
-			wanted := makePlan(snapshot, localAddresses(snapshot), p, uplinkMTU)
-			if err := printPlan(cmd.OutOrStdout(), wanted); err != nil {
+			planner := newPlanner(p)
+			wanted := planner.plan(planner.learn(snapshot.Delta(), attachmentsIn(snapshot)), uplinkMTU)
+			if err := printPlan(cmd.OutOrStdout(), planner.ruleset(), wanted.mesh); err != nil {
 				return err
 			}
 			problems = cluster.SortProblems(append(problems, wanted.problems...))
@@ -63,24 +63,24 @@ depend on it is printed all the same.`,
 	return cmd
 }
 
-// localAddresses returns the addresses of the pods of the own node, as their status has them.
-func localAddresses(s cluster.Snapshot) []netip.Addr {
-	var addresses []netip.Addr
+// attachmentsIn makes attachments of the pods of the own node, with the addresses that their status says.
+func attachmentsIn(s cluster.Snapshot) cluster.Attachments {
+	a := cluster.Attachments{All: true}
 	for _, pod := range s.Pods {
-		if pod.Node == s.Self && !pod.HostNetwork && !pod.Finished {
-			addresses = append(addresses, pod.Addresses...)
+		if pod.Node == s.Self && !pod.HostNetwork {
+			a.List = append(a.List, cluster.Attachment{Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID, Addresses: pod.Addresses})
 		}
 	}
-	return addresses
+	return a
 }
 
 // printPlan prints a plan for people.
-func printPlan(w io.Writer, p plan) error {
+func printPlan(w io.Writer, rules netfilter.Ruleset, wanted mesh.Config) error {
 	var b strings.Builder
 	for _, family := range netfilter.Families {
-		fmt.Fprintf(&b, "# %s\n%s\n", family, p.rules.Of(family).Render(family))
+		fmt.Fprintf(&b, "# %s\n%s\n", family, rules.Of(family).Render(family))
 	}
-	printMesh(&b, p.mesh)
+	printMesh(&b, wanted)
 	_, err := io.WriteString(w, b.String())
 	return err
 }

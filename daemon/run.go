@@ -52,9 +52,9 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 		options: o, log: log, clock: time.Now,
 		source: objects, tunnel: wgdevice.New(wgdevice.Options{Log: log, Mode: mode}), leases: leases, key: key,
 		uplinkMTU: wgdevice.UplinkMTU,
-		stepped:   make(chan struct{}),
+		stepped:   make(chan struct{}), planner: newPlanner(o.planning),
 	}
-	if n.filter, err = firewall.New(ctx, firewall.Options{Log: log, Admit: n.admit}); err != nil {
+	if n.filter, err = firewall.New(ctx, firewall.Options{Log: log, Admit: n.admit, Now: n.clock}); err != nil {
 		return err
 	}
 	n.loop = reconcile.New(n.step, resync, n.clock)

@@ -32,15 +32,15 @@ func (n *node) status(ctx context.Context) agentapi.Status {
 		Node:       n.options.nodeName,
 		Version:    version,
 		Ready:      o.ready,
-		PodCIDRs:   texts(o.plan.podCIDRs),
+		PodCIDRs:   texts(o.mesh.PodCIDRs),
 		Encryption: n.encryptionStatus(o),
-		Policies:   policyStatus(o),
+		Policies:   n.policyStatus(o),
 		Peers:      []agentapi.Peer{},
 		Problems:   []agentapi.Problem{},
 	}
 	problems := o.problems
 	if !o.synced {
-		_, problems = n.source.Snapshot()
+		problems = n.source.Problems()
 		problems = append(problems, cluster.Problem{
 			Code: "NotSynced", Object: "Node " + n.options.nodeName, Message: "the cluster's objects have not been read yet",
 			Remedy: "wait; if it lasts, check that the daemon reaches the API server",
@@ -61,12 +61,12 @@ func (n *node) status(ctx context.Context) agentapi.Status {
 func (n *node) encryptionStatus(o outcome) agentapi.Encryption {
 	if !n.options.encryptionMode {
 		return agentapi.Encryption{
-			Mode: "off", MTU: o.plan.mesh.MTU, Guard: "none",
+			Mode: "off", MTU: o.mesh.MTU, Guard: "none",
 			NotCovered: []string{"everything: pod traffic between nodes is in clear (--encryption off)"},
 		}
 	}
 	e := agentapi.Encryption{
-		PublicKey: publicKey(n.key), Port: n.options.port, MTU: o.plan.mesh.MTU,
+		PublicKey: publicKey(n.key), Port: n.options.port, MTU: o.mesh.MTU,
 		Guard: "cluster-cidr", NotCovered: notCovered,
 	}
 	if len(n.options.parsedCluster) == 0 {
@@ -85,8 +85,8 @@ func (n *node) peers(ctx context.Context, o outcome, e *agentapi.Encryption) ([]
 			"pods of other nodes are unreachable until the tunnel answers; look at its log")}
 	}
 	e.Mode = string(device.Mode)
-	names := make(map[string]string, len(o.plan.mesh.Peers))
-	for _, p := range o.plan.mesh.Peers {
+	names := make(map[string]string, len(o.mesh.Peers))
+	for _, p := range o.mesh.Peers {
 		names[base64.StdEncoding.EncodeToString(p.PublicKey[:])] = p.Node
 	}
 	for _, p := range device.Peers {
@@ -100,10 +100,11 @@ func (n *node) peers(ctx context.Context, o outcome, e *agentapi.Encryption) ([]
 }
 
 // policyStatus counts what is programmed.
-func policyStatus(o outcome) agentapi.Policies {
-	p := agentapi.Policies{Policies: o.plan.counts.policies, Pods: o.plan.counts.pods, Isolated: o.plan.counts.isolated, LastApply: o.applied}
+func (n *node) policyStatus(o outcome) agentapi.Policies {
+	c, ruleset := count(n.planner.snapshot()), n.planner.ruleset()
+	p := agentapi.Policies{Policies: c.policies, Pods: c.pods, Isolated: c.isolated, LastApply: o.applied}
 	for _, family := range netfilter.Families {
-		rules := o.plan.rules.Of(family)
+		rules := ruleset.Of(family)
 		p.Sets += len(rules.Sets)
 		for _, c := range rules.Chains {
 			p.Rules += len(c.Rules)

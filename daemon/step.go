@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -13,122 +14,56 @@ import (
 	"github.com/warren-cni/warren/pkg/cluster"
 	"github.com/warren-cni/warren/pkg/cniconf"
 	"github.com/warren-cni/warren/pkg/firewall"
-	"github.com/warren-cni/warren/pkg/guard"
 	"github.com/warren-cni/warren/pkg/ipam"
 	"github.com/warren-cni/warren/pkg/kube"
-	"github.com/warren-cni/warren/pkg/mesh"
 	"github.com/warren-cni/warren/pkg/netfilter"
 	"github.com/warren-cni/warren/pkg/nodenet"
-	"github.com/warren-cni/warren/pkg/policy"
 	"github.com/warren-cni/warren/pkg/wgdevice"
 )
-
-// plan is everything that a node wants, computed from one snapshot.
-type plan struct {
-	// snapshot is what the plan was made from.
-	snapshot cluster.Snapshot
-	podCIDRs []netip.Prefix
-	rules    netfilter.Ruleset
-	mesh     mesh.Config
-	// open are the addresses whose policies are in rules.
-	open     []netip.Addr
-	counts   counts
-	problems []cluster.Problem
-}
 
 // ipvsCode is the code of the problem with which no pod can be attached, ready or not.
 const ipvsCode = "KubeProxyIPVS"
 
-// counts are for the status.
-type counts struct {
-	policies, pods, isolated int
-}
-
-// makePlan plans from a snapshot whose local pods have their leased addresses. It is pure.
-func makePlan(snapshot cluster.Snapshot, open []netip.Addr, p planning, uplinkMTU int) plan {
-	config, meshProblems := mesh.Plan(snapshot, mesh.Options{
-		ClusterCIDRs: p.parsedCluster,
-		ListenPort:   p.port,
-		UplinkMTU:    uplinkMTU,
-		MTU:          p.mtu,
-		Encrypted:    p.encryptionMode,
-	})
-	policyRules, policyProblems := policy.Compile(snapshot)
-	base := guard.Compile(guard.Config{
-		PodCIDRs:      config.PodCIDRs,
-		KnownPodCIDRs: config.KnownPodCIDRs,
-		ClusterCIDRs:  p.parsedCluster,
-		NonMasquerade: p.parsedNonMasq,
-		Encrypted:     p.encryptionMode,
-		Ready:         open,
-	})
-	return plan{
-		snapshot: snapshot,
-		podCIDRs: config.PodCIDRs,
-		rules:    netfilter.Merge(base, policyRules),
-		mesh:     config,
-		open:     open,
-		counts:   count(snapshot),
-		problems: slices.Concat(meshProblems, policyProblems),
-	}
-}
-
-// count counts the policies, the pods of this node, and those of them that a policy isolates in a direction.
-func count(snapshot cluster.Snapshot) counts {
-	c := counts{policies: len(snapshot.Policies)}
-	for _, pod := range snapshot.Pods {
-		if pod.Node != snapshot.Self || pod.HostNetwork || len(pod.Addresses) == 0 {
-			continue
-		}
-		c.pods++
-		if slices.ContainsFunc(snapshot.Policies, func(p cluster.Policy) bool {
-			return p.Namespace == pod.Namespace && p.Pods.Matches(pod.Labels)
-		}) {
-			c.isolated++
-		}
-	}
-	return c
-}
-
-// step reads, plans and applies. With full it trusts nothing that it remembers of the kernel.
+// step reads what is new, plans and applies. With full it trusts nothing that it remembers of the kernel and of the leases.
 func (n *node) step(ctx context.Context, full bool) error {
 	before := n.outcomeNow()
-	snapshot, problems := n.source.Snapshot()
-	leases, leaseProblems, err := n.readLeases()
+	now := outcome{
+		synced: true, ready: before.ready, applied: before.applied, guarded: before.guarded,
+		open: before.open, host: before.host, leaseProblems: before.leaseProblems, mesh: before.mesh,
+	}
+	attachments, err := n.readAttachments(full, &now)
 	if err != nil { // to plan without them would close every pod that runs
-		before.problems = leaseProblems
+		before.problems = now.leaseProblems
 		n.record(before)
 		return err
 	}
-	bound, open := snapshot.Bind(leases)
-
-	now := outcome{synced: true, ready: before.ready, applied: before.applied, guarded: before.guarded, closed: before.closed, host: before.host}
-	if full {
-		n.filter.Forget()
-	}
+	news := n.planner.learn(n.source.Changes(), attachments)
+	self := n.planner.self()
 	if full || now.host.uplinkMTU == 0 {
-		now.host = n.setUpHost(snapshot, before.host.uplinkMTU)
+		now.host = n.setUpHost(self, before.host.uplinkMTU)
 	}
-	now.plan = makePlan(bound, open, n.options.planning, now.host.uplinkMTU)
-	n.planned = holders(leases, open)
-	if err = n.cutOff(snapshot); err != nil {
+	plan := n.planner.plan(news, now.host.uplinkMTU)
+	now.mesh = plan.mesh
+	if plan.openChanged {
+		n.planned = plan.open
+	}
+	if err = n.cutOff(self); err != nil {
 		now.problems = append(now.problems, applyProblem("ClusterCIDRHoldsNode", "Node "+n.options.nodeName, err,
 			"set --cluster-cidr to the pods' network, which holds no node"))
 	} else {
-		err = n.apply(ctx, &now)
+		err = n.apply(ctx, &now, plan, full)
 	}
 	if ctx.Err() != nil {
 		return err // the daemon stops: what was cut short says nothing of the node
 	}
-	now.problems = cluster.SortProblems(slices.Concat(problems, leaseProblems, now.host.problems, now.plan.problems, now.problems))
+	now.problems = cluster.SortProblems(slices.Concat(n.source.Problems(), n.filter.Problems(), now.leaseProblems, now.host.problems, plan.problems, now.problems))
 	n.record(now)
 	return err
 }
 
 // cutOff is an error where the guards would cut the node off from all others, the API server included, because the cluster CIDR
 // holds the node's own address. Nothing is applied then, and so nothing opens.
-func (n *node) cutOff(snapshot cluster.Snapshot) error {
-	self, _ := snapshot.Node(snapshot.Self)
+func (n *node) cutOff(self cluster.Node) error {
 	for _, prefix := range n.options.parsedCluster {
 		if at := slices.IndexFunc(self.Addresses, prefix.Contains); at >= 0 && n.options.encryptionMode {
 			return fmt.Errorf("the cluster CIDR %s holds %s, the node's own InternalIP: the guards would cut the node off, so nothing is applied",
@@ -138,33 +73,24 @@ func (n *node) cutOff(snapshot cluster.Snapshot) error {
 	return nil
 }
 
-// apply makes the kernel agree with the plan: packet filter first, so that the guards stand before anything can be sent,
+// apply makes the kernel agree with what is wanted: packet filter first, so that the guards stand before anything can be sent,
 // then the mesh, then the annotations that other nodes need, and the conflist when all of it was well.
-func (n *node) apply(ctx context.Context, o *outcome) error {
-	changes, filterErr := n.filter.Apply(ctx, o.plan.rules)
-	var closed []firewall.ClosedChain
-	if refused, ok := errors.AsType[*firewall.ClosedError](filterErr); ok {
-		closed = refused.Chains
-		filterErr = nil // all else stands, and the pods of these chains are isolated
-	}
-	if filterErr != nil {
-		filterErr = fmt.Errorf("applying the packet filter: %w", filterErr)
-		o.problems = append(o.problems, applyProblem("FirewallApplyFailed", "Node "+n.options.nodeName, filterErr,
-			"pods that this concerns stay closed; the daemon retries"))
-	} else {
-		o.guarded = true
-		o.open = n.planned
-		o.closed = closed
-		o.problems = append(o.problems, closedProblems(closed)...)
-	}
+func (n *node) apply(ctx context.Context, o *outcome, plan plan, full bool) error {
+	filterErr := n.applyFilter(ctx, o, plan.change, full)
 	if !o.guarded {
 		return filterErr // without the guards there must be no tunnel and no route
 	}
-	if len(o.plan.podCIDRs) == 0 || o.host.uplinkMTU == 0 {
+	if len(o.mesh.PodCIDRs) == 0 || o.host.uplinkMTU == 0 {
 		return filterErr // it is among the problems; the Node's next event starts the next step
 	}
+	if tunnelChanged := n.tunnelChanged.Swap(false); !full && !plan.meshChanged && !tunnelChanged {
+		if filterErr == nil {
+			o.applied = n.clock()
+		}
+		return filterErr
+	}
 
-	meshChanges, meshErr := n.tunnel.Apply(ctx, o.plan.mesh, n.key)
+	meshChanges, meshErr := n.tunnel.Apply(ctx, o.mesh, n.key)
 	if meshErr != nil {
 		meshErr = fmt.Errorf("applying the mesh: %w", meshErr)
 		o.problems = append(o.problems, applyProblem(meshCode(meshErr), "Node "+n.options.nodeName, meshErr,
@@ -175,7 +101,7 @@ func (n *node) apply(ctx context.Context, o *outcome) error {
 		o.problems = append(o.problems, applyProblem("PublishFailed", "Node "+n.options.nodeName, publishErr,
 			"other nodes cannot reach this one until it succeeds; check the daemon's access to the API server"))
 	}
-	n.log.Debug("applied", "set_operations", changes.SetOps, "rule_bytes", changes.RuleBytes, "mesh", meshChanges)
+	n.log.Debug("applied the mesh", "changes", meshChanges)
 	if err := errors.Join(filterErr, meshErr, publishErr); err != nil {
 		return err
 	}
@@ -186,13 +112,44 @@ func (n *node) apply(ctx context.Context, o *outcome) error {
 	return nil
 }
 
+// applyFilter makes the packet filter agree: by the change alone where it is known what stands, else as a whole.
+func (n *node) applyFilter(ctx context.Context, o *outcome, change netfilter.Change, full bool) error {
+	var changes firewall.Changes
+	err := firewall.ErrUnknown
+	if !full {
+		changes, err = n.filter.Patch(ctx, change)
+	}
+	if errors.Is(err, firewall.ErrUnknown) {
+		n.filter.Forget()
+		changes, err = n.filter.Apply(ctx, n.planner.ruleset())
+	}
+	var refused *firewall.ClosedError
+	if errors.As(err, &refused) {
+		o.closed = refused.Chains
+		o.problems = append(o.problems, closedProblems(refused)...)
+		err = nil // all else stands, and what this concerns is closed
+	}
+	if err != nil {
+		err = fmt.Errorf("applying the packet filter: %w", err)
+		o.problems = append(o.problems, applyProblem("FirewallApplyFailed", "Node "+n.options.nodeName, err,
+			"pods that this concerns stay closed; the daemon retries"))
+		return err
+	}
+	o.guarded = true
+	o.open = admitted(n.planned, refused)
+	if changes != (firewall.Changes{}) {
+		n.log.Debug("applied the packet filter", "set_operations", changes.SetOps, "rule_bytes", changes.RuleBytes, "programs", changes.Execs)
+	}
+	return nil
+}
+
 // installConflist tells the container runtime that the node has a network.
 func (n *node) installConflist(o *outcome) error {
 	changed, err := cniconf.Install(n.options.cniConfDir, cniconf.Params{
-		RunDir: n.options.runDir, Ranges: o.plan.podCIDRs, MTU: o.plan.mesh.MTU,
+		RunDir: n.options.runDir, Ranges: o.mesh.PodCIDRs, MTU: o.mesh.MTU,
 	})
 	if changed {
-		n.log.Info("conflist written", "directory", n.options.cniConfDir, "pod_cidrs", o.plan.podCIDRs, "mtu", o.plan.mesh.MTU)
+		n.log.Info("conflist written", "directory", n.options.cniConfDir, "pod_cidrs", o.mesh.PodCIDRs, "mtu", o.mesh.MTU)
 	}
 	if err != nil {
 		o.problems = append(o.problems, applyProblem("ConflistFailed", n.options.cniConfDir, err,
@@ -216,38 +173,42 @@ func (n *node) publish(ctx context.Context) error {
 	})
 }
 
-// readLeases returns the addresses that pods of this node hold; the error says that nothing is known of them.
-func (n *node) readLeases() ([]cluster.Attachment, []cluster.Problem, error) {
-	leases, err := n.leases.List()
-	var problems []cluster.Problem
-	if err != nil {
-		problems = append(problems, applyProblem("LeaseUnreadable", n.options.leases(), err,
-			"the pod that holds the address stays closed; delete it, or the file if no pod holds the address"))
-		if leases == nil {
-			return nil, problems, err
-		}
-	}
-	attachments := make([]cluster.Attachment, 0, len(leases))
-	for _, l := range leases {
-		attachments = append(attachments, cluster.Attachment{
-			ContainerID: l.ContainerID, Interface: l.Interface,
-			Namespace: l.Namespace, Name: l.Name, UID: l.UID, Addresses: l.Addresses,
-		})
-	}
-	return attachments, problems, nil
-}
-
-// holders says which attachments hold the addresses that the start gate may let pass.
-func holders(attachments []cluster.Attachment, open []netip.Addr) map[netip.Addr]holder {
-	all := make(map[netip.Addr]holder, len(open))
-	for _, a := range attachments {
-		for _, address := range a.Addresses {
-			if _, found := slices.BinarySearchFunc(open, address, netip.Addr.Compare); found {
-				all[address] = holder{a.ContainerID, a.Interface}
+// readAttachments returns the attachments of the node's pods: all of them, or those that asked since the last time. The error
+// says that nothing is known of them.
+func (n *node) readAttachments(full bool, o *outcome) (cluster.Attachments, error) {
+	asked := n.takeAsked()
+	if !full {
+		var news cluster.Attachments
+		for _, holder := range asked {
+			// A lease that cannot be read is a problem of the next full step; its pod stays closed.
+			if lease, err := n.leases.Get(holder.ContainerID, holder.Interface); err == nil {
+				news.List = append(news.List, attachmentOf(lease))
 			}
 		}
+		return news, nil
 	}
-	return all
+	leases, err := n.leases.List()
+	o.leaseProblems = nil
+	if err != nil {
+		o.leaseProblems = append(o.leaseProblems, applyProblem("LeaseUnreadable", n.options.leases(), err,
+			"the pod that holds the address stays closed; delete it, or the file if no pod holds the address"))
+		if leases == nil {
+			return cluster.Attachments{}, err
+		}
+	}
+	all := cluster.Attachments{All: true}
+	for _, lease := range leases {
+		all.List = append(all.List, attachmentOf(lease))
+	}
+	return all, nil
+}
+
+// attachmentOf is a lease as what it is to the cluster.
+func attachmentOf(l ipam.Lease) cluster.Attachment {
+	return cluster.Attachment{
+		ContainerID: l.ContainerID, Interface: l.Interface,
+		Namespace: l.Namespace, Name: l.Name, UID: l.UID, Addresses: l.Addresses,
+	}
 }
 
 // admit lets the addresses through the start gate that still belong to the attachments whose policies were applied. An
@@ -257,14 +218,14 @@ func (n *node) admit(members []netfilter.Entry, add func([]netfilter.Entry) erro
 	return n.leases.Freeze(func(owner func(netip.Addr) (ipam.Owner, bool)) error {
 		return add(slices.DeleteFunc(slices.Clone(members), func(e netfilter.Entry) bool {
 			now, held := owner(e.Prefix.Addr())
-			return !held || n.planned[e.Prefix.Addr()] != holder{now.ContainerID, now.Interface}
+			return !held || n.planned[e.Prefix.Addr()] != cluster.Holder{ContainerID: now.ContainerID, Interface: now.Interface}
 		}))
 	})
 }
 
 // setUpHost lets the node forward packets, looks for what leads them round the policies, and reads the MTU of the link that holds the node's own address unless a flag
 // gives one; it stays what it was where it cannot be read.
-func (n *node) setUpHost(snapshot cluster.Snapshot, mtu int) host {
+func (n *node) setUpHost(self cluster.Node, mtu int) host {
 	h := host{uplinkMTU: mtu}
 	if err := nodenet.EnableForwarding(n.options.sysctlDir); err != nil {
 		h.problems = append(h.problems, applyProblem("ForwardingOff", "Node "+n.options.nodeName, err,
@@ -278,7 +239,7 @@ func (n *node) setUpHost(snapshot cluster.Snapshot, mtu int) host {
 		h.uplinkMTU = n.options.mtu // all that the uplink is asked for
 		return h
 	}
-	read, err := n.readMTU(snapshot)
+	read, err := n.readMTU(self)
 	if err != nil {
 		h.problems = append(h.problems, applyProblem("UplinkUnknown", "Node "+n.options.nodeName, err,
 			"set the kubelet's --node-ip to an address of the node's uplink, or set --mtu"))
@@ -289,9 +250,8 @@ func (n *node) setUpHost(snapshot cluster.Snapshot, mtu int) host {
 }
 
 // readMTU returns the MTU of the link that holds the node's first InternalIP.
-func (n *node) readMTU(snapshot cluster.Snapshot) (int, error) {
-	self, ok := snapshot.Node(snapshot.Self)
-	if !ok || len(self.Addresses) == 0 {
+func (n *node) readMTU(self cluster.Node) (int, error) {
+	if len(self.Addresses) == 0 {
 		return 0, errors.New("the Node has no InternalIP")
 	}
 	return n.uplinkMTU(self.Addresses[0])
@@ -311,13 +271,35 @@ func publicKey(key wgdevice.Key) string {
 	return base64.StdEncoding.EncodeToString(public[:])
 }
 
+// admitted returns the addresses that the gate lets pass, without those that it keeps out because a set cannot isolate them.
+func admitted(open map[netip.Addr]cluster.Holder, refused *firewall.ClosedError) map[netip.Addr]cluster.Holder {
+	if refused == nil {
+		return open
+	}
+	open = maps.Clone(open)
+	for _, s := range refused.Sets {
+		for _, address := range s.KeptOut {
+			delete(open, address)
+		}
+	}
+	return open
+}
+
 // closedProblems describes the policies that the packet filter refused.
-func closedProblems(closed []firewall.ClosedChain) []cluster.Problem {
+func closedProblems(refused *firewall.ClosedError) []cluster.Problem {
+	const remedy = "give the node the iptables extension or kernel module that is missing, or do without it in the policy; the daemon retries"
 	var problems []cluster.Problem
-	for _, c := range closed {
+	for _, c := range refused.Chains {
 		problems = append(problems, applyProblem("PolicyNotApplied", "NetworkPolicy "+strings.Join(c.Objects, ", "),
-			fmt.Errorf("the pods selected are isolated: chain %s is closed: %w", c.Name, c.Err),
-			"give the node the iptables extension or kernel module that is missing, or do without it in the policy; the daemon retries"))
+			fmt.Errorf("the pods selected are isolated: chain %s is closed: %w", c.Name, c.Err), remedy))
+	}
+	for _, s := range refused.Sets {
+		object := "NetworkPolicy " + strings.Join(s.Objects, ", ")
+		if len(s.Objects) == 0 {
+			object = "Set " + s.Name
+		}
+		problems = append(problems, applyProblem("PolicyNotApplied", object,
+			fmt.Errorf("what set %s (%s) lacks stays closed: %w", s.Name, s.Comment, s.Err), remedy))
 	}
 	return problems
 }

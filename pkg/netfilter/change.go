@@ -113,3 +113,18 @@ func diffChains(from, to []Chain) (write, gone []Chain) {
 	slices.SortFunc(gone, Chain.Compare)
 	return write, gone
 }
+
+// MergeChanges returns both changes, which concern different sets and chains, as one.
+func MergeChanges(a, b Change) Change {
+	return Change{V4: mergeRulesChanges(&a.V4, &b.V4), V6: mergeRulesChanges(&a.V6, &b.V6)}
+}
+
+func mergeRulesChanges(a, b *RulesChange) RulesChange {
+	c := RulesChange{
+		Sets: slices.Concat(a.Sets, b.Sets), Write: slices.Concat(a.Write, b.Write), Delete: slices.Concat(a.Delete, b.Delete),
+	}
+	slices.SortFunc(c.Sets, func(x, y SetChange) int { return strings.Compare(x.Name, y.Name) })
+	slices.SortFunc(c.Write, Chain.Compare)
+	slices.SortFunc(c.Delete, Chain.Compare)
+	return c
+}
