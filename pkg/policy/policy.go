@@ -1,7 +1,8 @@
 // Package policy compiles the NetworkPolicies that concern one node into a netfilter.Ruleset, as a pure function of the
-// cluster's state, and explains what they come to for one connection (see Explain).
+// cluster's state, keeps it in step with the cluster at the cost of what changes (see Compiler), and explains what policies come
+// to for one connection (see Explain).
 //
-// The result of Compile is one entry chain in mangle, netfilter.PolicyChain, which sees the new connections of pods that passed the
+// The result is one entry chain in mangle, netfilter.PolicyChain, which sees the new connections of pods that passed the
 // start gate, and what hangs below it:
 //
 //	WARREN-POLICY     source or destination isolated? no: RETURN, which means allowed
@@ -14,6 +15,9 @@
 // chain. Peers are sets that all rules with the same selector share. Group chains are entered by goto: their RETURN
 // leaves the dispatch chain too, and its closing DROP catches only a pod whose group does not stand (yet). They may be
 // closed one by one (netfilter.Chain.Closable), so a rule that the kernel refuses stops no other policies.
+//
+// Where a policy of a group asks for it, or the namespace or the operator, rules of NFLOG stand before the group's DROP ("D:" and the
+// chain's name) and before each RETURN ("A:"). They meet first packets only, and decide nothing.
 //
 // What Kubernetes leaves open is decided like this. A named port is what the destination pod calls so, number by number:
 // on ingress on the selected pods, on egress on the peers; an egress rule whose peer is an ipBlock, or everybody, allows

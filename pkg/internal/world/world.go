@@ -86,7 +86,7 @@ func newPod(r *rand.Rand, i int, before []cluster.Pod) cluster.Pod {
 func newPolicy(r *rand.Rand, i int) cluster.Policy {
 	p := cluster.Policy{
 		Namespace: pick(r, "a", "b", "c"), Name: fmt.Sprintf("policy%d", i), Pods: someSelector(r),
-		Ingress: r.IntN(3) > 0, Egress: r.IntN(2) > 0,
+		Ingress: r.IntN(3) > 0, Egress: r.IntN(2) > 0, Log: someLog(r),
 	}
 	if r.IntN(30) == 0 {
 		p.Pods = nil
