@@ -5,6 +5,7 @@ package e2e
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -58,7 +59,10 @@ spec:
 		return nil
 	})
 	<-time.After(15 * time.Second) // longer than the daemons' regular look at everything
-	events := c.events(t, namespace, "NetworkPolicy", "odd")
+	events, err := c.events(t.Context(), namespace, "NetworkPolicy", "odd")
+	if err != nil {
+		t.Fatal(err)
+	}
 	if len(events) != 1 || events[0].Count > 1 || events[0].Series != nil {
 		t.Errorf("want one Event that came once; there are %+v", events)
 	}
@@ -76,18 +80,18 @@ spec: {podSelector: {matchLabels: {app: closed}}, policyTypes: [Ingress]}
 `
 	c.apply(t, policy, "--namespace", namespace)
 	c.awaitTable(t, table)
-	if lines := c.packetLines(t, from, to); len(lines) > 0 {
-		t.Fatalf("packets are logged before anybody has asked for it: %q", lines)
+	lines, err := c.packetLines(t.Context(), from, to)
+	if err != nil || len(lines) > 0 {
+		t.Fatalf("packets are logged before anybody has asked for it: %q %v", lines, err)
 	}
 
 	c.apply(t, strings.Replace(policy, "{name: quiet}", "{name: loud, annotations: {warren.cni/log: denied}}", 1), "--namespace", namespace)
-	var lines []string
 	eventually(t, 30*time.Second, "a denied packet is in the log", func(ctx context.Context) error {
-		if err := c.compare(ctx, table, newMarker(t)); err != nil {
+		if err = c.compare(ctx, table, newMarker(t)); err != nil {
 			return err
 		}
-		if lines = c.packetLines(t, from, to); len(lines) == 0 {
-			return fmt.Errorf("no line names %s/%s and %s/%s", from.namespace, from.name, to.namespace, to.name)
+		if lines, err = c.packetLines(ctx, from, to); len(lines) == 0 {
+			return errors.Join(err, fmt.Errorf("no line names %s/%s and %s/%s", from.namespace, from.name, to.namespace, to.name))
 		}
 		return nil
 	})
@@ -101,13 +105,12 @@ spec: {podSelector: {matchLabels: {app: closed}}, policyTypes: [Ingress]}
 }
 
 // packetLines returns the lines of JSON in the log of a pod's daemon that name both pods.
-func (c *cluster) packetLines(t *testing.T, from, to *probePod) []string {
-	t.Helper()
-	pods, err := c.daemonPods(t.Context(), system, daemonSet)
+func (c *cluster) packetLines(ctx context.Context, from, to *probePod) ([]string, error) {
+	pods, err := c.daemonPods(ctx, system, daemonSet)
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
-	log := run(t, command{name: c.tool("kubectl"), args: []string{
+	log, err := try(ctx, command{name: c.tool("kubectl"), args: []string{
 		"logs", "--namespace", system, pods[to.node].Name, "--container", daemon, "--since", "5m",
 	}})
 	var lines []string
@@ -117,7 +120,7 @@ func (c *cluster) packetLines(t *testing.T, from, to *probePod) []string {
 			lines = append(lines, strings.TrimSpace(line))
 		}
 	}
-	return lines
+	return lines, err
 }
 
 // testServiceExplained asks a daemon why a pod does not reach a Service, before and after a policy is in its way.
@@ -161,8 +164,11 @@ spec: {podSelector: {matchLabels: {app: closed}}, policyTypes: [Ingress]}
 // awaitEvent waits until an Event on an object says something.
 func (c *cluster) awaitEvent(t *testing.T, namespace, kind, name, words string) {
 	t.Helper()
-	eventually(t, 30*time.Second, fmt.Sprintf("an Event on %s %s says %q", kind, name, words), func(context.Context) error {
-		events := c.events(t, namespace, kind, name)
+	eventually(t, 30*time.Second, fmt.Sprintf("an Event on %s %s says %q", kind, name, words), func(ctx context.Context) error {
+		events, err := c.events(ctx, namespace, kind, name)
+		if err != nil {
+			return err
+		}
 		if !slices.ContainsFunc(events, func(e corev1.Event) bool { return strings.Contains(e.Message, words) }) {
 			return fmt.Errorf("there are %d Events of Warren's: %+v", len(events), events)
 		}
@@ -171,14 +177,13 @@ func (c *cluster) awaitEvent(t *testing.T, namespace, kind, name, words string) 
 }
 
 // events returns what Warren has written about an object.
-func (c *cluster) events(t *testing.T, namespace, kind, name string) []corev1.Event {
-	t.Helper()
-	list, err := c.client.CoreV1().Events(namespace).List(t.Context(), metav1.ListOptions{})
+func (c *cluster) events(ctx context.Context, namespace, kind, name string) ([]corev1.Event, error) {
+	list, err := c.client.CoreV1().Events(namespace).List(ctx, metav1.ListOptions{})
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
 	return slices.DeleteFunc(list.Items, func(e corev1.Event) bool {
 		ours := strings.HasPrefix(e.Source.Component, "warren") || strings.HasPrefix(e.ReportingController, "warren")
 		return !ours || e.InvolvedObject.Kind != kind || e.InvolvedObject.Name != name
-	})
+	}), nil
 }

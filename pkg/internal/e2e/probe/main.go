@@ -55,11 +55,11 @@ func run(ctx context.Context, args []string, in io.Reader, out io.Writer) error 
 		}
 		return json.NewEncoder(out).Encode(reachAll(ctx, *marker, *timeout, flags.Args()))
 	case "flows":
-		load, err := readLoad(flags, args[1:])
+		l, err := readLoad(flags, args[1:])
 		if err != nil {
 			return err
 		}
-		return keepFlows(ctx, load, in, out)
+		return keepFlows(ctx, l, in, out)
 	case "knock":
 		k, err := readKnocker(flags, args[1:], in)
 		if err != nil {
