@@ -87,7 +87,10 @@ func TestLockHeldForLong(t *testing.T) {
 	policy := chainIn(&changed.V4, "WARREN-POLICY")
 	policy.Closable, policy.Rules[0] = []string{"shop/api"}, rule("shop/api", "-p udp -j RETURN")
 	before := oursIn(n.state())
-	_, err := w.Patch(t.Context(), netfilter.Diff(members(), changed))
+	changes, err := w.Patch(t.Context(), netfilter.Diff(members(), changed))
+	if changes.Execs != 1 {
+		t.Errorf("%d programs ran: not to get the lock says nothing against a rule", changes.Execs)
+	}
 	var closed *ClosedError
 	if err == nil || errors.As(err, &closed) || !strings.Contains(err.Error(), "holding the xtables lock") {
 		t.Errorf("the error is %v", err)
