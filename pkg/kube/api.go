@@ -36,6 +36,7 @@ type API struct {
 	clients clients
 	reach   *reach
 	flights flights
+	events  events
 
 	nodes      *follower[*corev1.Node, cluster.Node]
 	namespaces *follower[*corev1.Namespace, cluster.Namespace]
@@ -83,6 +84,7 @@ func NewAPI(config *rest.Config, self string, log *slog.Logger) (*API, error) {
 // Run follows the objects until the context ends.
 func (a *API) Run(ctx context.Context) error {
 	ctx = klog.NewContext(ctx, logr.FromSlogHandler(a.log.Handler()))
+	a.events.run(ctx, a.self, serverSink{func() context.Context { return ctx }, a.clients.events})
 	var running sync.WaitGroup
 	for _, follow := range []func(context.Context){a.nodes.run, a.namespaces.run, a.pods.run, a.policies.run} {
 		running.Go(func() { follow(ctx) })

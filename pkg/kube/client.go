@@ -19,11 +19,18 @@ const (
 	requestsAtOnce    = 300
 )
 
+// Events are counted by themselves, so that they do not make pods wait.
+const (
+	eventsPerSecond = 1
+	eventsAtOnce    = 25
+)
+
 // clients are the clients of the API groups that Warren reads.
 type clients struct {
 	core       *rest.RESTClient
 	networking *rest.RESTClient
 	discovery  *rest.RESTClient
+	events     *rest.RESTClient
 }
 
 // newClients makes clients that share one connection, wrapped. They know these API groups and no more: the whole
@@ -35,7 +42,6 @@ func newClients(config *rest.Config, wrap transport.WrapperFunc) (clients, error
 	}
 	config = rest.CopyConfig(config)
 	config.Wrap(wrap)
-	config.QPS, config.Burst = requestsPerSecond, requestsAtOnce
 	config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
 	config.ContentType = runtime.ContentTypeProtobuf
 	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
@@ -43,24 +49,25 @@ func newClients(config *rest.Config, wrap transport.WrapperFunc) (clients, error
 	if err != nil {
 		return clients{}, fmt.Errorf("making a client of the API server: %w", err)
 	}
-	group := func(path string, version schema.GroupVersion) (*rest.RESTClient, error) {
-		c := rest.CopyConfig(config)
-		c.APIPath, c.GroupVersion = path, &version
-		return rest.RESTClientForConfigAndClient(c, httpClient)
+	var c clients
+	for _, group := range []struct {
+		to         **rest.RESTClient
+		path       string
+		version    schema.GroupVersion
+		qps, burst int
+	}{
+		{&c.core, "/api", corev1.SchemeGroupVersion, requestsPerSecond, requestsAtOnce},
+		{&c.networking, "/apis", networkingv1.SchemeGroupVersion, requestsPerSecond, requestsAtOnce},
+		{&c.discovery, "/apis", discoveryv1.SchemeGroupVersion, requestsPerSecond, requestsAtOnce},
+		{&c.events, "/api", corev1.SchemeGroupVersion, eventsPerSecond, eventsAtOnce},
+	} {
+		config.APIPath, config.GroupVersion = group.path, &group.version
+		config.QPS, config.Burst = float32(group.qps), group.burst
+		if *group.to, err = rest.RESTClientForConfigAndClient(config, httpClient); err != nil {
+			return clients{}, fmt.Errorf("making a client of %s: %w", group.version, err)
+		}
 	}
-	core, err := group("/api", corev1.SchemeGroupVersion)
-	if err != nil {
-		return clients{}, fmt.Errorf("making a client of the core API: %w", err)
-	}
-	networking, err := group("/apis", networkingv1.SchemeGroupVersion)
-	if err != nil {
-		return clients{}, fmt.Errorf("making a client of the networking API: %w", err)
-	}
-	discovery, err := group("/apis", discoveryv1.SchemeGroupVersion)
-	if err != nil {
-		return clients{}, fmt.Errorf("making a client of the discovery API: %w", err)
-	}
-	return clients{core: core, networking: networking, discovery: discovery}, nil
+	return c, nil
 }
 
 func newScheme() (*runtime.Scheme, error) {

@@ -16,8 +16,10 @@ import (
 	"time"
 
 	"github.com/fsnotify/fsnotify"
+	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/klog/v2"
 
 	"github.com/warren-cni/warren/pkg/cluster"
 )
@@ -44,6 +46,7 @@ type Directory struct {
 	self    string
 	log     *slog.Logger
 	decoder decoder
+	events  events
 
 	mu       sync.Mutex
 	files    map[string]*file
@@ -108,6 +111,7 @@ func (d *Directory) Run(ctx context.Context) error {
 	if err := d.load(); err != nil {
 		return errors.Join(err, watcher.Close())
 	}
+	d.events.run(klog.NewContext(ctx, logr.FromSlogHandler(d.log.Handler())), d.self, logSink{d.log})
 	close(d.synced)
 	return errors.Join(d.watch(ctx, watcher), watcher.Close())
 }

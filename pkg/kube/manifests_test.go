@@ -161,7 +161,7 @@ func TestManifests(t *testing.T) {
 
 	t.Run("kubelet", func(t *testing.T) { testKubelet(t, f) })
 	t.Run("daemon", func(t *testing.T) { testDaemon(t, f, daemon) })
-	t.Run("source", func(t *testing.T) { testSource(t, daemon) })
+	t.Run("source", func(t *testing.T) { testSource(t, daemon, f.admin) })
 	t.Run("pod security", func(t *testing.T) { testPodSecurity(t, f) })
 }
 
@@ -237,7 +237,7 @@ func testDaemon(t *testing.T, f fixture, daemon *rest.Config) {
 }
 
 // testSource checks that the ClusterRole is enough for everything that the daemon does with the API.
-func testSource(t *testing.T, daemon *rest.Config) {
+func testSource(t *testing.T, daemon *rest.Config, admin kubernetes.Interface) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	source, err := kube.NewAPI(daemon, "n1", slog.New(slog.NewTextHandler(t.Output(), nil)))
@@ -259,9 +259,40 @@ func testSource(t *testing.T, daemon *rest.Config) {
 	if err = source.Publish(ctx, map[string]string{kube.AnnotationPort: "51820"}); err != nil {
 		t.Error(err)
 	}
+	testQuestionsAndEvents(ctx, t, source, admin)
 	cancel()
 	if err = <-ended; err != nil {
 		t.Error(err)
+	}
+}
+
+// testQuestionsAndEvents reads a Service and writes an Event.
+func testQuestionsAndEvents(ctx context.Context, t *testing.T, source *kube.API, admin kubernetes.Interface) {
+	t.Helper()
+	service, err := source.Service(ctx, "default", "kubernetes")
+	if err != nil || len(service.ClusterIPs) == 0 {
+		t.Fatalf("the Service of the API server is %+v (%v), want its address", service, err)
+	}
+	if _, found, err := source.ServiceAt(ctx, service.ClusterIPs[0]); err != nil || !found {
+		t.Errorf("the Service at %v: found = %v, %v", service.ClusterIPs[0], found, err)
+	}
+	watch, err := admin.CoreV1().Events(namespace).Watch(ctx, metav1.ListOptions{FieldSelector: "reason=Tested"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer watch.Stop()
+	event := kube.Event{Object: kube.Reference{Kind: "Pod", Namespace: namespace, Name: "warren-n1"}, Type: kube.Normal, Reason: "Tested", Message: "m"}
+	// The second one patches the first.
+	for count := int32(1); count <= 2; count++ {
+		source.Event(ctx, event)
+		select {
+		case change := <-watch.ResultChan():
+			if written, ok := change.Object.(*corev1.Event); !ok || written.Count != count {
+				t.Errorf("the event is %+v, want it with count %d", change.Object, count)
+			}
+		case <-ctx.Done():
+			t.Fatalf("event %d did not reach the server", count)
+		}
 	}
 }
 

@@ -63,3 +63,47 @@ func equalPods(a, b *cluster.Pod) bool {
 		a.HostNetwork == b.HostNetwork && a.Finished == b.Finished &&
 		maps.Equal(a.Labels, b.Labels) && slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.Ports, b.Ports)
 }
+
+// kindPolicy is the kind of object that has a reporter, and is not of the core API.
+const kindPolicy = "NetworkPolicy"
+
+// uid returns the uid of an object, if it is there and has one.
+func (s *store) uid(r Reference) string {
+	k := cluster.Key{Namespace: r.Namespace, Name: r.Name}
+	if policy, ok := s.policies.objects[k]; ok && r.Kind == kindPolicy {
+		return policy.UID
+	}
+	if pod, ok := s.pods.objects[k]; ok && r.Kind == "Pod" {
+		return pod.UID
+	}
+	if node, ok := s.nodes.objects[k]; ok && r.Kind == "Node" {
+		return node.UID
+	}
+	return ""
+}
+
+// reporter returns the first node by name with a pod that the policy selects, or the first node of all.
+func (s *store) reporter(k cluster.Key) string {
+	policy, ok := s.policies.objects[k]
+	if !ok {
+		return ""
+	}
+	first := ""
+	consider := func(node string) {
+		if first == "" || (node != "" && node < first) {
+			first = node
+		}
+	}
+	for _, pod := range s.pods.objects {
+		if pod.Namespace == k.Namespace && !pod.HostNetwork && !pod.Finished && policy.Pods.Matches(pod.Labels) {
+			consider(pod.Node)
+		}
+	}
+	if first != "" {
+		return first
+	}
+	for _, node := range s.nodes.objects {
+		consider(node.Name)
+	}
+	return first
+}
