@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/warren-cni/warren/pkg/netfilter"
 )
@@ -21,12 +22,29 @@ type Denial struct {
 	Packets, Bytes uint64
 }
 
-// Denied returns what the rules of ours have dropped, sorted. The numbers only grow while a chain stands, also when it is
-// written anew; what was dropped between the last call and a rewrite is lost. It reads the rules back, so it is not for the path
-// of every change. Any goroutine may call it.
+// denialsLast is for how long Denied gives the same answer where there is a clock: it reads all the rules back.
+const denialsLast = 5 * time.Second
+
+// Denied returns what the rules of ours have dropped, up to five seconds ago, by table and chain as they stand. The numbers only
+// grow while a chain stands, also when it is written anew; what was dropped between the last reading and a rewrite is lost. Any
+// goroutine may call it.
 func (w *Firewall) Denied(ctx context.Context) ([]Denial, error) {
 	w.denials.Lock()
 	defer w.denials.Unlock()
+	if w.now == nil {
+		return w.readDenials(ctx)
+	}
+	now := w.now()
+	if w.denials.answer != nil && now.Sub(w.denials.at) < denialsLast {
+		return w.denials.answer, nil
+	}
+	answer, err := w.readDenials(ctx)
+	w.denials.answer, w.denials.at = answer, now
+	return answer, err
+}
+
+// readDenials reads the counters of both families.
+func (w *Firewall) readDenials(ctx context.Context) ([]Denial, error) {
 	var read []Denial
 	for _, f := range netfilter.Families {
 		for _, table := range stages()[0] { // those that close
@@ -74,6 +92,9 @@ type denials struct {
 	sync.Mutex
 	// last are the counters as they were read, total what is made of them. Both have no numbers in their keys.
 	last, total map[Denial]Denial
+	// answer is what Denied returned last, and at when; nil after an error.
+	answer []Denial
+	at     time.Time
 }
 
 // add takes a reading and returns the totals in the order of the reading. What is no longer read is forgotten.

@@ -3,6 +3,7 @@ package firewall
 import (
 	"net"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -52,6 +53,8 @@ func TestDeniedCountsPackets(t *testing.T) {
 			return Denial{Family: netfilter.IPv4, Table: table, Chain: chain, Comment: comment, Packets: packets, Bytes: packets * 33}
 		}
 		w := n.firewall()
+		now := time.Unix(0, 0)
+		w.now = func() time.Time { return now }
 		expect := func(want ...Denial) {
 			t.Helper()
 			got, err := w.Denied(t.Context())
@@ -65,12 +68,17 @@ func TestDeniedCountsPackets(t *testing.T) {
 		n.apply(w, plan("not counted", "shop/api, shop/db"))
 		expect(denial("raw", "WARREN-RAW", "loopback", 0), denial("mangle", "WARREN-I-A", "shop/api, shop/db", 0))
 		knock(t, 9, 9, 11, 7, 7)
+		now = now.Add(denialsLast - 1)
+		expect(denial("raw", "WARREN-RAW", "loopback", 0), denial("mangle", "WARREN-I-A", "shop/api, shop/db", 0)) // as before
+		now = now.Add(1)
 		expect(denial("raw", "WARREN-RAW", "loopback", 1), denial("mangle", "WARREN-I-A", "shop/api, shop/db", 2))
 		n.apply(w, plan("the rule before changed", "shop/api, shop/db"))
 		knock(t, 9)
+		now = now.Add(denialsLast)
 		expect(denial("raw", "WARREN-RAW", "loopback", 1), denial("mangle", "WARREN-I-A", "shop/api, shop/db", 3))
 		n.apply(w, plan("the rule before changed", "shop/api"))
 		knock(t, 9)
+		now = now.Add(denialsLast)
 		expect(denial("raw", "WARREN-RAW", "loopback", 1), denial("mangle", "WARREN-I-A", "shop/api", 1))
 	})
 }
