@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -179,13 +181,7 @@ func TestExplainSeesDriftInKernel(t *testing.T) {
 	s.write("policy", isolateClosed())
 	client, closed := s.pod(0, "client"), s.pod(0, "closed")
 	s.blocked(client, closed)
-	ask := func() (string, int) {
-		out, err := s.Nodes[0].Command(t.Context(), "explain", "--from", "shop/client", "--to", "shop/closed", "--port", fmt.Sprint(port))
-		if failed, ok := errors.AsType[*exec.ExitError](err); ok {
-			return out, failed.ExitCode()
-		}
-		return out, 0
-	}
+	ask := func() (string, int) { return s.explain(0, "shop/closed") }
 	if out, status := ask(); status != 1 || strings.Contains(out, "disagrees") {
 		t.Fatalf("before: %d\n%s", status, out)
 	}
@@ -205,4 +201,69 @@ func TestExplainSeesDriftInKernel(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// A step that waits, here for iptables-restore, holds up no answer: the operator is told that the kernel is behind.
+func TestExplainAnswersWhileAStepWaits(t *testing.T) {
+	s := newStage(t, "wdwaits", 1)
+	tools := t.TempDir()
+	hold := filepath.Join(tools, "hold")
+	for _, name := range []string{"iptables-nft-restore", "ip6tables-nft-restore"} {
+		actual, err := exec.LookPath(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		script := fmt.Sprintf("#!/bin/sh\nwhile [ -e %s ]; do sleep 0.05; done\nexec %s \"$@\"\n", hold, actual)
+		if err = os.WriteFile(filepath.Join(tools, name), []byte(script), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.startTunnel(0)
+	s.startDaemon(0, []string{"PATH=" + tools + ":" + os.Getenv("PATH")})
+	s.ready(0)
+	client, closed := s.pod(0, "client"), s.pod(0, "closed")
+	s.reaches(client, closed)
+	if out, status := s.explain(0, "shop/closed"); status != 0 {
+		t.Fatalf("before: %d\n%s", status, out)
+	}
+
+	if err := os.WriteFile(hold, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.write("policy", isolateClosed())
+	s.eventually(func() error {
+		out, status := s.explain(0, "shop/closed")
+		if status != 2 || !strings.Contains(out, "(denied by the plan)") || !strings.Contains(out, "disagrees with the plan") {
+			return fmt.Errorf("%d\n%s", status, out)
+		}
+		return nil
+	})
+	s.reaches(client, closed) // so it was true
+
+	if err := os.Remove(hold); err != nil {
+		t.Fatal(err)
+	}
+	s.eventually(func() error {
+		if out, status := s.explain(0, "shop/closed"); status != 1 {
+			return fmt.Errorf("not applied: %d\n%s", status, out)
+		}
+		return nil
+	})
+	s.blocked(client, closed)
+}
+
+// explain asks a node's daemon whether shop/client reaches the server of a pod, and returns the output and the exit status. It wants
+// an answer soon.
+func (s *stage) explain(i int, to string) (string, int) {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(s.t.Context(), explainPatience)
+	defer cancel()
+	out, err := s.Nodes[i].Command(ctx, "explain", "--from", "shop/client", "--to", to, "--port", fmt.Sprint(port))
+	if failed, ok := errors.AsType[*exec.ExitError](err); ok && ctx.Err() == nil {
+		return out, failed.ExitCode()
+	}
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return out, 0
 }

@@ -3,10 +3,8 @@ package main
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/netip"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -229,29 +227,19 @@ func TestExplainAgreesWithPackets(t *testing.T) {
 	client, open, closed := s.pod(0, "client"), s.pod(1, "open"), s.pod(1, "closed")
 	s.reaches(client, open)
 	s.blocked(client, closed)
-	ask := func(i int, to string) (string, int) {
-		out, err := s.Nodes[i].Command(t.Context(), "explain", "--from", "shop/client", "--to", to, "--port", fmt.Sprint(port))
-		if failed, ok := errors.AsType[*exec.ExitError](err); ok {
-			return out, failed.ExitCode()
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		return out, 0
-	}
 	for i := range s.Nodes {
 		s.eventually(func() error { // until both daemons know all pods
 			for _, name := range []string{"open", "closed"} {
-				if out, status := ask(i, "shop/"+name); status == 2 {
+				if out, status := s.explain(i, "shop/"+name); status == 2 {
 					return fmt.Errorf("no answer: %s", out)
 				}
 			}
 			return nil
 		})
-		if out, status := ask(i, "shop/open"); status != 0 || !strings.HasPrefix(out, "ALLOWED  shop/client (") {
+		if out, status := s.explain(i, "shop/open"); status != 0 || !strings.HasPrefix(out, "ALLOWED  shop/client (") {
 			t.Errorf("open: %d\n%s", status, out)
 		}
-		out, status := ask(i, "shop/closed")
+		out, status := s.explain(i, "shop/closed")
 		for _, want := range []string{
 			"DENIED  shop/client (" + client.Addresses[0].String() + ") -> shop/closed (" + closed.Addresses[0].String() + ")  8080/TCP\n",
 			"ingress  DENIED on node node-2: isolated by shop/isolate-closed; no rule matches\n",
