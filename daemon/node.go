@@ -61,6 +61,7 @@ type node struct {
 	uplinkMTU func(netip.Addr) (int, error)
 	loop      *reconcile.Loop
 	planner   *planner
+	cuts      *cutter
 	// planned are the addresses that the step which runs wants to let pass; only the loop touches it.
 	planned map[netip.Addr]cluster.Holder
 	// tunnelChanged says that something happened to the tunnel since it was applied last.
@@ -177,6 +178,10 @@ func (n *node) serve(ctx context.Context) error {
 	start("answering on the socket", n.answer)
 	start("serving metrics", n.serveMetrics)
 	start("reconciling", n.reconcile)
+	start("cutting connections", func(ctx context.Context) error {
+		n.cuts.run(ctx)
+		return nil
+	})
 	if n.options.encryptionMode {
 		start("following the tunnel", func(ctx context.Context) error {
 			return wgdevice.WatchTunnel(ctx, func() {

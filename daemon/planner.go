@@ -7,6 +7,7 @@ import (
 	"sync"
 
 	"github.com/warren-cni/warren/pkg/cluster"
+	"github.com/warren-cni/warren/pkg/firewall"
 	"github.com/warren-cni/warren/pkg/guard"
 	"github.com/warren-cni/warren/pkg/mesh"
 	"github.com/warren-cni/warren/pkg/netfilter"
@@ -26,6 +27,8 @@ type planner struct {
 	mesh         mesh.Config
 	meshProblems []cluster.Problem
 	uplinkMTU    int
+	// closed are the chains of groups that stand closed in the kernel.
+	closed map[netfilter.Family]map[string]bool
 }
 
 // plan is what a change comes to.
@@ -113,6 +116,23 @@ func (p *planner) ruleset() netfilter.Ruleset {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return netfilter.Merge(p.guards, p.compiler.Ruleset())
+}
+
+// setClosed takes the chains of groups that stand closed in the kernel.
+func (p *planner) setClosed(chains []firewall.ClosedChain) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closed = map[netfilter.Family]map[string]bool{netfilter.IPv4: {}, netfilter.IPv6: {}}
+	for _, c := range chains {
+		p.closed[c.Family][c.Name] = true
+	}
+}
+
+// allows says whether the policies that this node enforces allow a connection.
+func (p *planner) allows(f policy.Flow) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.compiler.Allows(f, p.closed[netfilter.FamilyOf(f.Dst)])
 }
 
 // snapshot returns what is known of the cluster, its pods with the addresses that they can have.

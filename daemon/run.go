@@ -54,6 +54,7 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 		uplinkMTU: wgdevice.UplinkMTU,
 		stepped:   make(chan struct{}), planner: newPlanner(o.planning),
 	}
+	n.cuts = newCutter(n.planner.allows, log)
 	if n.filter, err = firewall.New(ctx, firewall.Options{Log: log, Admit: n.admit, Now: n.clock}); err != nil {
 		return err
 	}

@@ -56,7 +56,7 @@ func (n *node) step(ctx context.Context, full bool) error {
 	if ctx.Err() != nil {
 		return err // the daemon stops: what was cut short says nothing of the node
 	}
-	now.problems = cluster.SortProblems(slices.Concat(n.source.Problems(), n.filter.Problems(), now.leaseProblems, now.host.problems, plan.problems, now.problems))
+	now.problems = cluster.SortProblems(slices.Concat(n.source.Problems(), n.filter.Problems(), n.cuts.problems(), now.leaseProblems, now.host.problems, plan.problems, now.problems))
 	n.record(now)
 	return err
 }
@@ -77,6 +77,7 @@ func (n *node) cutOff(self cluster.Node) error {
 // then the mesh, then the annotations that other nodes need, and the conflist when all of it was well.
 func (n *node) apply(ctx context.Context, o *outcome, plan plan, full bool) error {
 	filterErr := n.applyFilter(ctx, o, plan.change, full)
+	n.cuts.changed(plan.affected) // also where the filter failed: the audit that mends it sweeps again
 	if !o.guarded {
 		return filterErr // without the guards there must be no tunnel and no route
 	}
@@ -119,7 +120,8 @@ func (n *node) applyFilter(ctx context.Context, o *outcome, change netfilter.Cha
 	if !full {
 		changes, err = n.filter.Patch(ctx, change)
 	}
-	if errors.Is(err, firewall.ErrUnknown) {
+	whole := errors.Is(err, firewall.ErrUnknown)
+	if whole {
 		n.filter.Forget()
 		changes, err = n.filter.Apply(ctx, n.planner.ruleset())
 	}
@@ -134,6 +136,10 @@ func (n *node) applyFilter(ctx context.Context, o *outcome, change netfilter.Cha
 		o.problems = append(o.problems, applyProblem("FirewallApplyFailed", "Node "+n.options.nodeName, err,
 			"pods that this concerns stay closed; the daemon retries"))
 		return err
+	}
+	n.planner.setClosed(o.closed)
+	if whole {
+		n.cuts.audited(changes != (firewall.Changes{}))
 	}
 	o.guarded = true
 	o.open = admitted(n.planned, refused)
