@@ -88,19 +88,25 @@ func sameEntry(a, b netfilter.Entry) bool { return a == b }
 // agrees compares a compiler with a new one, and what it allows with the oracle.
 func agrees(t *testing.T, c *policy.Compiler, s cluster.Snapshot) {
 	t.Helper()
-	rules, problems := policy.Compile(s)
-	if diff := cmp.Diff(rules, c.Ruleset(), cmp.Comparer(sameEntry), cmpopts.EquateEmpty()); diff != "" {
-		t.Errorf("the rules differ from those of a new compiler (-new +this):\n%s", diff)
-	}
-	if got := c.Problems(); !slices.Equal(got, problems) {
-		t.Errorf("the problems are %v, those of a new compiler %v", got, problems)
-	}
+	sameRules(t, c, s)
 	shared := sharedAddresses(s)
 	for _, f := range flows(interfaces(s)) {
 		want := oracle.Allowed(s, f)
 		if got := c.Allows(policy.Flow(f), nil); got != want && !shared[f.Src] && !shared[f.Dst] {
 			t.Errorf("%+v: allowed is %v, the oracle says %v", f, got, want)
 		}
+	}
+}
+
+// sameRules compares a compiler with a new one.
+func sameRules(t *testing.T, c *policy.Compiler, s cluster.Snapshot) {
+	t.Helper()
+	rules, problems := policy.Compile(s)
+	if diff := cmp.Diff(rules, c.Ruleset(), cmp.Comparer(sameEntry), cmpopts.EquateEmpty()); diff != "" {
+		t.Errorf("the rules differ from those of a new compiler (-new +this):\n%s", diff)
+	}
+	if got := c.Problems(); !slices.Equal(got, problems) {
+		t.Errorf("the problems are %v, those of a new compiler %v", got, problems)
 	}
 }
 

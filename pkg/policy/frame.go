@@ -44,8 +44,11 @@ func (m *frame) dispatch(d direction, groups []*group) []member {
 	var isolated []member
 	var rules []netfilter.Rule
 	for _, g := range groups {
+		if g.direction.name != d.name {
+			continue
+		}
 		members := g.members(m.family)
-		if g.direction.name != d.name || len(members) == 0 {
+		if len(members) == 0 {
 			continue
 		}
 		isolated = append(isolated, members...)
