@@ -21,7 +21,11 @@ type apply struct {
 
 // run goes through the phases. Their order is the package's promise.
 func (a *apply) run(ctx context.Context, plans map[netfilter.Family]*familyPlan) error {
+	// Who has left the cluster's rules must not pass because the gate still lets him.
 	err := a.gates(plans, a.leave)
+	if err != nil {
+		return err
+	}
 	done := map[netfilter.Family]bool{}
 	for _, f := range netfilter.Families {
 		familyErr := a.family(ctx, plans[f])

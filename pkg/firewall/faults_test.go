@@ -23,11 +23,16 @@ type faults struct {
 	failAt int
 	// afterwards lets the call take effect before it fails, as when an answer is lost.
 	afterwards bool
+	// broken is what always fails, as it is noted; empty is nothing.
+	broken string
 }
 
 // call makes one call to the kernel.
 func (x *faults) call(what string, do func() error) error {
 	x.calls = append(x.calls, what)
+	if what == x.broken {
+		return fmt.Errorf("%s: %w", what, errInjected)
+	}
 	if len(x.calls) != x.failAt {
 		return do()
 	}

@@ -23,7 +23,8 @@ type familyPlan struct {
 	chains  map[string][]netfilter.Chain
 	deleted map[string][]string
 	// writes says that chains will be written; edits, that one that may be closed, so one with the rules of policies, gets others.
-	writes, edits bool
+	// comes says that one of those has objects that no chain had before.
+	writes, edits, comes bool
 	hooks         []netfilter.Hook
 }
 
@@ -46,9 +47,8 @@ type goneSet struct {
 //
 //   - Where only one address changes its place, or all that change only lose rights, or only gain them, nothing can be mixed. Nobody
 //     is isolated before his rules stand, nor keeps being so after they went.
-//   - Where groups only gain members or only lose them, and no rules of a group change, an address is in both its groups while the
-//     chains are written. Which group counts is then told by the dispatch, in which more policies come first: a policy that is
-//     made or deleted turns with the chains.
+//   - Where a policy comes that no chain had before, who is isolated already can only gain by it, and may be judged by the rules of
+//     his old group a little longer.
 //   - Where one address changes its place among those that are allowed, and nothing else, it enters before it leaves.
 func (p *familyPlan) order() (before, after []move) {
 	enter := func(r netfilter.Role) move { return move{r, true} }
@@ -59,7 +59,7 @@ func (p *familyPlan) order() (before, after []move) {
 	}
 	one := len(c.judged) <= 1 && !c.unknown && !p.edits
 	parted := !one && (c.opens || p.edits) && (c.closes || p.edits)
-	crossing := !one && (p.edits || c.grouped && c.ungrouped)
+	crossing := parted && (p.edits || c.grouped || c.ungrouped && !p.comes)
 	before = []move{leave(netfilter.Allows)}
 	switch {
 	case crossing:

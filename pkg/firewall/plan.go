@@ -72,6 +72,7 @@ func (w *Firewall) compare(p *familyPlan) {
 			_, stands := t.chains[c.Name]
 			p.writes = true
 			p.edits = p.edits || stands && len(c.Closable) > 0
+			p.comes = p.comes || !stands && t.unheard(c.Closable)
 		}
 	}
 }

@@ -129,6 +129,20 @@ func (t *table) differing(wanted []netfilter.Chain) []netfilter.Chain {
 	return chains
 }
 
+// unheard says whether one of the objects is surely not among those that the standing chains come from.
+func (t *table) unheard(objects []string) bool {
+	heard := map[string]bool{}
+	for _, c := range t.chains {
+		if c.rules == nil {
+			return false // it is not known where this one comes from
+		}
+		for _, o := range c.closable {
+			heard[o] = true
+		}
+	}
+	return slices.ContainsFunc(objects, func(o string) bool { return !heard[o] })
+}
+
 // leftOver returns the names of the table's chains of ours that are not wanted, sorted.
 func (t *table) leftOver(wanted []netfilter.Chain) []string {
 	keep := map[string]bool{}

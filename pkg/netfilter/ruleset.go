@@ -101,11 +101,11 @@ const (
 	// Allows is the role of the peers and ports in rules: who enters it may do more. Members leave before the rules change
 	// and enter after them. A set that is new is filled before, because nothing refers to it yet.
 	Allows Role = iota
-	// Selects is the role of sets that lead an address to its rules, and of those that fence addresses in. Members enter
-	// before the rules change and leave after them.
+	// Selects is the role of sets that lead an address to its rules, and of those that fence addresses in. What goes on (-g) by
+	// such a set must have a DROP behind it, for those that no set leads anywhere: members leave and enter one by one.
 	Selects
-	// Isolates is the role of the sets of isolated addresses: who enters it may do less. Members leave before the rules
-	// change, and enter after them, also where the rules could not be changed.
+	// Isolates is the role of the sets of isolated addresses: who enters it may do less. pkg/firewall says when they change. An
+	// address that could not enter is taken out of the gate.
 	Isolates
 	// Gate is the role of the start gate's set: what leaves it leaves before anything else of an apply, and what enters it
 	// enters last, when every rule and every other set stands. Other programs take members out, too.
