@@ -78,6 +78,7 @@ func follow(t *testing.T, r *rand.Rand, sum *followed) {
 		sum.count(u, judged, next)
 		s = next
 	}
+	agreesWithTracer(t, c, s)
 	c.Update(world.Diff(s, start))
 	agrees(t, c, start)
 	otherwise(t, r, start, s, events)
@@ -94,6 +95,22 @@ func agrees(t *testing.T, c *policy.Compiler, s cluster.Snapshot) {
 		want := oracle.Allowed(s, f)
 		if got := c.Allows(policy.Flow(f), nil); got != want && !shared[f.Src] && !shared[f.Dst] {
 			t.Errorf("%+v: allowed is %v, the oracle says %v", f, got, want)
+		}
+	}
+}
+
+// agreesWithTracer compares what a compiler allows with what becomes of packets, also where several pods have one address.
+func agreesWithTracer(t *testing.T, c *policy.Compiler, s cluster.Snapshot) {
+	t.Helper()
+	places := interfaces(s)
+	filters := load(t, s, slices.Collect(maps.Keys(places)))
+	for _, f := range flows(places) {
+		verdict, err := filters[netfilter.FamilyOf(f.Src)].Walk("mangle", "FORWARD", firstPacket(places, f))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, want := c.Allows(policy.Flow(f), nil), verdict.Target == ""; got != want {
+			t.Errorf("%+v: allowed is %v, and a packet passes: %v; by %q", f, got, want, verdict.Trail)
 		}
 	}
 }

@@ -87,10 +87,7 @@ func check(t *testing.T, s cluster.Snapshot, ready []netip.Addr, sum *tally) {
 	filters := load(t, s, ready)
 	second := newCyclonus(s)
 	for _, f := range flows(places) {
-		verdict, err := filters[netfilter.FamilyOf(f.Src)].Walk("mangle", "FORWARD", trace.Packet{
-			In: places[f.Src], Out: places[f.Dst], Src: f.Src, Dst: f.Dst, DstPort: f.Port,
-			Protocol: strings.ToLower(string(f.Protocol)), State: "NEW", Flags: "S",
-		})
+		verdict, err := filters[netfilter.FamilyOf(f.Src)].Walk("mangle", "FORWARD", firstPacket(places, f))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -109,6 +106,14 @@ func check(t *testing.T, s cluster.Snapshot, ready []netip.Addr, sum *tally) {
 	if t.Failed() {
 		rules, problems := policy.Compile(s)
 		t.Logf("%s\n%v\n%s", describe(s), problems, rules.Render())
+	}
+}
+
+// firstPacket is what begins a connection.
+func firstPacket(places map[netip.Addr]string, f oracle.Flow) trace.Packet {
+	return trace.Packet{
+		In: places[f.Src], Out: places[f.Dst], Src: f.Src, Dst: f.Dst, DstPort: f.Port,
+		Protocol: strings.ToLower(string(f.Protocol)), State: "NEW", Flags: "S",
 	}
 }
 
