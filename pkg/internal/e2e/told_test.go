@@ -79,7 +79,7 @@ metadata: {name: quiet}
 spec: {podSelector: {matchLabels: {app: closed}}, policyTypes: [Ingress]}
 `
 	c.apply(t, policy, "--namespace", namespace)
-	c.awaitTable(t, table)
+	eventually(t, time.Minute, "the policy denies", func(ctx context.Context) error { return c.compare(ctx, table, newMarker(t)) })
 	lines, err := c.packetLines(t.Context(), from, to)
 	if err != nil || len(lines) > 0 {
 		t.Fatalf("packets are logged before anybody has asked for it: %q %v", lines, err)
