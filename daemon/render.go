@@ -13,6 +13,7 @@ import (
 	"github.com/warren-cni/warren/pkg/kube"
 	"github.com/warren-cni/warren/pkg/mesh"
 	"github.com/warren-cni/warren/pkg/netfilter"
+	"github.com/warren-cni/warren/pkg/policy"
 )
 
 // renderCommand shows a plan without applying it.
@@ -25,7 +26,8 @@ func renderCommand() *cobra.Command {
 		Long: `Print the rules, sets and mesh that a node would apply, touching nothing.
 
 Addresses of pods come from their status. The exit status is 1 when an object has a problem; what does not
-depend on it is printed all the same.`,
+depend on it is printed all the same. An ipBlock that names the address of a Service in the directory is warned of: it never
+matches.`,
 		Example: "  warrend render --objects ./objects --node worker-1",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -35,10 +37,11 @@ depend on it is printed all the same.`,
 			if err := p.validate(); err != nil {
 				return err
 			}
-			snapshot, problems, err := kube.Load(p.objects, p.nodeName)
+			objects, err := kube.ReadDirectory(p.objects, p.nodeName)
 			if err != nil {
 				return err
 			}
+			snapshot, problems := objects.Snapshot()
 			if _, ok := snapshot.Node(p.nodeName); !ok {
 				return fmt.Errorf("no Node %s in %s", p.nodeName, p.objects)
 			}
@@ -46,6 +49,9 @@ depend on it is printed all the same.`,
 			wanted := planner.plan(planner.learn(snapshot.Delta(), attachmentsIn(snapshot)), uplinkMTU)
 			if err := printPlan(cmd.OutOrStdout(), planner.ruleset(), wanted.mesh); err != nil {
 				return err
+			}
+			for _, advice := range policy.BlindBlocks(snapshot.Policies, objects.Services()) {
+				fmt.Fprintln(cmd.ErrOrStderr(), "warning:", advice)
 			}
 			problems = cluster.SortProblems(append(problems, wanted.problems...))
 			for _, problem := range problems {

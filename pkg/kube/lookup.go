@@ -82,6 +82,19 @@ func (d *Directory) ServiceAt(_ context.Context, address netip.Addr) (cluster.Se
 	return cluster.Service{}, false, nil
 }
 
+// Services returns the Services of the files whose endpoints are known.
+func (d *Directory) Services() []cluster.Service {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var known []cluster.Service
+	for _, k := range slices.SortedFunc(maps.Keys(d.services), compareKeys) {
+		if service, err := d.serviceWithEndpoints(d.services[k]); err == nil {
+			known = append(known, service)
+		}
+	}
+	return known
+}
+
 func (d *Directory) serviceWithEndpoints(s *corev1.Service) (cluster.Service, error) {
 	service, err := convertService(s)
 	if err != nil {
