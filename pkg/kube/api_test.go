@@ -185,7 +185,7 @@ type proxy struct {
 	address string
 
 	mu       sync.Mutex
-	listener net.Listener
+	listener net.Listener // nil while the line is cut
 	open     []net.Conn
 }
 
@@ -217,21 +217,25 @@ func (p *proxy) restore() {
 			if err != nil {
 				return
 			}
-			p.join(client)
+			p.join(listener, client)
 		}
 	}()
 }
 
-// join copies between the client and the server until one of the two ends.
-func (p *proxy) join(client net.Conn) {
+// join copies between the client and the server until one of the two ends, unless the line was cut meanwhile.
+func (p *proxy) join(listener net.Listener, client net.Conn) {
 	server, err := net.Dial("tcp", p.server)
 	if err != nil {
 		_ = client.Close()
 		return
 	}
 	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.listener != listener {
+		_, _ = client.Close(), server.Close()
+		return
+	}
 	p.open = append(p.open, client, server)
-	p.mu.Unlock()
 	for _, ends := range [][2]net.Conn{{client, server}, {server, client}} {
 		go func() {
 			_, _ = io.Copy(ends[0], ends[1])
@@ -243,7 +247,11 @@ func (p *proxy) join(client net.Conn) {
 func (p *proxy) cut() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.listener == nil {
+		return
+	}
 	_ = p.listener.Close()
+	p.listener = nil
 	for _, c := range p.open {
 		_ = c.Close()
 	}
