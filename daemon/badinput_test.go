@@ -230,7 +230,7 @@ func TestUnsupportedExtension(t *testing.T) {
 	s := newStage(t, "wdext", 1)
 	tools := t.TempDir()
 	match := filepath.Join(tools, "sctp")
-	for _, name := range []string{"iptables-restore", "ip6tables-restore"} {
+	for _, name := range []string{"iptables-nft-restore", "ip6tables-nft-restore"} {
 		actual, err := exec.LookPath(name)
 		if err != nil {
 			t.Fatal(err)

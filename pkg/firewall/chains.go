@@ -197,7 +197,7 @@ func (a *apply) close(ctx context.Context, at place, chains []netfilter.Chain) e
 func (a *apply) refuse(at place, chains []netfilter.Chain, err error, rest bool) {
 	var until time.Time
 	if rest && a.now != nil {
-		until = a.now().Add(retryAfter)
+		until = a.now().Add(min(retryEach*time.Duration(len(a.refusals)+len(chains)), retryAfter))
 	}
 	for _, c := range chains {
 		a.refusals[chainID{at, c.Name}] = refusal{chain: c, err: err, until: until}

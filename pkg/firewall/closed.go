@@ -16,7 +16,7 @@ import (
 // ClosedError says that the kernel agrees with the ruleset but for some chains and sets that it refused. What they concern is closed:
 // netfilter.Chain.Closed stands in the place of a chain, the gate keeps out whom a set should isolate, and who is not in the sets that
 // lead to rules is dropped. All else is enforced, and the start gate is open for it. Every Apply tries the sets again, and the
-// chains some minutes later, or when they change.
+// chains after a while, or when they change.
 type ClosedError struct {
 	Chains []ClosedChain
 	Sets   []ClosedSet
@@ -90,8 +90,12 @@ func (w *Firewall) closedError() error {
 	return e
 }
 
-// retryAfter is how long a chain whose rules were refused stays closed before they are tried again.
-const retryAfter = 3 * time.Minute
+// Trying refused rules again takes some time for each chain, so the more stand closed, the longer they stay so before the next
+// audit tries them: retryEach for each of them, retryAfter at most.
+const (
+	retryEach  = 3 * time.Second
+	retryAfter = 3 * time.Minute
+)
 
 // chainID is a chain of a table and family.
 type chainID struct {
