@@ -258,14 +258,7 @@ func explain(f facts, q agentapi.Explain) (explanation, error) {
 	if f.service != nil {
 		e.Service = &serviceAnswer{Name: f.service.Key().String(), ClusterIPs: f.service.ClusterIPs}
 	}
-	if f.service != nil && e.Verdicts[0].From == (policy.End{}) {
-		e.Notes = append(e.Notes, "the node that takes in a connection from outside puts its own address in the place of the source where it sends it on "+
-			"to another node, unless the Service has externalTrafficPolicy: Local")
-	}
-	if q.Port == "" && slices.ContainsFunc(e.Verdicts, stoppedByPorts) {
-		e.Notes = append(e.Notes, "without --port this asks about ICMP, which a rule with ports never matches; --port asks about a connection")
-	}
-	e.Notes = unique(e.Notes)
+	e.Notes = unique(append(e.Notes, e.hints()...))
 	named := e.objects()
 	for _, p := range f.problems {
 		if concerns(p, named) {
@@ -273,6 +266,19 @@ func explain(f facts, q agentapi.Explain) (explanation, error) {
 		}
 	}
 	return e, nil
+}
+
+// hints say what a question leaves out.
+func (e *explanation) hints() []string {
+	var hints []string
+	if e.Service != nil && e.Verdicts[0].From == (policy.End{}) {
+		hints = append(hints, "the node that takes in a connection from outside puts its own address in the place of the source where it sends it on "+
+			"to another node, unless the Service has externalTrafficPolicy: Local")
+	}
+	if slices.ContainsFunc(e.Verdicts, stoppedByPorts) {
+		hints = append(hints, "without --port this asks about ICMP, which a rule with ports never matches; --port asks about a connection")
+	}
+	return hints
 }
 
 // stoppedByPorts tells whether ICMP is denied by the ports of a rule alone.

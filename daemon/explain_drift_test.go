@@ -158,7 +158,12 @@ func TestExplainDriftAsksForWhatDecides(t *testing.T) {
 func TestExplainDriftText(t *testing.T) {
 	flushed := lacks("10.244.1.2")
 	e := driftOf(t, "worker-1", &drifted{differences: [][]firewall.Difference{{flushed}, {flushed}}})
-	e.askOthers(cluster.Snapshot{})
+	daemons := map[string]string{"app.kubernetes.io/name": "warren", "app.kubernetes.io/component": "daemon"}
+	e.askOthers(cluster.Snapshot{Pods: []cluster.Pod{
+		{Namespace: "warren-system", Name: "warren-1", Node: "worker-1", HostNetwork: true, Labels: daemons},
+		{Namespace: "kube-system", Name: "proxy-2", Node: "worker-2", HostNetwork: true},
+		{Namespace: "warren-system", Name: "warren-2", Node: "worker-2", HostNetwork: true, Labels: daemons},
+	}})
 	var out bytes.Buffer
 	if err := printExplanation(&out, e, "text"); err != nil {
 		t.Fatal(err)
@@ -167,7 +172,7 @@ func TestExplainDriftText(t *testing.T) {
 		"The kernel of node worker-1 disagrees with the plan. The next audit repairs it; until then the verdict is only the plan's:\n  set WARREN-P4 lacks members: 10.244.1.2\n",
 		"UNKNOWN  shop/web (10.244.1.2) -> shop/api (10.244.2.2)  8080/TCP  (allowed by the plan)\n",
 		"ALLOWED  shop/web (fd00:10:244:1::2) -> shop/api (fd00:10:244:2::2)  8080/TCP\n",
-		"Node worker-2 enforces a part of it; whether its kernel does as planned, its own warrend tells:\n  warrend explain --from shop/web --to shop/api --port http\n",
+		"Node worker-2 enforces a part of it; whether its kernel does as planned, its own warrend tells:\n  kubectl --namespace warren-system exec warren-2 -- warrend explain --from shop/web --to shop/api --port http\n",
 	} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("no %q in:\n%s", want, out.String())

@@ -42,7 +42,7 @@ func TestExplainText(t *testing.T) {
 		"allowed":             "--from shop/web --to shop/api --port http",
 		"denied-by-both":      "--from shop/web --to shop/api --port 9090",
 		"denied-by-namespace": "--from monitoring/prober --to shop/api --port metrics",
-		"no-port":             "--from shop/web --to monitoring/prober",
+		"no-port":             "--from shop/web --to monitoring/prober,--from shop/web --to shop/api",
 		"not-isolated":        "--from monitoring/prober --to 2001:db8::1,--from monitoring/prober --to 198.51.100.1 --port 53/udp",
 		"outside-excepted":    "--from shop/web --to 198.51.100.200 --port 443",
 		"service":             "--from shop/web --to svc/shop/api --port 80,--from monitoring/prober --to svc/shop/api --port metrics",
