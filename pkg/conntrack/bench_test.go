@@ -134,10 +134,10 @@ func BenchmarkSweep(b *testing.B) {
 		many = append(many, netip.AddrFrom4([4]byte{10, 3, 0, byte(i)}))
 	}
 	for _, connections := range []int{0, 1000, 10_000, 120_000} {
-		testnode.Enter(b)
-		crowd(b, connections)
 		for name, addresses := range map[string][]netip.Addr{"one": many[:1], "dual": {many[0], netip.IPv6Unspecified().Next()}, "many": many} {
 			b.Run(fmt.Sprintf("connections=%d/pods=%s", connections, name), func(b *testing.B) {
+				testnode.Enter(b)
+				crowd(b, connections)
 				for b.Loop() {
 					if _, err := conntrack.Sweep(b.Context(), addresses, func(conntrack.Flow) bool { return true }); err != nil {
 						b.Fatal(err)
