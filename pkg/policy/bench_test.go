@@ -206,3 +206,24 @@ func BenchmarkPolicyEdit(b *testing.B) {
 		i++
 	}
 }
+
+// BenchmarkAllows judges a connection to a local pod that no rule allows, as a sweep of established ones does.
+func BenchmarkAllows(b *testing.B) {
+	for _, policies := range []int{10, 1000} {
+		b.Run(fmt.Sprintf("policies=%d", policies), func(b *testing.B) {
+			s := scale(size{namespaces: 1, pods: 1000, policies: policies, local: 1})
+			for i := range s.Policies {
+				s.Policies[i].Pods = labels.Everything()
+			}
+			c := policy.NewCompiler(s.Self, policy.Options{})
+			c.Update(s.Delta())
+			f := policy.Flow{Src: netip.MustParseAddr("192.0.2.1"), Dst: s.Pods[0].Addresses[0], Protocol: cluster.TCP, Port: 22}
+			b.ReportAllocs()
+			for b.Loop() {
+				if c.Allows(f, nil) {
+					b.Fatal("it is allowed")
+				}
+			}
+		})
+	}
+}

@@ -5,8 +5,6 @@ import (
 	"slices"
 	"strings"
 
-	"k8s.io/apimachinery/pkg/labels"
-
 	"github.com/warren-cni/warren/pkg/cluster"
 	"github.com/warren-cni/warren/pkg/netfilter"
 	"github.com/warren-cni/warren/pkg/podcidr"
@@ -138,7 +136,8 @@ func (c *Compiler) plan() Update {
 		c.add(netfilter.Diff(before, c.frame))
 	}
 	for s, change := range c.edits {
-		change.Add, change.Remove = sorted(change.Add), sorted(change.Remove)
+		slices.SortFunc(change.Add, netfilter.Entry.Compare)
+		slices.SortFunc(change.Remove, netfilter.Entry.Compare)
 		c.changed(s, *change)
 	}
 	for _, f := range netfilter.Families {
@@ -154,12 +153,6 @@ func (c *Compiler) plan() Update {
 	clear(c.edits)
 	c.reframe, c.change, c.affected = false, netfilter.Change{}, nil
 	return u
-}
-
-// sorted returns the entries sorted, as they are where there are few.
-func sorted(entries []netfilter.Entry) []netfilter.Entry {
-	slices.SortFunc(entries, netfilter.Entry.Compare)
-	return entries
 }
 
 // Ruleset returns the rules that the cluster comes to, all of them.
@@ -204,67 +197,6 @@ func (c *Compiler) Group(chain string) (direction string, policies []string, ok 
 		return "", nil, false
 	}
 	return g.direction.name, g.names, true
-}
-
-// Allows tells whether this node lets a new connection pass: by the egress policies of the source where that is a pod of the
-// node, and by the ingress policies of the destination where that is one. closed names the group chains that the kernel refused, so
-// that nothing passes there.
-//
-// Where two local pods have an address, which leases do not allow, both must allow.
-func (c *Compiler) Allows(f Flow, closed map[string]bool) bool {
-	if f.Src == f.Dst || slices.Contains(c.own, f.Src) || slices.Contains(c.own, f.Dst) {
-		return true // a pod and itself, a pod and its own node
-	}
-	src, dst := c.owners.of(f.Src), c.owners.of(f.Dst)
-	meetings := c.meetings(f, src, dst)
-	blocked := func(pods []*pod, direction int) bool {
-		return slices.ContainsFunc(pods, func(p *pod) bool {
-			g := p.groups[direction]
-			return g != nil && (closed[g.chain] || !slices.ContainsFunc(meetings, g.allows))
-		})
-	}
-	return !blocked(dst, 0) && !blocked(src, 1)
-}
-
-// meetings are the ways to see a flow where several pods have one of its addresses: as one between each two of them. What a set
-// holds of an address comes from one pod, not from two together.
-func (c *Compiler) meetings(f Flow, src, dst []*pod) []meeting {
-	var all []meeting
-	for _, from := range apart(src) {
-		for _, to := range apart(dst) {
-			all = append(all, meeting{flow: f, src: from, dst: to, namespace: c.namespaceLabels})
-		}
-	}
-	return all
-}
-
-// apart returns lists of one pod each, or an empty list where there is none.
-func apart(pods []*pod) [][]*cluster.Pod {
-	lists := make([][]*cluster.Pod, max(1, len(pods)))
-	for i, p := range pods {
-		lists[i] = []*cluster.Pod{p.Pod}
-	}
-	return lists
-}
-
-// allows tells whether one of the group's policies allows a flow.
-func (g *group) allows(m meeting) bool {
-	for _, p := range g.policies {
-		for _, r := range g.direction.rules(p) {
-			if m.allows(g.direction, p.Namespace, r) {
-				return true
-			}
-		}
-	}
-	return false
-}
-
-// namespaceLabels returns the labels of a namespace, and whether it is known.
-func (c *Compiler) namespaceLabels(name string) (labels.Set, bool) {
-	if n := c.namespaces[name]; n != nil && n.object != nil {
-		return n.object.Labels, true
-	}
-	return nil, false
 }
 
 // affect notes addresses whose connections may be judged otherwise.

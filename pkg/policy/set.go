@@ -172,7 +172,7 @@ func (c *Compiler) drop() {
 		if !s.fresh {
 			gone := s.Set
 			gone.Entries = nil
-			c.changes(s.family).Sets = append(c.changes(s.family).Sets, netfilter.SetChange{Set: gone, Gone: true})
+			c.changed(s, netfilter.SetChange{Set: gone, Gone: true})
 		}
 		if s.of == nil {
 			continue
