@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/warren-cni/warren/pkg/cniconf"
+	"github.com/warren-cni/warren/pkg/conntrack"
 	"github.com/warren-cni/warren/pkg/firewall"
 	"github.com/warren-cni/warren/pkg/podlink"
 	"github.com/warren-cni/warren/pkg/wgdevice"
@@ -75,6 +76,8 @@ func cleanup(ctx context.Context, p paths, keepKey bool, log *slog.Logger) error
 	do("links of pods", podlink.RemoveAll())
 	do("tunnel and routes", wgdevice.New(wgdevice.Options{Log: log, Mode: wgdevice.ModeAuto}).Cleanup())
 	do("rules and sets", firewall.Cleanup(ctx, log))
+	_, err = conntrack.SweepAll(ctx, func(conntrack.Flow) bool { return true })
+	do("marks of cut connections", err)
 	do("plugin", removeFile(filepath.Join(p.cniBinDir, "warren")))
 	do("leases and runtime state", removeFrom(p.runDir, "warrend.sock", ".s[0-9]*", "ipam", "wireguard"))
 	if !keepKey {

@@ -42,21 +42,21 @@ func (n *node) step(ctx context.Context, full bool) error {
 	if full || now.host.uplinkMTU == 0 {
 		now.host = n.setUpHost(self, before.host.uplinkMTU)
 	}
-	plan := n.planner.plan(news, now.host.uplinkMTU)
-	now.mesh = plan.mesh
-	if plan.openChanged {
-		n.planned = plan.open
+	wanted := n.planner.plan(news, now.host.uplinkMTU)
+	now.mesh = wanted.mesh
+	if wanted.openChanged {
+		n.planned = wanted.open
 	}
 	if err = n.cutOff(self); err != nil {
 		now.problems = append(now.problems, applyProblem("ClusterCIDRHoldsNode", "Node "+n.options.nodeName, err,
 			"set --cluster-cidr to the pods' network, which holds no node"))
 	} else {
-		err = n.apply(ctx, &now, plan, full)
+		err = n.apply(ctx, &now, wanted, full)
 	}
 	if ctx.Err() != nil {
 		return err // the daemon stops: what was cut short says nothing of the node
 	}
-	now.problems = cluster.SortProblems(slices.Concat(n.source.Problems(), n.filter.Problems(), n.cuts.problems(), now.leaseProblems, now.host.problems, plan.problems, now.problems))
+	now.problems = cluster.SortProblems(slices.Concat(n.source.Problems(), n.filter.Problems(), n.cuts.problems(), now.leaseProblems, now.host.problems, wanted.problems, now.problems))
 	n.record(now)
 	return err
 }
