@@ -28,6 +28,10 @@ func (a *apply) run(ctx context.Context, plans map[netfilter.Family]*familyPlan)
 	}
 	done := map[netfilter.Family]bool{}
 	for _, f := range netfilter.Families {
+		if plans[f] == nil {
+			done[f] = true // nothing changes
+			continue
+		}
 		familyErr := a.family(ctx, plans[f])
 		done[f] = familyErr == nil
 		err = errors.Join(err, familyErr)
@@ -44,7 +48,9 @@ func (a *apply) run(ctx context.Context, plans map[netfilter.Family]*familyPlan)
 func (a *apply) gates(plans map[netfilter.Family]*familyPlan, step func(*setPlan) error) error {
 	var errs []error
 	for _, f := range netfilter.Families {
-		errs = append(errs, each(plans[f].ofRole(netfilter.Gate), step))
+		if p := plans[f]; p != nil {
+			errs = append(errs, each(p.ofRole(netfilter.Gate), step))
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -252,8 +258,8 @@ func (a *apply) collect(ctx context.Context, plans map[netfilter.Family]*familyP
 	if !done[netfilter.IPv4] || !done[netfilter.IPv6] {
 		return // old rules of the family that is not done may still refer to old sets
 	}
-	for _, f := range netfilter.Families {
-		for _, g := range plans[f].gone {
+	for _, p := range plans {
+		for _, g := range p.gone {
 			if a.known.sets[g.name] != nil {
 				a.dispose(g.name, func() error { return a.destroy(g.name) })
 			}

@@ -122,7 +122,7 @@ func TestBackendThatCannotBeRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	var x faults
-	x.into(&Firewall{sets: kernelSets{}, tools: suites[nft]})
+	x.into(&Firewall{tools: suites[nft]})
 	x.failAt = 1
 	log := n.options().Log
 	backend, problems, err := choose(t.Context(), log, suites)

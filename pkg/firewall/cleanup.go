@@ -24,7 +24,11 @@ func Cleanup(ctx context.Context, log *slog.Logger) error {
 			errs = append(errs, fmt.Errorf("removing rules by iptables-%s: %w", backend, cleanErr))
 		}
 	}
-	sets := kernelSets{}
+	s, err := openSocket()
+	if err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	sets := kernelSets{s}
 	all, err := sets.List("")
 	errs = append(errs, err, each(slices.Sorted(maps.Keys(all)), sets.Destroy))
 	return errors.Join(errs...)

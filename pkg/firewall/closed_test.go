@@ -389,3 +389,45 @@ func TestRefused(t *testing.T) {
 		}
 	}
 }
+
+// TestAllRefused measures what it takes when nothing that may be closed is taken.
+func TestAllRefused(t *testing.T) {
+	onEach(t, func(n *node) {
+		const chains = 200
+		r := sample()
+		for i := range chains {
+			r.V4.Chains = append(r.V4.Chains, netfilter.Chain{
+				Table: "mangle", Name: netfilter.Name("I", fmt.Sprint(i)), Closable: []string{"shop/x"},
+				Rules: []netfilter.Rule{rule("", "-p tcp -m nosuchmatch -j RETURN"), rule("", "-j DROP")},
+			})
+		}
+		w := n.firewall()
+		var all Changes
+		var closed *ClosedError
+		for {
+			changes, err := w.Apply(n.t.Context(), r)
+			if !errors.As(err, &closed) || len(closed.Chains) != chains {
+				n.t.Fatalf("error is %v", err)
+			}
+			if changes == (Changes{}) {
+				break
+			}
+			if changes.Execs > maxAttempts+25 {
+				n.t.Errorf("an apply ran %d programs", changes.Execs)
+			}
+			all.Execs += changes.Execs
+		}
+		if all.Execs > chains+50 {
+			n.t.Errorf("%d runs until none of %d chains is left to try", all.Execs, chains)
+		}
+		for id, r := range w.refusals {
+			if !w.rests(r) || errors.Is(r.err, errNotTried) {
+				n.t.Errorf("chain %s was not tried: %v", id.name, r.err)
+			}
+		}
+		w.Forget()
+		if changes, _ := w.Apply(n.t.Context(), r); changes != (Changes{}) {
+			n.t.Errorf("an audit tried again: %+v", changes)
+		}
+	})
+}

@@ -50,7 +50,8 @@ type Changes struct {
 	Execs int
 }
 
-// Firewall writes rulesets into the network namespace of the calling thread. One goroutine uses it.
+// Firewall writes rulesets into the network namespace of the thread that called New, in which its methods must be called, too. One
+// goroutine uses it, but for methods that say otherwise.
 type Firewall struct {
 	log   *slog.Logger
 	sets  ipsets
@@ -104,9 +105,13 @@ func New(ctx context.Context, o Options) (*Firewall, error) {
 	if err != nil {
 		return nil, err
 	}
+	s, err := openSocket()
+	if err != nil {
+		return nil, err
+	}
 	w := &Firewall{
 		log:      o.Log,
-		sets:     kernelSets{},
+		sets:     kernelSets{s},
 		admit:    o.Admit,
 		backend:  o.Backend,
 		now:      o.Now,
@@ -168,7 +173,11 @@ func (w *Firewall) Patch(ctx context.Context, c netfilter.Change) (Changes, erro
 	}
 	plans := map[netfilter.Family]*familyPlan{}
 	for _, f := range netfilter.Families {
-		p, err := w.planPatch(f, c.Of(f))
+		half := c.Of(f)
+		if len(half.Sets)+len(half.Write)+len(half.Delete) == 0 {
+			continue
+		}
+		p, err := w.planPatch(f, half)
 		if err != nil {
 			return Changes{}, err
 		}

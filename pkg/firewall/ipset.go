@@ -44,29 +44,28 @@ const (
 	setFull     = 0x1100 // IPSET_ERR_HASH_FULL
 )
 
-// kernelSets speaks the ipset protocol (linux/uapi/linux/netfilter/ipset/ip_set.h) over netlink, in the network namespace of
-// the calling thread. It encodes the messages itself, because netlink's own calls carry one member a message, have no way
+// kernelSets speaks the ipset protocol (linux/uapi/linux/netfilter/ipset/ip_set.h) over netlink. It encodes the messages itself, because netlink's own calls carry one member a message, have no way
 // to write a prefix length of 0 and cannot list the sets of one owner.
-type kernelSets struct{}
+type kernelSets struct{ *socket }
 
 // List implements ipsets.
-func (kernelSets) List(name string) (map[string]*set, error) {
+func (k kernelSets) List(name string) (map[string]*set, error) {
 	var payload []byte
 	if name != "" {
 		payload = appendString(nil, nl.IPSET_ATTR_SETNAME, name)
 	}
-	messages, err := request(nl.IPSET_CMD_LIST, 0, payload)
+	sets := map[string]*set{}
+	var bad error
+	err := k.ask(nl.IPSET_CMD_LIST, 0, payload, func(m []byte) {
+		if bad == nil {
+			bad = decodeSet(sets, m)
+		}
+	})
 	if errors.Is(err, unix.ENOENT) {
 		return nil, nil
 	}
-	if err != nil {
+	if err = errors.Join(err, bad); err != nil {
 		return nil, fmt.Errorf("listing sets: %w", err)
-	}
-	sets := map[string]*set{}
-	for _, m := range messages {
-		if err := decodeSet(sets, m); err != nil {
-			return nil, err
-		}
 	}
 	for _, s := range sets {
 		// A set that grows while it is listed can show a member twice.
@@ -76,7 +75,7 @@ func (kernelSets) List(name string) (map[string]*set, error) {
 }
 
 // Create implements ipsets.
-func (kernelSets) Create(name string, s set) error {
+func (k kernelSets) Create(name string, s set) error {
 	family := byte(unix.AF_INET)
 	if s.family == netfilter.IPv6 {
 		family = unix.AF_INET6
@@ -87,15 +86,15 @@ func (kernelSets) Create(name string, s set) error {
 	b = appendAttr(b, nl.IPSET_ATTR_FAMILY, []byte{family})
 	b = appendAttr(b, nl.IPSET_ATTR_DATA|nested,
 		appendUint32(nil, nl.IPSET_ATTR_MAXELEM, uint32(s.max))) //nolint:gosec // a number of members
-	if _, err := request(nl.IPSET_CMD_CREATE, unix.NLM_F_EXCL, b); err != nil {
+	if err := k.ask(nl.IPSET_CMD_CREATE, unix.NLM_F_EXCL, b, ignore); err != nil {
 		return fmt.Errorf("creating set %s (%s): %w", name, s.typ, err)
 	}
 	return nil
 }
 
 // Destroy implements ipsets. A set that is gone already is no error.
-func (kernelSets) Destroy(name string) error {
-	_, err := request(nl.IPSET_CMD_DESTROY, 0, appendString(nil, nl.IPSET_ATTR_SETNAME, name))
+func (k kernelSets) Destroy(name string) error {
+	err := k.ask(nl.IPSET_CMD_DESTROY, 0, appendString(nil, nl.IPSET_ATTR_SETNAME, name), ignore)
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("destroying set %s: %w", name, err)
 	}
@@ -103,34 +102,34 @@ func (kernelSets) Destroy(name string) error {
 }
 
 // Swap implements ipsets.
-func (kernelSets) Swap(a, b string) error {
+func (k kernelSets) Swap(a, b string) error {
 	names := appendString(appendString(nil, nl.IPSET_ATTR_SETNAME, a), nl.IPSET_ATTR_SETNAME2, b)
-	if _, err := request(nl.IPSET_CMD_SWAP, 0, names); err != nil {
+	if err := k.ask(nl.IPSET_CMD_SWAP, 0, names, ignore); err != nil {
 		return fmt.Errorf("swapping sets %s and %s: %w", a, b, err)
 	}
 	return nil
 }
 
 // Add implements ipsets.
-func (kernelSets) Add(name string, typ netfilter.SetType, members []netfilter.Entry) error {
-	if err := update(nl.IPSET_CMD_ADD, name, typ, members); err != nil {
+func (k kernelSets) Add(name string, typ netfilter.SetType, members []netfilter.Entry) error {
+	if err := k.update(nl.IPSET_CMD_ADD, name, typ, members); err != nil {
 		return fmt.Errorf("adding to set %s: %w", name, err)
 	}
 	return nil
 }
 
 // Remove implements ipsets.
-func (kernelSets) Remove(name string, typ netfilter.SetType, members []netfilter.Entry) error {
-	if err := update(nl.IPSET_CMD_DEL, name, typ, members); err != nil {
+func (k kernelSets) Remove(name string, typ netfilter.SetType, members []netfilter.Entry) error {
+	if err := k.update(nl.IPSET_CMD_DEL, name, typ, members); err != nil {
 		return fmt.Errorf("removing from set %s: %w", name, err)
 	}
 	return nil
 }
 
 // update adds or deletes members, many in one message. Without NLM_F_EXCL what is already as wanted is no error.
-func update(cmd int, name string, typ netfilter.SetType, members []netfilter.Entry) error {
+func (k kernelSets) update(cmd int, name string, typ netfilter.SetType, members []netfilter.Entry) error {
 	for batch := range slices.Chunk(members, maxBatch) {
-		err := updateBatch(cmd, name, typ, batch)
+		err := k.updateBatch(cmd, name, typ, batch)
 		if err == nil {
 			continue
 		}
@@ -140,7 +139,7 @@ func update(cmd int, name string, typ netfilter.SetType, members []netfilter.Ent
 		// The kernel stops at the first that it refuses. One by one finds it, and puts the rest in.
 		var errs []error
 		for i := range batch {
-			errs = append(errs, update(cmd, name, typ, batch[i:i+1]))
+			errs = append(errs, k.update(cmd, name, typ, batch[i:i+1]))
 		}
 		if err := errors.Join(errs...); err != nil {
 			return err
@@ -150,38 +149,47 @@ func update(cmd int, name string, typ netfilter.SetType, members []netfilter.Ent
 }
 
 // updateBatch sends one message of members.
-func updateBatch(cmd int, name string, typ netfilter.SetType, members []netfilter.Entry) error {
+func (k kernelSets) updateBatch(cmd int, name string, typ netfilter.SetType, members []netfilter.Entry) error {
+	b, err := membersMessage(name, typ, members)
+	if err != nil {
+		return err
+	}
+	return k.ask(cmd, 0, b, ignore)
+}
+
+// membersMessage is the message that adds or deletes members.
+func membersMessage(name string, typ netfilter.SetType, members []netfilter.Entry) ([]byte, error) {
 	var all []byte
 	for _, e := range members {
 		data, err := encodeMember(typ, e)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		all = appendAttr(all, nl.IPSET_ATTR_DATA|nested, data)
 	}
 	b := appendString(nil, nl.IPSET_ATTR_SETNAME, name)
 	// The kernel accepts a list of members only with a line number to report the failing one in.
 	b = appendUint32(b, nl.IPSET_ATTR_LINENO, 0)
-	b = appendAttr(b, nl.IPSET_ATTR_ADT|nested, all)
-	_, err := request(cmd, 0, b)
-	return err
+	return appendAttr(b, nl.IPSET_ATTR_ADT|nested, all), nil
 }
 
-// request sends one message and returns the answers. Errors of ipset's own are nl.IPSetError, others syscall.Errno.
-func request(cmd, flags int, payload []byte) ([][]byte, error) {
-	req := nl.NewNetlinkRequest(cmd|unix.NFNL_SUBSYS_IPSET<<8, nl.GetIpsetFlags(cmd)|flags)
-	req.AddData(&nl.Nfgenmsg{Version: nl.NFNETLINK_V0})
-	req.AddRawData(append(appendAttr(nil, nl.IPSET_ATTR_PROTOCOL, []byte{nl.IPSET_PROTOCOL}), payload...))
-	messages, err := req.Execute(unix.NETLINK_NETFILTER, 0)
+// ask sends one message and hands over the answers. Errors of ipset's own are nl.IPSetError, others syscall.Errno.
+func (k kernelSets) ask(cmd, flags int, payload []byte, handle func([]byte)) error {
+	b := (&nl.Nfgenmsg{Version: nl.NFNETLINK_V0}).Serialize()
+	b = append(appendAttr(b, nl.IPSET_ATTR_PROTOCOL, []byte{nl.IPSET_PROTOCOL}), payload...)
+	err := k.request(cmd|unix.NFNL_SUBSYS_IPSET<<8, nl.GetIpsetFlags(cmd)|flags, b, handle)
 	var errno syscall.Errno
 	if !errors.As(err, &errno) || errno < nl.IPSET_ERR_PRIVATE {
-		return messages, err
+		return err
 	}
 	if errno == setFull {
-		return nil, errors.New("the set is full")
+		return errors.New("the set is full")
 	}
-	return nil, nl.IPSetError(errno)
+	return nl.IPSetError(errno)
 }
+
+// ignore is for answers that say nothing but that all is well.
+func ignore([]byte) {}
 
 // decodeSet adds what one message of a listing says to the sets: a large set comes in several messages, of which only the first
 // has the type. Sets of others are left out.

@@ -2,6 +2,7 @@ package firewall
 
 import (
 	"net/netip"
+	"slices"
 
 	"github.com/warren-cni/warren/pkg/netfilter"
 )
@@ -25,7 +26,7 @@ type familyPlan struct {
 	// writes says that chains will be written; edits, that one that may be closed, so one with the rules of policies, gets others.
 	// comes says that one of those has objects that no chain had before.
 	writes, edits, comes bool
-	hooks         []netfilter.Hook
+	hooks                []netfilter.Hook
 }
 
 // goneSet is a set that is no longer wanted. role and members are known only where this Firewall wrote it.
@@ -78,7 +79,8 @@ func (p *familyPlan) order() (before, after []move) {
 // census is who changes place in a plan.
 type census struct {
 	// allowed are the addresses that enter or leave sets that allow, judged those whose own way to the rules changes.
-	allowed, judged map[netip.Prefix]bool
+	// No more than two are listed.
+	allowed, judged []netip.Prefix
 	// unknown: there may be more of the judged than are listed.
 	unknown bool
 	// opens: somebody is less isolated or leaves a group; closes: the reverse.
@@ -88,7 +90,7 @@ type census struct {
 }
 
 func (p *familyPlan) census() census {
-	c := census{allowed: map[netip.Prefix]bool{}, judged: map[netip.Prefix]bool{}}
+	var c census
 	for i := range p.sets {
 		c.count(&p.sets[i])
 	}
@@ -99,23 +101,20 @@ func (p *familyPlan) census() census {
 		c.opens = true
 		c.unknown = c.unknown || !g.known
 		for e := range g.members {
-			c.judged[e.Prefix] = true
+			c.judged = note(c.judged, e.Prefix)
 		}
 	}
 	return c
 }
 
-// count takes the changes of one set. It stops listing addresses when there are many.
+// count takes the changes of one set.
 func (c *census) count(s *setPlan) {
-	list := c.judged
 	switch s.Role {
 	case netfilter.Gate:
-		return
 	case netfilter.Allows:
-		if s.create {
-			return // nothing refers to it
+		if !s.create { // otherwise nothing refers to it
+			c.allowed = noteAll(c.allowed, s.add, s.remove)
 		}
-		list = c.allowed
 	case netfilter.Selects, netfilter.Isolates:
 		c.closes = c.closes || s.create || len(s.add) > 0
 		c.opens = c.opens || len(s.remove) > 0
@@ -123,13 +122,27 @@ func (c *census) count(s *setPlan) {
 			c.grouped = c.grouped || len(s.add) > 0
 			c.ungrouped = c.ungrouped || len(s.remove) > 0
 		}
+		c.judged = noteAll(c.judged, s.add, s.remove)
 	}
-	for _, members := range [][]netfilter.Entry{s.add, s.remove} {
+}
+
+// noteAll adds members to a list of addresses.
+func noteAll(list []netip.Prefix, entries ...[]netfilter.Entry) []netip.Prefix {
+	for _, members := range entries {
 		for _, e := range members {
 			if len(list) > 1 {
-				return
+				return list
 			}
-			list[e.Prefix] = true
+			list = note(list, e.Prefix)
 		}
 	}
+	return list
+}
+
+// note adds an address to a list that holds each once, and no more than two.
+func note(list []netip.Prefix, p netip.Prefix) []netip.Prefix {
+	if len(list) > 1 || slices.Contains(list, p) {
+		return list
+	}
+	return append(list, p)
 }

@@ -58,7 +58,6 @@ func parse(t *testing.T, render func(netfilter.Family) string) map[netfilter.Fam
 
 // transition is a change of one object of a world.
 type transition struct {
-	what       string
 	from, to   netfilter.Ruleset
 	places     map[netip.Addr]string
 	neverAllow []flow // what both deny
@@ -69,8 +68,8 @@ type transition struct {
 func newTransition(t *testing.T, r *rand.Rand) transition {
 	t.Helper()
 	before := world.New(r)
-	after, what := world.Change(r, before)
-	tr := transition{what: what, from: rulesOf(before), to: rulesOf(after), places: map[netip.Addr]string{}}
+	after := world.Step(r, before)
+	tr := transition{from: rulesOf(before), to: rulesOf(after), places: map[netip.Addr]string{}}
 	for _, s := range []cluster.Snapshot{before, after} {
 		for i, pod := range s.Pods {
 			for _, a := range pod.Addresses {
@@ -147,7 +146,7 @@ func (tr *transition) watch(t *testing.T, m *model, name string) *int {
 		now := parse(t, m.render)
 		for _, f := range tr.neverAllow {
 			if f.allowed(t, now[netfilter.FamilyOf(f.src)], tr.places) {
-				t.Errorf("%s: %s: after %q %s passes, which the old and the new rules deny", name, tr.what, what, f)
+				t.Errorf("%s: after %q %s passes, which the old and the new rules deny", name, what, f)
 				return
 			}
 		}
@@ -277,7 +276,7 @@ func (tr *transition) broken(t *testing.T, name, call string) (lost, kept int) {
 				want, got := f.allowed(t, filter, tr.places), f.allowed(t, now[family], tr.places)
 				switch {
 				case got && !want:
-					t.Errorf("%s: %s: %s passes", name, tr.what, f)
+					t.Errorf("%s: %s passes", name, f)
 				case got:
 					kept++
 				case want:
