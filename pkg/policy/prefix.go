@@ -6,32 +6,37 @@ import (
 )
 
 // subtract returns the prefixes that together hold exactly the addresses of a block without its exceptions, sorted and
-// never a /0, which the kernel's sets refuse.
+// never a /0, which the kernel's sets refuse. There may be as many for each exception as it has bits more than the block.
 func subtract(block netip.Prefix, except []netip.Prefix) []netip.Prefix {
-	var inside []netip.Prefix
-	for _, e := range except {
-		if e.Bits() <= block.Bits() && e.Overlaps(block) {
-			return nil
-		}
-		if e.Overlaps(block) {
-			inside = append(inside, e)
-		}
-	}
-	if len(inside) == 0 && block.Bits() > 0 {
-		return []netip.Prefix{block.Masked()}
-	}
-	low, high := halves(block)
-	return append(subtract(low, inside), subtract(high, inside)...)
+	outside := func(e netip.Prefix) bool { return !e.Overlaps(block) }
+	return carve(nil, block.Masked(), union(slices.DeleteFunc(slices.Clone(except), outside)))
 }
 
-// halves divides a prefix of less than full length.
+// carve appends what exceptions leave of a block; they are sorted, overlap with it, and none holds another.
+func carve(left []netip.Prefix, block netip.Prefix, except []netip.Prefix) []netip.Prefix {
+	if len(except) > 0 && except[0].Bits() <= block.Bits() {
+		return left
+	}
+	if len(except) == 0 && block.Bits() > 0 {
+		return append(left, block)
+	}
+	low, high := halves(block)
+	i, _ := slices.BinarySearchFunc(except, high.Addr(), func(e netip.Prefix, a netip.Addr) int { return e.Addr().Compare(a) })
+	return carve(carve(left, low, except[:i]), high, except[i:])
+}
+
+// halves divides a masked prefix of less than full length.
 func halves(p netip.Prefix) (low, high netip.Prefix) {
-	bits := p.Bits() + 1
-	low = netip.PrefixFrom(p.Masked().Addr(), bits)
-	bytes := low.Addr().AsSlice()
-	bytes[(bits-1)/8] |= 0x80 >> ((bits - 1) % 8)
-	second, _ := netip.AddrFromSlice(bytes) // as long as it was
-	return low, netip.PrefixFrom(second, bits)
+	bits := p.Bits()
+	low = netip.PrefixFrom(p.Addr(), bits+1)
+	if p.Addr().Is4() {
+		a := p.Addr().As4()
+		a[bits/8] |= 0x80 >> (bits % 8)
+		return low, netip.PrefixFrom(netip.AddrFrom4(a), bits+1)
+	}
+	a := p.Addr().As16()
+	a[bits/8] |= 0x80 >> (bits % 8)
+	return low, netip.PrefixFrom(netip.AddrFrom16(a), bits+1)
 }
 
 // union sorts prefixes and leaves out those that another one holds.
