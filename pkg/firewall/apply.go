@@ -140,10 +140,10 @@ func (a *apply) create(s *setPlan) error {
 	if s.replace {
 		// Works only where no rule refers to it, and there is no other way: sets of different types cannot be swapped.
 		a.changes.SetOps++
+		delete(a.known.sets, s.Name)
 		if err := a.sets.Destroy(s.Name); err != nil {
 			return fmt.Errorf("replacing set %s by a %s: %w", s.Name, s.Type, err)
 		}
-		delete(a.known.sets, s.Name)
 	}
 	a.changes.SetOps++
 	made := set{typ: s.Type, family: s.family, max: capacity(len(s.add))}

@@ -309,4 +309,14 @@ func TestLargeSets(t *testing.T) {
 	if sets := n.run("ipset list -n"); strings.Contains(sets, "TMP") {
 		t.Errorf("a temporary set is left: %s", sets)
 	}
+	// A policy comes with as many blocks, and with everything, as pkg/policy writes it.
+	to := sample()
+	*setIn(&to.V4, set.Name) = *set
+	to.V4.Sets = append(to.V4.Sets, netfilter.Set{
+		Name: "WARREN-B4-MANY", Type: netfilter.HashNet, Entries: netfilter.Entries(append(addresses("0.0.0.0/1", "128.0.0.0/1"), entries...)),
+	})
+	n.patch(w, r, to)
+	if got := n.members("WARREN-B4-MANY"); len(got) != len(entries)+2 {
+		t.Errorf("%d members, want %d", len(got), len(entries)+2)
+	}
 }
