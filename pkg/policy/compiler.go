@@ -199,6 +199,15 @@ func (c *Compiler) Group(chain string) (direction string, policies []string, ok 
 	return g.direction.name, g.names, true
 }
 
+// Pod returns a pod that has an address: the first by namespace and name, where the status of another one still names it, too.
+func (c *Compiler) Pod(a netip.Addr) (*cluster.Pod, bool) {
+	owners := c.owners.of(a)
+	if len(owners) == 0 {
+		return nil, false
+	}
+	return owners[0].Pod, true
+}
+
 // affect notes addresses whose connections may be judged otherwise.
 func (c *Compiler) affect(addresses ...netip.Addr) {
 	c.affected = append(c.affected, addresses...)

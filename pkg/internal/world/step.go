@@ -84,9 +84,9 @@ func stepPod(r *rand.Rand, s *cluster.Snapshot) {
 	case 3:
 		p.Ports = somePorts(r)
 	case 4: // a status that is late names the address that another pod has now
-		other := s.Pods[r.IntN(len(s.Pods))]
-		if other.Node == Other && p.Node == Other && !other.HostNetwork {
-			p.Addresses = slices.Clone(other.Addresses)
+		elsewhere := slices.DeleteFunc(slices.Clone(s.Pods), func(o cluster.Pod) bool { return o.Node != Other || o.HostNetwork })
+		if p.Node == Other && len(elsewhere) > 0 {
+			p.Addresses = slices.Clone(elsewhere[r.IntN(len(elsewhere))].Addresses)
 		}
 	case 5:
 		p.Addresses = slices.DeleteFunc(slices.Clone(p.Addresses), func(netip.Addr) bool { return r.IntN(2) == 0 })
