@@ -55,7 +55,7 @@ kind: image ## Create a kind cluster on Warren (options: scripts/kind/up.sh --he
 kind-down: ## Remove the kind cluster and everything that `make kind` started
 	scripts/kind/down.sh
 
-e2e: image ## Test on a real two-node kind cluster
+e2e: image ## Test on a real two-node kind cluster, in dual stack
 	@scripts/deps.sh kind test
 	scripts/kind/e2e.sh
 
