@@ -33,15 +33,16 @@ func convertPolicy(p *networkingv1.NetworkPolicy) (cluster.Policy, []cluster.Pro
 		return policy, found.list
 	}
 	policy.Pods = pods
+	prefixes := maxPrefixes
 	if policy.Ingress {
 		for i, r := range p.Spec.Ingress {
-			rule := ruleReader{path: path.Child("ingress").Index(i), peersField: "from", found: found}
+			rule := ruleReader{path: path.Child("ingress").Index(i), peersField: "from", found: found, prefixes: &prefixes}
 			policy.IngressRules = rule.appendTo(policy.IngressRules, i, r.From, r.Ports)
 		}
 	}
 	if policy.Egress {
 		for i, r := range p.Spec.Egress {
-			rule := ruleReader{path: path.Child("egress").Index(i), peersField: "to", found: found}
+			rule := ruleReader{path: path.Child("egress").Index(i), peersField: "to", found: found, prefixes: &prefixes}
 			policy.EgressRules = rule.appendTo(policy.EgressRules, i, r.To, r.Ports)
 		}
 	}
@@ -68,11 +69,17 @@ func directions(spec *networkingv1.NetworkPolicySpec, found *findings) (ingress,
 	return ingress, egress
 }
 
+// maxPrefixes bounds what the ipBlocks of one policy come to when their exceptions are cut out of them: a block without one address
+// is as many prefixes as that address has more bits, so that an object of a megabyte could come to millions.
+const maxPrefixes = 1 << 17
+
 // ruleReader converts one rule of either direction.
 type ruleReader struct {
 	path       *field.Path
 	peersField string
 	found      *findings
+	// prefixes is how many the policy's blocks may still come to.
+	prefixes *int
 }
 
 func (r ruleReader) appendTo(
@@ -139,7 +146,7 @@ func (r ruleReader) block(path *field.Path, b *networkingv1.IPBlock) (*cluster.B
 		r.found.add(path.Child("cidr"), "%q is not a prefix (%v): this peer is not allowed", b.CIDR, err)
 		return nil, false
 	}
-	block := &cluster.Block{CIDR: cidr}
+	block, comesTo := &cluster.Block{CIDR: cidr}, 1
 	for i, text := range b.Except {
 		except, err := parsePrefix(text)
 		if err != nil {
@@ -151,7 +158,13 @@ func (r ruleReader) block(path *field.Path, b *networkingv1.IPBlock) (*cluster.B
 			return nil, false
 		}
 		block.Except = append(block.Except, except)
+		comesTo += except.Bits() - cidr.Bits()
 	}
+	if comesTo > *r.prefixes {
+		r.found.add(path, "with its exceptions the block may come to %d prefixes, and those of one policy to %d at most: this peer is not allowed", comesTo, maxPrefixes)
+		return nil, false
+	}
+	*r.prefixes -= comesTo
 	return block, true
 }
 

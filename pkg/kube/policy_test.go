@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"fmt"
 	"net/netip"
 	"testing"
 
@@ -184,4 +185,23 @@ func TestConvertPolicyNeverOpens(t *testing.T) {
 		want:   cluster.Policy{Ingress: true, IngressRules: []cluster.Rule{{Index: 2, AnyPeer: true, AnyPort: true}}},
 		fields: []string{"spec.ingress[0].from[0]", "spec.ingress[1].ports[0].port"},
 	}.run(t)
+}
+
+// The blocks of a policy share a bound, so that one object cannot fill the kernel's memory; those beyond it allow nothing.
+func TestConvertPolicyBoundsBlocks(t *testing.T) {
+	policy := &networkingv1.NetworkPolicy{}
+	policy.Namespace, policy.Name = "shop", "api"
+	hostile := networkingv1.NetworkPolicyPeer{IPBlock: &networkingv1.IPBlock{CIDR: "::/0"}}
+	for i := range 1000 { // 128,001 prefixes
+		hostile.IPBlock.Except = append(hostile.IPBlock.Except, fmt.Sprintf("2001:db8::%x/128", i))
+	}
+	harmless := networkingv1.NetworkPolicyPeer{IPBlock: &networkingv1.IPBlock{CIDR: "192.0.2.0/24", Except: []string{"192.0.2.7/32"}}}
+	policy.Spec.Ingress = []networkingv1.NetworkPolicyIngressRule{
+		{From: []networkingv1.NetworkPolicyPeer{hostile}}, {From: []networkingv1.NetworkPolicyPeer{hostile, harmless}},
+	}
+	got, problems := convertPolicy(policy)
+	if len(got.IngressRules) != 2 || len(got.IngressRules[0].Peers) != 1 || len(got.IngressRules[1].Peers) != 1 || !got.IngressRules[1].Peers[0].Block.CIDR.Addr().Is4() {
+		t.Errorf("the rules that are left: %+v", got.IngressRules)
+	}
+	checkEqual(t, "fields of the problems", []string{"spec.ingress[1].from[0].ipBlock"}, fieldsOf(problems))
 }
