@@ -51,6 +51,8 @@ type Options struct {
 	Warrend string
 	// Plugins are the directories of the CNI plugins' binaries.
 	Plugins []string
+	// IPv4Only makes a cluster whose pods have IPv4 alone; the nodes still have both families.
+	IPv4Only bool
 }
 
 // Lab is a cluster on this machine.
@@ -126,6 +128,9 @@ func (l *Lab) Close(ctx context.Context) error {
 
 // ClusterCIDRs are the networks of all pods.
 func (l *Lab) ClusterCIDRs() []netip.Prefix {
+	if l.options.IPv4Only {
+		return []netip.Prefix{netip.MustParsePrefix(podNetwork4)}
+	}
 	return []netip.Prefix{netip.MustParsePrefix(podNetwork4), netip.MustParsePrefix(podNetwork6)}
 }
 

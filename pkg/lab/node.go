@@ -42,12 +42,12 @@ func (l *Lab) addNode(ctx context.Context, number byte) (*Node, error) {
 	n := &Node{
 		Name:      fmt.Sprintf("node-%d", number),
 		Addresses: []netip.Addr{address4.Addr(), address6.Addr()},
-		PodCIDRs: []netip.Prefix{
-			netip.MustParsePrefix(fmt.Sprintf("10.244.%d.0/24", number)),
-			netip.MustParsePrefix(fmt.Sprintf("fd00:10:244:%d::/64", number)),
-		},
+		PodCIDRs:  []netip.Prefix{netip.MustParsePrefix(fmt.Sprintf("10.244.%d.0/24", number))},
 		lab:       l,
 		namespace: fmt.Sprintf("%s-%d", l.options.Name, number),
+	}
+	if !l.options.IPv4Only {
+		n.PodCIDRs = append(n.PodCIDRs, netip.MustParsePrefix(fmt.Sprintf("fd00:10:244:%d::/64", number)))
 	}
 	n.dir = filepath.Join(l.options.Dir, n.Name)
 	for _, dir := range []string{"wireguard", "cni-conf"} {

@@ -25,7 +25,7 @@ type Pod struct {
 	// Listen is called in AddPod with the pod's network namespace, before any plugin: what listens then sees the first packet
 	// that ever reaches the pod. It may be nil.
 	Listen func(netns ns.NetNS) error
-	// UID is set by AddPod.
+	// UID is set by AddPod where it is empty: that of an object in an API server is the server's choice.
 	UID types.UID
 	// Addresses are the leased ones, IPv4 first; set by AddPod.
 	Addresses []netip.Addr
@@ -38,7 +38,10 @@ type Pod struct {
 // conflist, and the addresses come into the object's status. Where it fails nothing is left behind but what the
 // plugin itself left; so the error of a plugin is its CNI error.
 func (n *Node) AddPod(ctx context.Context, pod Pod) (*Pod, error) {
-	pod.Node, pod.UID = n, uuid.NewUUID()
+	pod.Node = n
+	if pod.UID == "" {
+		pod.UID = uuid.NewUUID()
+	}
 	pod.namespace = fmt.Sprintf("%s-%s-%s", n.namespace, pod.Namespace, pod.Name)
 	if err := n.lab.Write(pod.file(), pod.object()); err != nil {
 		return nil, err
