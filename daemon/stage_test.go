@@ -61,17 +61,21 @@ type stage struct {
 // newStage makes nodes on which nothing runs yet.
 func newStage(t *testing.T, name string, nodes int) *stage {
 	t.Helper()
+	return newStageOf(t, lab.Options{Name: name, Nodes: nodes})
+}
+
+// newStageOf completes the options and makes nodes on which nothing runs yet.
+func newStageOf(t *testing.T, o lab.Options) *stage {
+	t.Helper()
 	if err := buildOnce(); err != nil {
 		t.Fatal(err)
 	}
-	network, err := lab.New(t.Context(), lab.Options{
-		Name: name, Dir: t.TempDir(), Nodes: nodes,
-		Warrend: filepath.Join(binaries, "warrend"), Plugins: []string{binaries},
-	})
+	o.Dir, o.Warrend, o.Plugins = t.TempDir(), filepath.Join(binaries, "warrend"), []string{binaries}
+	network, err := lab.New(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &stage{Lab: network, t: t, tunnels: make([]*lab.Process, nodes), daemons: make([]*lab.Process, nodes)}
+	s := &stage{Lab: network, t: t, tunnels: make([]*lab.Process, o.Nodes), daemons: make([]*lab.Process, o.Nodes)}
 	t.Cleanup(func() {
 		if t.Failed() {
 			for i, daemon := range s.daemons {
