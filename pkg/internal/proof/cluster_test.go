@@ -1,0 +1,207 @@
+// Package proof holds the daemon to what it promises of a real API server whose watches lag, break and are answered with
+// errors. What needs no API server is proved beside the daemon.
+package proof
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+
+	"github.com/warren-cni/warren/pkg/internal/apiserver"
+	"github.com/warren-cni/warren/pkg/lab"
+)
+
+// patience is how long a change may take until it is seen on a busy machine.
+const patience = 30 * time.Second
+
+// binaries is where the programs under test are built, once for all tests.
+var binaries string
+
+func TestMain(m *testing.M) {
+	os.Exit(func() int {
+		var err error
+		if binaries, err = os.MkdirTemp("", "warren-proof-"); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer func() { _ = os.RemoveAll(binaries) }()
+		return m.Run()
+	}())
+}
+
+// buildOnce builds the plugin, the daemon and the chained plugins.
+var buildOnce = sync.OnceValue(func() error {
+	return errors.Join(lab.BuildWarren(context.Background(), binaries), lab.BuildChained(context.Background(), binaries))
+})
+
+// cluster is a real API server, and a node with a real daemon that reaches it through a proxy.
+type cluster struct {
+	t      *testing.T
+	config *rest.Config
+	client kubernetes.Interface
+	node   *lab.Node
+	proxy  *proxy
+}
+
+// newCluster starts all of it. There are three Nodes, of which one is there.
+func newCluster(t *testing.T, name string) *cluster {
+	t.Helper()
+	config := apiserver.Start(t).Admin()
+	client, err := kubernetes.NewForConfig(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &cluster{t: t, config: config, client: client}
+	node := c.newNode(name)
+	for _, number := range []int{1, 2, 3} {
+		c.createNode(number)
+	}
+	c.node, c.proxy = node, c.start(node)
+	return c
+}
+
+// newNode makes a node on which nothing runs yet.
+func (c *cluster) newNode(name string) *lab.Node {
+	c.t.Helper()
+	if err := buildOnce(); err != nil {
+		c.t.Fatal(err)
+	}
+	network, err := lab.New(c.t.Context(), lab.Options{
+		Name: name, Dir: c.t.TempDir(), Nodes: 1, Warrend: filepath.Join(binaries, "warrend"), Plugins: []string{binaries},
+	})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.t.Cleanup(func() {
+		if err := network.Close(c.t.Context()); err != nil {
+			c.t.Error(err)
+		}
+	})
+	return network.Nodes[0]
+}
+
+// start starts tunnel and daemon of a node and waits until pods can be attached.
+func (c *cluster) start(node *lab.Node) *proxy {
+	c.t.Helper()
+	between, kubeconfig := newProxy(c.t, c.config, node.Do)
+	if _, err := node.StartTunnel(c.t.Context()); err != nil {
+		c.t.Fatal(err)
+	}
+	daemon, err := node.StartDaemon(c.t.Context(), nil, "--wireguard", "userspace", "--log-level", "debug", "--objects", "", "--kubeconfig", kubeconfig)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.t.Cleanup(func() {
+		if c.t.Failed() {
+			c.t.Logf("the log of the daemon ends in:\n%s", daemon.Log(40))
+		}
+	})
+	if err = node.Ready(c.t.Context(), daemon, 0); err != nil {
+		c.t.Fatal(err)
+	}
+	return between
+}
+
+// createNode creates the object of a node of the lab's numbering.
+func (c *cluster) createNode(number int) {
+	c.t.Helper()
+	node, err := c.client.CoreV1().Nodes().Create(c.t.Context(), &corev1.Node{
+		ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("node-%d", number)},
+		Spec: corev1.NodeSpec{
+			PodCIDR:  fmt.Sprintf("10.244.%d.0/24", number),
+			PodCIDRs: []string{fmt.Sprintf("10.244.%d.0/24", number), fmt.Sprintf("fd00:10:244:%d::/64", number)},
+		},
+	}, metav1.CreateOptions{})
+	if err == nil {
+		node.Status.Addresses = []corev1.NodeAddress{
+			{Type: corev1.NodeInternalIP, Address: fmt.Sprintf("192.0.2.%d", number)},
+			{Type: corev1.NodeInternalIP, Address: fmt.Sprintf("2001:db8::%d", number)},
+		}
+		_, err = c.client.CoreV1().Nodes().UpdateStatus(c.t.Context(), node, metav1.UpdateOptions{})
+	}
+	if err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// createNamespace creates a namespace.
+func (c *cluster) createNamespace(name string, labels map[string]string) {
+	c.t.Helper()
+	namespace := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: labels}}
+	if _, err := c.client.CoreV1().Namespaces().Create(c.t.Context(), namespace, metav1.CreateOptions{}); err != nil {
+		c.t.Fatal(err)
+	}
+	account := &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: "default"}}
+	if _, err := c.client.CoreV1().ServiceAccounts(name).Create(c.t.Context(), account, metav1.CreateOptions{}); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// createPod creates the object of a pod on a node.
+func (c *cluster) createPod(namespace, name, node string, labels map[string]string) *corev1.Pod {
+	c.t.Helper()
+	pod, err := c.client.CoreV1().Pods(namespace).Create(c.t.Context(), &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: labels},
+		Spec: corev1.PodSpec{
+			NodeName: node, AutomountServiceAccountToken: new(false),
+			Containers: []corev1.Container{{Name: "main", Image: "none", Ports: []corev1.ContainerPort{{Name: "http", ContainerPort: 8080}}}},
+		},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return pod
+}
+
+// setStatus writes the addresses and the phase of a pod.
+func (c *cluster) setStatus(pod *corev1.Pod, phase corev1.PodPhase, addresses ...string) {
+	c.t.Helper()
+	pod.Status.Phase, pod.Status.PodIPs = phase, nil
+	for _, address := range addresses {
+		pod.Status.PodIP = addresses[0]
+		pod.Status.PodIPs = append(pod.Status.PodIPs, corev1.PodIP{IP: address})
+	}
+	if _, err := c.client.CoreV1().Pods(pod.Namespace).UpdateStatus(c.t.Context(), pod, metav1.UpdateOptions{}); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// relabel gives a pod other labels.
+func (c *cluster) relabel(pod *corev1.Pod, labels map[string]string) *corev1.Pod {
+	c.t.Helper()
+	pod = pod.DeepCopy()
+	pod.Labels, pod.ResourceVersion = labels, ""
+	now, err := c.client.CoreV1().Pods(pod.Namespace).Update(c.t.Context(), pod, metav1.UpdateOptions{})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return now
+}
+
+// deletePod deletes a pod's object at once.
+func (c *cluster) deletePod(pod *corev1.Pod) {
+	c.t.Helper()
+	if err := c.client.CoreV1().Pods(pod.Namespace).Delete(c.t.Context(), pod.Name, *metav1.NewDeleteOptions(0)); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// eventually waits for a condition.
+func (c *cluster) eventually(condition func() error) {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(c.t.Context(), patience)
+	defer cancel()
+	if err := lab.Until(ctx, condition); err != nil {
+		c.t.Fatal(err)
+	}
+}
