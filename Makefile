@@ -6,7 +6,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 # The version is told, not asked of git, which refuses to answer root about another user's clone.
 GO_BUILD := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$(VERSION)"
 
-.PHONY: help build test test-vm lint demo bench image manifests kind kind-down e2e clean
+.PHONY: help build test test-vm soak lint demo bench image manifests kind kind-down e2e clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,12 @@ test: build test-vm ## Run all tests: units, network namespaces, a real API serv
 	@scripts/deps.sh test
 	scripts/tools/build.sh kube-apiserver etcd kubectl
 	go test -timeout 20m ./...
+
+soak: build ## Run the proofs ten times as long as `make test` does (WARREN_SOAK=SEED repeats one of its runs)
+	@scripts/deps.sh test
+	scripts/tools/build.sh kube-apiserver etcd
+	set -o pipefail; WARREN_SOAK=$${WARREN_SOAK:-1} go test -count=1 -p 1 -timeout 5h -v -run ^TestProof ./daemon ./pkg/internal/proof \
+		| tee build/soak.log | grep --line-buffered -E "^(--- |FAIL|ok|panic)|proof: |seed [0-9]|_test.go:"
 
 test-vm: ## Run the mesh's tests on kernel WireGuard in a QEMU guest
 	@scripts/deps.sh test vm
