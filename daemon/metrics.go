@@ -13,11 +13,16 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
-// metrics reads the last outcome at every scrape, so that no figure can disagree with `warrend status`.
+// scrapePatience is how long a scrape waits for the kernel's counters.
+const scrapePatience = 5 * time.Second
+
+// metrics reads the last outcome at every scrape, so that no figure can disagree with `warrend status`, and the kernel's counters.
 type metrics struct {
-	node *node
+	node    *node
+	denials denials
 
 	ready, encryption, problems, policies, pods, peers, lastApply *prometheus.Desc
+	denied, dropped, flowLines, flowSuppressed                    *prometheus.Desc
 }
 
 // newMetrics describes the figures.
@@ -34,12 +39,19 @@ func newMetrics(n *node) *metrics {
 		pods:       desc("pods", "Pods of this node, by whether a policy isolates them.", "isolated"),
 		peers:      desc("peers", "Peers that the mesh wants."),
 		lastApply:  desc("last_apply_timestamp_seconds", "When everything was last applied without an error."),
+		denied: desc("denied_packets_total",
+			"Packets that no policy of an isolated pod allows, by each policy that isolates it and the direction.", "policy", "direction"),
+		dropped:        desc("dropped_packets_total", "Packets that the rules drop which stand whatever the policies, by reason.", "reason"),
+		flowLines:      desc("flow_log_lines_total", "Packets that got a line in the log because a policy asks for it."),
+		flowSuppressed: desc("flow_log_suppressed_total", "Packets that got none because there were too many."),
 	}
 }
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{m.ready, m.encryption, m.problems, m.policies, m.pods, m.peers, m.lastApply} {
+	for _, d := range []*prometheus.Desc{
+		m.ready, m.encryption, m.problems, m.policies, m.pods, m.peers, m.lastApply, m.denied, m.dropped, m.flowLines, m.flowSuppressed,
+	} {
 		ch <- d
 	}
 }
@@ -66,6 +78,30 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	}
 	for code, count := range byCode {
 		gauge(m.problems, float64(count), code)
+	}
+	m.collectPackets(ch)
+}
+
+// collectPackets tells what was dropped and what was logged. Counters that cannot be read are left out: all other figures stand.
+func (m *metrics) collectPackets(ch chan<- prometheus.Metric) {
+	counter := func(d *prometheus.Desc, value uint64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(value), labels...)
+	}
+	counter(m.flowLines, m.node.flows.lines.Load())
+	counter(m.flowSuppressed, m.node.flows.suppressed.Load())
+	ctx, cancel := context.WithTimeout(context.Background(), scrapePatience) // a Collector gets no context
+	defer cancel()
+	read, err := m.node.filter.Denied(ctx)
+	if err != nil {
+		m.node.log.Warn("reading the counters of dropped packets", "error", err)
+		return
+	}
+	for labels, packets := range m.denials.add(read, m.node.planner.group) {
+		if labels.reason != "" {
+			counter(m.dropped, packets, labels.reason)
+		} else {
+			counter(m.denied, packets, labels.policy, labels.direction)
+		}
 	}
 }
 

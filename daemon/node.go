@@ -15,6 +15,7 @@ import (
 	"github.com/warren-cni/warren/pkg/cluster"
 	"github.com/warren-cni/warren/pkg/firewall"
 	"github.com/warren-cni/warren/pkg/ipam"
+	"github.com/warren-cni/warren/pkg/kube"
 	"github.com/warren-cni/warren/pkg/mesh"
 	"github.com/warren-cni/warren/pkg/netfilter"
 	"github.com/warren-cni/warren/pkg/reconcile"
@@ -31,6 +32,8 @@ type source interface {
 	Problems() []cluster.Problem
 	Refresh(ctx context.Context, namespace, name, uid string) error
 	Publish(ctx context.Context, annotations map[string]string) error
+	Event(ctx context.Context, event kube.Event)
+	Reporter(policy cluster.Key) string
 }
 
 // filter is the packet filter of the kernel.
@@ -38,6 +41,7 @@ type filter interface {
 	comparer
 	Apply(ctx context.Context, rules netfilter.Ruleset) (firewall.Changes, error)
 	Patch(ctx context.Context, change netfilter.Change) (firewall.Changes, error)
+	Denied(ctx context.Context) ([]firewall.Denial, error)
 	Forget()
 	Problems() []cluster.Problem
 }
@@ -62,6 +66,8 @@ type node struct {
 	loop      *reconcile.Loop
 	planner   *planner
 	cuts      *cutter
+	flows     *flowLog
+	news      *announcer
 	// planned are the addresses that the step which runs wants to let pass; only the loop touches it.
 	planned map[netip.Addr]cluster.Holder
 	// tunnelChanged says that something happened to the tunnel since it was applied last.
@@ -140,7 +146,7 @@ func (n *node) record(o outcome) {
 	n.logProblems(before, o.problems)
 }
 
-// logProblems logs the problems that came and those that went, once each.
+// logProblems logs the problems that came and those that went, once each, and has those that came announced.
 func (n *node) logProblems(before, now []cluster.Problem) {
 	if slices.Equal(before, now) {
 		return
@@ -152,6 +158,7 @@ func (n *node) logProblems(before, now []cluster.Problem) {
 	for _, p := range now {
 		if !had[p] {
 			n.log.Warn("problem", "code", p.Code, "object", p.Object, "field", p.Field, "message", p.Message, "remedy", p.Remedy)
+			n.news.add(p)
 		}
 		delete(had, p)
 	}
@@ -178,10 +185,9 @@ func (n *node) serve(ctx context.Context) error {
 	start("answering on the socket", n.answer)
 	start("serving metrics", n.serveMetrics)
 	start("reconciling", n.reconcile)
-	start("cutting connections", func(ctx context.Context) error {
-		n.cuts.run(ctx)
-		return nil
-	})
+	for _, run := range []func(context.Context){n.cuts.run, n.flows.run, n.news.run} {
+		running.Go(func() { run(ctx) })
+	}
 	if n.options.encryptionMode {
 		start("following the tunnel", func(ctx context.Context) error {
 			return wgdevice.WatchTunnel(ctx, func() {

@@ -142,6 +142,20 @@ func (p *planner) snapshot() cluster.Snapshot {
 	return p.state.Snapshot()
 }
 
+// pod returns the pod that has an address.
+func (p *planner) pod(a netip.Addr) (*cluster.Pod, bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.compiler.Pod(a)
+}
+
+// group returns the direction and the policies of a group's chain.
+func (p *planner) group(chain string) (direction string, policies []string, ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.compiler.Group(chain)
+}
+
 // self returns the own Node, as far as it is known.
 func (p *planner) self() cluster.Node {
 	p.mu.Lock()

@@ -21,6 +21,9 @@ import (
 	"github.com/warren-cni/warren/pkg/wgdevice"
 )
 
+// codeNotApplied is the code of the problem that this node's kernel refused a policy.
+const codeNotApplied = "PolicyNotApplied"
+
 // ipvsCode is the code of the problem with which no pod can be attached, ready or not.
 const ipvsCode = "KubeProxyIPVS"
 
@@ -56,7 +59,7 @@ func (n *node) step(ctx context.Context, full bool) error {
 	if ctx.Err() != nil {
 		return err // the daemon stops: what was cut short says nothing of the node
 	}
-	now.problems = cluster.SortProblems(slices.Concat(n.source.Problems(), n.filter.Problems(), n.cuts.problems(), now.leaseProblems, now.host.problems, wanted.problems, now.problems))
+	now.problems = cluster.SortProblems(slices.Concat(n.source.Problems(), n.filter.Problems(), n.cuts.problems(), n.flows.problems(), now.leaseProblems, now.host.problems, wanted.problems, now.problems))
 	n.record(now)
 	return err
 }
@@ -296,7 +299,7 @@ func closedProblems(refused *firewall.ClosedError) []cluster.Problem {
 	const remedy = "give the node the iptables extension or kernel module that is missing, or do without it in the policy; the daemon retries"
 	var problems []cluster.Problem
 	for _, c := range refused.Chains {
-		problems = append(problems, applyProblem("PolicyNotApplied", "NetworkPolicy "+strings.Join(c.Objects, ", "),
+		problems = append(problems, applyProblem(codeNotApplied, "NetworkPolicy "+strings.Join(c.Objects, ", "),
 			fmt.Errorf("the pods selected are isolated: chain %s is closed: %w", c.Name, c.Err), remedy))
 	}
 	for _, s := range refused.Sets {
@@ -304,7 +307,7 @@ func closedProblems(refused *firewall.ClosedError) []cluster.Problem {
 		if len(s.Objects) == 0 {
 			object = "Set " + s.Name
 		}
-		problems = append(problems, applyProblem("PolicyNotApplied", object,
+		problems = append(problems, applyProblem(codeNotApplied, object,
 			fmt.Errorf("what set %s (%s) lacks stays closed: %w", s.Name, s.Comment, s.Err), remedy))
 	}
 	return problems

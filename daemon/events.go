@@ -1,0 +1,144 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/warren-cni/warren/pkg/cluster"
+	"github.com/warren-cni/warren/pkg/kube"
+)
+
+// Kinds of the objects that Events are about.
+const (
+	kindPolicy = "NetworkPolicy"
+	kindPod    = "Pod"
+	kindNode   = "Node"
+)
+
+// announcer writes Events about problems of policies and of the own Node, each by one node. It works beside the loop, because to find
+// out which node reports a policy is to look at all pods.
+type announcer struct {
+	self string
+	// reporter is the node that shall report a policy which no node can enforce.
+	reporter func(policy cluster.Key) string
+	event    func(context.Context, kube.Event)
+	wake     chan struct{}
+
+	mu      sync.Mutex
+	waiting []cluster.Problem
+}
+
+func newAnnouncer(self string, s source) *announcer {
+	return &announcer{self: self, reporter: s.Reporter, event: s.Event, wake: make(chan struct{}, 1)}
+}
+
+// add has a problem that is new announced.
+func (a *announcer) add(p cluster.Problem) {
+	a.mu.Lock()
+	a.waiting = append(a.waiting, p)
+	a.mu.Unlock()
+	select {
+	case a.wake <- struct{}{}:
+	default: // it is awake
+	}
+}
+
+// run announces what is added until the context ends.
+func (a *announcer) run(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-a.wake:
+		}
+		a.mu.Lock()
+		problems := a.waiting
+		a.waiting = nil
+		a.mu.Unlock()
+		for _, p := range problems {
+			for _, object := range a.objects(p) {
+				a.event(ctx, kube.Event{Object: object, Type: kube.Warning, Reason: p.Code, Message: problemText(p)})
+			}
+		}
+	}
+}
+
+// objects are those that this node has to announce a problem on.
+func (a *announcer) objects(p cluster.Problem) []kube.Reference {
+	kind, names, _ := strings.Cut(p.Object, " ")
+	var objects []kube.Reference
+	switch {
+	case kind == kindNode && names == a.self:
+		objects = append(objects, kube.Reference{Kind: kind, Name: names})
+	case kind == kindPolicy:
+		for key := range strings.SplitSeq(names, ", ") {
+			namespace, name, _ := strings.Cut(key, "/")
+			// What this node's kernel refused no other node knows of.
+			if p.Code == codeNotApplied || a.reporter(cluster.Key{Namespace: namespace, Name: name}) == a.self {
+				objects = append(objects, kube.Reference{Kind: kind, Namespace: namespace, Name: name})
+			}
+		}
+	}
+	return objects
+}
+
+// problemText is a problem as the message of an Event about its object.
+func problemText(p cluster.Problem) string {
+	text := p.Message + "; " + p.Remedy
+	if p.Field != "" {
+		return p.Field + ": " + text
+	}
+	return text
+}
+
+// deniedEvent is the Event about a denied packet, on the pod of this node that policies isolate; it returns false where that is not
+// known any more. Equal keys are Events about the same pod, direction and peer.
+func (f flow) deniedEvent() (event kube.Event, key string, ok bool) {
+	denied, peer, toward := f.Source, f.Destination, "to"
+	if f.Direction == "ingress" {
+		denied, peer, toward = f.Destination, f.Source, "from"
+	}
+	if f.Verdict != flowDenied || f.Direction == "" || denied.pod == nil {
+		return kube.Event{}, "", false
+	}
+	port := f.Protocol
+	if f.Destination.Port > 0 {
+		port = fmt.Sprintf("%d/%s", f.Destination.Port, f.Protocol)
+	}
+	event = kube.Event{
+		Object: kube.Reference{Kind: kindPod, Namespace: denied.pod.Namespace, Name: denied.pod.Name, UID: denied.pod.UID},
+		Type:   kube.Warning, Reason: "PolicyDenied",
+		Message: fmt.Sprintf("%s %s %s (%s) denied by %s", f.Direction, toward, peer, port, strings.Join(f.Policies, ", ")),
+	}
+	return event, strings.Join([]string{denied.Pod, f.Direction, peer.String()}, " "), true
+}
+
+// seldom remembers what was done lately.
+type seldom struct {
+	last map[string]time.Time
+}
+
+// How long something counts as done lately, and how much is remembered.
+const (
+	seldomEvery = 5 * time.Minute
+	seldomKeys  = 4096
+)
+
+// due tells whether something may be done again, and counts it as done then. Where too much is remembered it is not due.
+func (s *seldom) due(key string, now time.Time) bool {
+	if s.last == nil {
+		s.last = map[string]time.Time{}
+	}
+	if len(s.last) >= seldomKeys {
+		maps.DeleteFunc(s.last, func(_ string, at time.Time) bool { return now.Sub(at) >= seldomEvery })
+	}
+	if at, ok := s.last[key]; ok && now.Sub(at) < seldomEvery || len(s.last) >= seldomKeys {
+		return false
+	}
+	s.last[key] = now
+	return true
+}
