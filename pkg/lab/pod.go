@@ -25,7 +25,7 @@ type Pod struct {
 	// Listen is called in AddPod with the pod's network namespace, before any plugin: what listens then sees the first packet
 	// that ever reaches the pod. It may be nil.
 	Listen func(netns ns.NetNS) error
-	// UID is that of the Pod object; where it is empty AddPod sets it.
+	// UID is set by AddPod where it is empty: that of an object in an API server is the server's choice.
 	UID types.UID
 	// Addresses are the leased ones, IPv4 first; set by AddPod.
 	Addresses []netip.Addr
