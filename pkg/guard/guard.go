@@ -19,11 +19,12 @@ import (
 	"github.com/warren-cni/warren/pkg/podcidr"
 )
 
-// The chains of this package, each behind one hook.
+// The chains of this package, each behind one hook, but for judgedChain, which hangs below guardChain.
 const (
 	rawChain     = netfilter.Prefix + "-RAW"
 	forwardChain = netfilter.Prefix + "-FORWARD"
 	guardChain   = netfilter.Prefix + "-GUARD"
+	judgedChain  = netfilter.Prefix + "-JUDGED"
 	natChain     = netfilter.Prefix + "-NAT"
 	acceptChain  = netfilter.Prefix + "-ACCEPT"
 )
@@ -74,6 +75,7 @@ func (c Config) compile(f netfilter.Family) netfilter.Rules {
 			{Table: "filter", Name: acceptChain, Rules: p.accept()},
 			{Table: "mangle", Name: forwardChain, Rules: p.forward()},
 			{Table: "mangle", Name: guardChain, Rules: p.guard()},
+			{Table: "mangle", Name: judgedChain, Rules: judged()},
 			{Table: "nat", Name: natChain, Rules: p.nat()},
 			{Table: "raw", Name: rawChain, Rules: p.raw()},
 		},

@@ -36,9 +36,12 @@ func with(p trace.Packet, change func(*trace.Packet)) trace.Packet {
 func state(s string) func(*trace.Packet) { return func(p *trace.Packet) { p.State = s } }
 
 // cut marks a packet's connection as not allowed any more; others is a mark with every bit but that.
-func cut(p *trace.Packet) { p.Mark = netfilter.CutMark }
+func cut(p *trace.Packet) { p.ConnMark = netfilter.CutMark }
 
-func others(p *trace.Packet) { p.Mark = ^uint32(netfilter.CutMark) }
+func others(p *trace.Packet) { p.ConnMark = ^uint32(netfilter.CutMark) }
+
+// fromNode gives a packet one of the node's addresses as its source.
+func fromNode(p *trace.Packet) { p.FromNode = true }
 
 func run(t *testing.T, config guard.Config, steps []step) {
 	t.Helper()
@@ -104,8 +107,7 @@ func TestForward(t *testing.T) {
 		hook("another program's mark", with(with(route("wrn1", "eth0", "10.244.1.7", "192.0.2.1"), state("ESTABLISHED")), others), ""),
 		hook("another program's", with(route("docker0", "eth0", "172.17.0.2", "192.0.2.1"), state("INVALID")), ""),
 		hook("another host that routes through the node", route("eth0", "warren0", "2001:db8::1", "fd00:10:244:2::9"), ""),
-		hook("another host with the node's address", with(route("eth0", "warren0", "2001:db8::1", "fd00:10:244:2::9"),
-			func(p *trace.Packet) { p.FromNode = true }), "DROP"),
+		hook("another host with the node's address", with(route("eth0", "warren0", "2001:db8::1", "fd00:10:244:2::9"), fromNode), "DROP"),
 		hook("IPv6 of a ready pod", route("wrn1", "warren0", "fd00:10:244:1::7", "fd00:10:244:2::9"), ""),
 		hook("IPv6 of a pod that is not ready", route("wrn1", "warren0", "fd00:10:244:1::3", "fd00:10:244:2::9"), "DROP"),
 	})
@@ -119,7 +121,7 @@ func TestPlaintextGuard(t *testing.T) {
 		return step{name, "mangle", "POSTROUTING", p, want}
 	}
 	steps := []step{
-		hook("to a local pod", route("", "wrn1", "10.244.1.1", "10.244.1.7"), ""),
+		hook("the node to a local pod", with(route("", "wrn1", "10.244.1.1", "10.244.1.7"), fromNode), ""),
 		hook("to the node itself", route("", "lo", "10.244.1.1", "10.244.1.1"), ""),
 		hook("to the world", route("", "eth0", "10.244.1.7", "192.0.2.1"), ""),
 		hook("to a node", route("", "eth0", "192.168.0.1", "192.168.0.2"), ""),
@@ -142,7 +144,6 @@ func TestPlaintextGuard(t *testing.T) {
 
 func TestTranslation(t *testing.T) {
 	hook := func(name string, p trace.Packet, want string) step { return step{name, "nat", "POSTROUTING", p, want} }
-	fromNode := func(p *trace.Packet) { p.FromNode = true }
 	dnat := func(p *trace.Packet) { p.DNAT = true }
 	steps := []step{
 		hook("to a local pod", route("", "wrn1", "192.0.2.1", "10.244.1.7"), ""),

@@ -68,23 +68,33 @@ func (p plan) forward() []netfilter.Rule {
 			rule("segments that fit the tunnel", "-i "+link+clamp))
 	}
 	ready := netfilter.ReadySet(p.family)
-	cut := fmt.Sprintf("-m connmark --mark %#x/%#x -j DROP", netfilter.CutMark, netfilter.CutMark)
 	return append(rules,
 		rule("not a pod's traffic", "! -i wrn+ ! -o wrn+ -j RETURN"),
 		rule("start gate", "-i wrn+ -m set ! --match-set "+ready+" src -j DROP"),
 		rule("start gate", "-o wrn+ -m set ! --match-set "+ready+" dst -j DROP"),
 		// Both ways, and the errors of ICMP that belong to it: they carry the mark of the connection that they are about.
-		rule("not allowed any more", cut),
+		cut(),
 		// They would not be translated, and leave with the pod's address.
 		rule("no connection to judge by", "-i wrn+ -m conntrack --ctstate INVALID,UNTRACKED -j DROP"),
 		rule("allowed when it began", "-m conntrack --ctstate ESTABLISHED,RELATED -j RETURN"),
-		rule("new connections", "-j "+netfilter.PolicyChain))
+		rule("new connections", "-j "+netfilter.PolicyChain),
+		rule("allowed", fmt.Sprintf("-j MARK --set-xmark %#x/%#x", netfilter.JudgedMark, netfilter.JudgedMark)))
+}
+
+// cut stops the connections that policies no longer allow.
+func cut() netfilter.Rule {
+	return rule("not allowed any more", fmt.Sprintf("-m connmark --mark %#x/%#x -j DROP", netfilter.CutMark, netfilter.CutMark))
 }
 
 // guard is the last look at a packet: forwarded, made by the node or translated, what is for a pod leaves by the tunnel
-// or by the pod's link, or not at all. It judges by destination, because after SNAT no hook sees a pod's source.
+// or by the pod's link, or not at all. It judges by destination, because after SNAT no hook sees a pod's source. And it
+// holds back what forward should have judged and did not see, because another program took its jump away or accepts
+// ahead of it: connections that were cut, and new ones. Those that are established go on meanwhile.
 func (p plan) guard() []netfilter.Rule {
-	var rules []netfilter.Rule
+	rules := []netfilter.Rule{
+		cut(),
+		rule("new connections", "-m conntrack ! --ctstate ESTABLISHED,RELATED -j "+judgedChain),
+	}
 	if p.encrypted {
 		rules = append(rules, rule("encrypted", "-o "+link+" -j RETURN"))
 	}
@@ -99,6 +109,18 @@ func (p plan) guard() []netfilter.Rule {
 		rules = append(rules, matching("never in clear", f.match("dst"), "-j DROP"))
 	}
 	return rules
+}
+
+// judged drops what begins a connection from or to a pod and was not judged. What is the node's own never is: it comes
+// through no FORWARD, and has one of the node's addresses, also where it carries a pod's packet (IPsec). A connection whose
+// first packet is dropped here is none to conntrack, so that nothing is established past the policies.
+func judged() []netfilter.Rule {
+	unjudged := fmt.Sprintf(" -m mark ! --mark %#x/%#x -m addrtype ! --src-type LOCAL -j DROP", netfilter.JudgedMark, netfilter.JudgedMark)
+	return []netfilter.Rule{
+		rule("not judged", "-i wrn+"+unjudged), // here -i is there for what is forwarded, since Linux 5.7
+		rule("not judged", "-o wrn+"+unjudged),
+		rule("nobody else sees the mark", fmt.Sprintf("-j MARK --set-xmark 0x0/%#x", netfilter.JudgedMark)),
+	}
 }
 
 // nat gives packets that leave the pods' world the node's address, and the node's packets to remote pods an address that

@@ -17,6 +17,10 @@ import (
 // pkg/guard drops what carries it, pkg/conntrack sets and clears it. No other bit of the mark is read or changed.
 const CutMark = 1 << 24
 
+// JudgedMark is the bit in the mark of a packet by which a connection begins that the policies allow: pkg/guard sets it in
+// FORWARD, and in POSTROUTING drops what lacks it and clears it. No other bit of the mark is read or changed.
+const JudgedMark = 1 << 25
+
 // LogGroup is the NFLOG group of the packets that policies ask to log.
 const LogGroup = 87
 

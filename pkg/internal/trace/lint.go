@@ -24,7 +24,7 @@ func (f *Filter) Lint() error {
 		lintName(key.name, maxChain, report)
 		for i, r := range rules {
 			f.lintRule(key, r, usedSets, report)
-			if len(r.matches) == 0 && r.target != "TCPMSS" && r.logs == "" && (!r.jump || r.gotos) && i < len(rules)-1 {
+			if len(r.matches) == 0 && r.target != "TCPMSS" && r.marks == nil && r.logs == "" && (!r.jump || r.gotos) && i < len(rules)-1 {
 				report("%s: no packet comes past rule %d", key.name, i+1)
 			}
 		}
@@ -66,6 +66,9 @@ func (f *Filter) lintRule(key chainKey, r rule, used map[string]bool, report fun
 	translates := r.target == "MASQUERADE" || strings.HasPrefix(r.target, "SNAT ")
 	if translates != (key.table == "nat") && (translates || r.target == "DROP" || r.target == "ACCEPT") {
 		report("%s: %s does not belong into %s", key.name, r.target, key.table)
+	}
+	if r.marks != nil && key.table != "mangle" {
+		report("%s: MARK does not belong into %s", key.name, key.table)
 	}
 	if r.target == "ACCEPT" && key.table != "filter" {
 		report("%s: ACCEPT in %s goes round everybody else's rules", key.name, key.table)
@@ -112,7 +115,8 @@ func (f *Filter) reach(key chainKey, builtIn string, path []chainKey, reached ma
 	}
 	reached[key] = builtIn
 	for _, r := range f.chains[key] {
-		for option, refused := range map[string]string{"-o": "PREROUTING", "-i": "POSTROUTING", "--invert": "FORWARD"} {
+		// In POSTROUTING -i works since Linux 5.7, for what is forwarded.
+		for option, refused := range map[string]string{"-o": "PREROUTING", "--invert": "FORWARD"} {
 			if refused == builtIn && slices.Contains(r.options, option) {
 				report("%s: %s has no meaning in %s", key.name, option, builtIn)
 			}

@@ -47,7 +47,7 @@ func (p *ruleParser) option() error {
 func (p *ruleParser) apply(word string, args []string) error {
 	switch word {
 	case "-m":
-		if !slices.Contains([]string{"comment", "set", "conntrack", "rpfilter", "addrtype", "connmark", "limit"}, args[0]) {
+		if !slices.Contains([]string{"comment", "set", "conntrack", "rpfilter", "addrtype", "connmark", "mark", "limit"}, args[0]) {
 			return fmt.Errorf("the match %q is unknown", args[0])
 		}
 		p.modules = append(p.modules, args[0])
@@ -185,7 +185,7 @@ func (p *ruleParser) state(word string, args []string) error {
 		p.add(func(_ *Filter, packet Packet) bool { return packet.FromNode })
 		return p.needs("addrtype", nil)
 	case "--mark":
-		return p.needs("connmark", p.connmark(args[0]))
+		return p.mark(args[0])
 	case "--limit", "--limit-burst": // no packet here is one too many
 		return p.needs("limit", p.noNegation())
 	}
@@ -201,16 +201,34 @@ func (p *ruleParser) state(word string, args []string) error {
 	return p.needs("conntrack", nil)
 }
 
-// connmark reads a mark and the mask of the bits that it is compared in.
-func (p *ruleParser) connmark(text string) error {
-	markText, maskText, _ := strings.Cut(text, "/")
-	mark, markErr := strconv.ParseUint(markText, 0, 32)
-	mask, maskErr := strconv.ParseUint(maskText, 0, 32)
-	if markErr != nil || maskErr != nil || mark&^mask != 0 {
-		return fmt.Errorf("%q is no mark with a mask", text)
+// mark makes a match on the packet's mark or its connection's, whichever of the two modules the rule loads.
+func (p *ruleParser) mark(text string) error {
+	mark, mask, err := parseMark(text)
+	if err != nil {
+		return err
 	}
-	p.add(func(_ *Filter, packet Packet) bool { return uint64(packet.Mark)&mask == mark })
+	own, connection := slices.Contains(p.modules, "mark"), slices.Contains(p.modules, "connmark")
+	if own == connection {
+		return fmt.Errorf("--mark %s needs either -m mark or -m connmark", text)
+	}
+	p.add(func(_ *Filter, packet Packet) bool {
+		if own {
+			return packet.Mark&mask == mark
+		}
+		return packet.ConnMark&mask == mark
+	})
 	return nil
+}
+
+// parseMark reads a mark and the mask of the bits that it is about.
+func parseMark(text string) (mark, mask uint32, err error) {
+	markText, maskText, _ := strings.Cut(text, "/")
+	mark64, markErr := strconv.ParseUint(markText, 0, 32)
+	mask64, maskErr := strconv.ParseUint(maskText, 0, 32)
+	if markErr != nil || maskErr != nil || mark64&^mask64 != 0 {
+		return 0, 0, fmt.Errorf("%q is no mark with a mask", text)
+	}
+	return uint32(mark64), uint32(mask64), nil
 }
 
 // target reads a target with its arguments, which end the rule.
@@ -231,6 +249,12 @@ func (p *ruleParser) target(word, name string) error {
 	case name == "MASQUERADE" && slices.Equal(rest, []string{"--random-fully"}),
 		name == "TCPMSS" && slices.Equal(rest, []string{"--clamp-mss-to-pmtu"}):
 		rest = nil
+	case name == "MARK" && len(rest) == 2 && rest[0] == "--set-xmark":
+		mark, mask, err := parseMark(rest[1])
+		if err != nil {
+			return err
+		}
+		p.rule.marks, rest = func(old uint32) uint32 { return old&^mask ^ mark }, nil
 	case name == "DROP", name == "ACCEPT", name == "RETURN":
 	case strings.ToUpper(name) == name && strings.Contains(name, "-"):
 		p.rule.jump = true

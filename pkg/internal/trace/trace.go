@@ -24,8 +24,8 @@ type Packet struct {
 	Flags string
 	// State is conntrack's: "NEW", "ESTABLISHED", "RELATED", "INVALID" or "UNTRACKED".
 	State string
-	// Mark is that of the packet's connection.
-	Mark uint32
+	// ConnMark is the mark of the packet's connection, Mark its own, with which a packet goes on to its next hook.
+	ConnMark, Mark uint32
 	// DNAT says that the connection's destination was translated.
 	DNAT bool
 	// Spoofed says that the route back to the source does not go out of In.
@@ -42,6 +42,8 @@ type Verdict struct {
 	Trail []string
 	// Logged holds the prefixes that the packet was logged with.
 	Logged []string
+	// Mark is the packet's mark afterwards.
+	Mark uint32
 }
 
 // Filter is one family of a parsed packet filter.
@@ -67,6 +69,7 @@ type rule struct {
 	jump    bool
 	gotos   bool
 	logs    string // the prefix of NFLOG
+	marks   func(mark uint32) uint32
 	sets    []string
 	options []string
 }
@@ -75,7 +78,7 @@ type match func(*Filter, Packet) bool
 
 // Walk sends a packet through our part of a built-in chain.
 func (f *Filter) Walk(table, builtIn string, p Packet) (Verdict, error) {
-	var v Verdict
+	v := Verdict{Mark: p.Mark}
 	found := false
 	for _, h := range f.hooks {
 		if h.table != table || h.builtIn != builtIn {
@@ -107,6 +110,7 @@ func (f *Filter) chain(table, name string, p Packet, v *Verdict) (string, error)
 		return "", fmt.Errorf("chain %s runs in a loop", name)
 	}
 	for _, r := range rules {
+		p.Mark = v.Mark // also where a chain that was left again has changed it
 		if slices.ContainsFunc(r.matches, func(m match) bool { return !m(f, p) }) {
 			continue
 		}
@@ -115,6 +119,9 @@ func (f *Filter) chain(table, name string, p Packet, v *Verdict) (string, error)
 		case r.target == "RETURN":
 			return "", nil
 		case r.target == "TCPMSS":
+			continue
+		case r.marks != nil:
+			v.Mark = r.marks(v.Mark)
 			continue
 		case r.logs != "":
 			v.Logged = append(v.Logged, r.logs)

@@ -20,6 +20,10 @@ func TestRefusesTheUnknown(t *testing.T) {
 	for _, line := range []string{
 		"-A WARREN-A --frobnicate -j DROP",
 		"-A WARREN-A -m mark --mark 1 -j DROP",
+		"-A WARREN-A -m mark -m connmark --mark 1/1 -j DROP",
+		"-A WARREN-A -j MARK",
+		"-A WARREN-A -j MARK --set-xmark 2/1",
+		"-A WARREN-A -j MARK --set-mark 1/1",
 		"-A WARREN-A --mark 1/1 -j DROP",
 		"-A WARREN-A -m connmark --mark 1 -j DROP",
 		"-A WARREN-A -m connmark --mark 2/1 -j DROP",
@@ -100,8 +104,8 @@ func TestWalk(t *testing.T) {
 		{"beyond the range", func(p *trace.Packet) { p.DstPort = 91 }, "ACCEPT"},
 		{"in the set", func(p *trace.Packet) { p.Protocol, p.DstPort = "udp", 53 }, "DROP"},
 		{"another port than in the set", func(p *trace.Packet) { p.Protocol, p.DstPort = "udp", 54 }, ""},
-		{"marked", func(p *trace.Packet) { p.DstPort, p.Mark = 91, 3 }, "DROP"},
-		{"marked otherwise", func(p *trace.Packet) { p.DstPort, p.Mark = 91, 6 }, "ACCEPT"},
+		{"marked", func(p *trace.Packet) { p.DstPort, p.ConnMark = 91, 3 }, "DROP"},
+		{"marked otherwise", func(p *trace.Packet) { p.DstPort, p.ConnMark = 91, 6 }, "ACCEPT"},
 		{"negated, does not hold", func(p *trace.Packet) { p.Protocol, p.DstPort = "sctp", 1 }, ""},
 		{"negated, holds", func(p *trace.Packet) { p.Protocol, p.DstPort = "sctp", 2 }, "DROP"},
 		{"jump, returns to the caller", func(p *trace.Packet) { p.DstPort = 22 }, "ACCEPT"},
@@ -121,6 +125,36 @@ func TestWalk(t *testing.T) {
 	_, err = filter.Walk("raw", "PREROUTING", base)
 	if err == nil {
 		t.Error("a hook that is not there was walked")
+	}
+}
+
+// A mark is the packet's from the rule that sets it on, also behind the chain of that rule and at the next hook.
+func TestMarked(t *testing.T) {
+	filter, err := trace.Parse(text(
+		"-A WARREN-A -i wrn+ -j WARREN-B",
+		"-A WARREN-A -m mark ! --mark 0x4/0x6 -j DROP",
+		"-A WARREN-B -m mark --mark 0x8/0x8 -j RETURN",
+		"-A WARREN-B -j MARK --set-xmark 0x4/0x6",
+	))
+	if err == nil {
+		err = filter.Lint()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		in, want    string
+		before, now uint32
+	}{
+		{"wrn1", "", 0x3, 0x5},
+		{"wrn1", "DROP", 0xb, 0xb},
+		{"eth0", "", 0x5, 0x5},
+		{"eth0", "DROP", 0x3, 0x3},
+	} {
+		got, walkErr := filter.Walk("mangle", "FORWARD", trace.Packet{In: c.in, Mark: c.before, ConnMark: ^uint32(0)})
+		if walkErr != nil || got.Target != c.want || got.Mark != c.now {
+			t.Errorf("from %s with %#x: %+v, %v, want %q with %#x", c.in, c.before, got, walkErr, c.want, c.now)
+		}
 	}
 }
 
@@ -147,22 +181,23 @@ func TestLogged(t *testing.T) {
 func TestLint(t *testing.T) {
 	const good = "-A WARREN-A -j WARREN-B"
 	for name, c := range map[string]struct{ text, want string }{
-		"nothing wrong":      {text(good), ""},
-		"jump to nowhere":    {text(good, "-A WARREN-B -j WARREN-C"), "jumps to WARREN-C"},
-		"orphan":             {text(), "WARREN-B in mangle is an orphan"},
-		"loop":               {text(good, "-A WARREN-B -j WARREN-A"), "runs in a loop"},
-		"set not there":      {text(good, "-A WARREN-B -m set --match-set WARREN-S src -j DROP"), "WARREN-S, which is not there"},
-		"set not used":       {"create WARREN-S hash:ip family inet\n" + text(good), "WARREN-S is used by no rule"},
-		"sides of a set":     {"create WARREN-S hash:ip family inet\n" + text(good, "-A WARREN-B -m set --match-set WARREN-S dst,dst -j DROP"), "by 2 sides"},
-		"two hooks":          {text(good) + "hook -t mangle -I POSTROUTING -m comment --comment warren -j WARREN-A\n", "more than one hook"},
-		"appended":           {strings.Replace(text(good), "-I FORWARD", "-A FORWARD", 1), "wrong end"},
-		"foreign hook":       {strings.Replace(text(good), "-I FORWARD", "-I INPUT", 1), "nothing of ours belongs into mangle INPUT"},
-		"unreachable rule":   {text("-A WARREN-A -g WARREN-B", good), "no packet comes past rule 1"},
-		"accept in mangle":   {text(good, "-A WARREN-B -j ACCEPT"), "goes round everybody else's rules"},
-		"translates there":   {text(good, "-A WARREN-B -j MASQUERADE --random-fully"), "MASQUERADE does not belong into mangle"},
-		"long name":          {strings.ReplaceAll(text(good), "WARREN-B", "WARREN-"+strings.Repeat("B", 22)), "longer than 28"},
-		"not ours":           {strings.ReplaceAll(text(good), "WARREN-B", "KUBE-B"), "KUBE-B is not ours"},
-		"interface too late": {strings.Replace(text(good, "-A WARREN-B -i wrn+ -j DROP"), "-I FORWARD", "-I POSTROUTING", 1), "-i has no meaning in POSTROUTING"},
+		"nothing wrong":     {text(good), ""},
+		"jump to nowhere":   {text(good, "-A WARREN-B -j WARREN-C"), "jumps to WARREN-C"},
+		"orphan":            {text(), "WARREN-B in mangle is an orphan"},
+		"loop":              {text(good, "-A WARREN-B -j WARREN-A"), "runs in a loop"},
+		"set not there":     {text(good, "-A WARREN-B -m set --match-set WARREN-S src -j DROP"), "WARREN-S, which is not there"},
+		"set not used":      {"create WARREN-S hash:ip family inet\n" + text(good), "WARREN-S is used by no rule"},
+		"sides of a set":    {"create WARREN-S hash:ip family inet\n" + text(good, "-A WARREN-B -m set --match-set WARREN-S dst,dst -j DROP"), "by 2 sides"},
+		"two hooks":         {text(good) + "hook -t mangle -I POSTROUTING -m comment --comment warren -j WARREN-A\n", "more than one hook"},
+		"appended":          {strings.Replace(text(good), "-I FORWARD", "-A FORWARD", 1), "wrong end"},
+		"foreign hook":      {strings.Replace(text(good), "-I FORWARD", "-I INPUT", 1), "nothing of ours belongs into mangle INPUT"},
+		"unreachable rule":  {text("-A WARREN-A -g WARREN-B", good), "no packet comes past rule 1"},
+		"accept in mangle":  {text(good, "-A WARREN-B -j ACCEPT"), "goes round everybody else's rules"},
+		"translates there":  {text(good, "-A WARREN-B -j MASQUERADE --random-fully"), "MASQUERADE does not belong into mangle"},
+		"long name":         {strings.ReplaceAll(text(good), "WARREN-B", "WARREN-"+strings.Repeat("B", 22)), "longer than 28"},
+		"not ours":          {strings.ReplaceAll(text(good), "WARREN-B", "KUBE-B"), "KUBE-B is not ours"},
+		"rpfilter too late": {text(good, "-A WARREN-B -m rpfilter --invert -j DROP"), "--invert has no meaning in FORWARD"},
+		"marks elsewhere":   {strings.Replace(text(good, "-A WARREN-B -j MARK --set-xmark 1/1"), "*mangle", "*raw", 1), "MARK does not belong into raw"},
 	} {
 		filter, err := trace.Parse(c.text)
 		if err != nil {
