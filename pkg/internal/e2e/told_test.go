@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
@@ -82,7 +83,7 @@ spec: {podSelector: {matchLabels: {app: closed}}, policyTypes: [Ingress]}
 	eventually(t, time.Minute, "the policy denies", func(ctx context.Context) error { return c.compare(ctx, table, newMarker(t)) })
 	lines, err := c.packetLines(t.Context(), from, to)
 	if err != nil || len(lines) > 0 {
-		t.Fatalf("packets are logged before anybody has asked for it: %q %v", lines, err)
+		t.Fatalf("packets are logged before anybody has asked for it: %+v %v", lines, err)
 	}
 
 	c.apply(t, strings.Replace(policy, "{name: quiet}", "{name: loud, annotations: {warren.cni/log: denied}}", 1), "--namespace", namespace)
@@ -95,17 +96,26 @@ spec: {podSelector: {matchLabels: {app: closed}}, policyTypes: [Ingress]}
 		}
 		return nil
 	})
-	t.Log(lines[0])
-	for _, word := range []string{"ingress", "denied", namespace + "/loud", namespace + "/quiet"} {
-		if !strings.Contains(lines[0], `"`+word+`"`) {
-			t.Errorf("the line does not say %q", word)
-		}
+	t.Logf("%+v", lines[0])
+	want := packetLine{
+		Verdict: "denied", Direction: "ingress", Policies: []string{namespace + "/loud", namespace + "/quiet"},
+		Node: to.node, Protocol: lines[0].Protocol, Source: lines[0].Source, Destination: lines[0].Destination,
+	}
+	if diff := cmp.Diff(want, lines[0]); diff != "" {
+		t.Errorf("the line (-want +got):\n%s", diff)
 	}
 	c.awaitEvent(t, namespace, "Pod", to.name, from.name)
 }
 
-// packetLines returns the lines of JSON in the log of a pod's daemon that name both pods.
-func (c *cluster) packetLines(ctx context.Context, from, to *probePod) ([]string, error) {
+// packetLine is a line of JSON in a daemon's log about a packet.
+type packetLine struct {
+	Verdict, Direction, Protocol, Node string
+	Source, Destination                struct{ Pod string }
+	Policies                           []string
+}
+
+// packetLines returns what the log of a pod's daemon says of packets from one pod to another.
+func (c *cluster) packetLines(ctx context.Context, from, to *probePod) ([]packetLine, error) {
 	pods, err := c.daemonPods(ctx, system, daemonSet)
 	if err != nil {
 		return nil, err
@@ -113,14 +123,19 @@ func (c *cluster) packetLines(ctx context.Context, from, to *probePod) ([]string
 	log, err := try(ctx, command{name: c.tool("kubectl"), args: []string{
 		"logs", "--namespace", system, pods[to.node].Name, "--container", daemon, "--since", "5m",
 	}})
-	var lines []string
-	for line := range strings.Lines(log) {
-		if json.Valid([]byte(line)) && strings.Contains(line, `"`+from.namespace+"/"+from.name+`"`) &&
-			strings.Contains(line, `"`+to.namespace+"/"+to.name+`"`) {
-			lines = append(lines, strings.TrimSpace(line))
+	if err != nil {
+		return nil, err
+	}
+	var lines []packetLine
+	for text := range strings.Lines(log) {
+		var line packetLine
+		// What is no JSON is what the daemon says of itself.
+		if json.Unmarshal([]byte(text), &line) == nil && line.Source.Pod == from.namespace+"/"+from.name &&
+			line.Destination.Pod == to.namespace+"/"+to.name {
+			lines = append(lines, line)
 		}
 	}
-	return lines, err
+	return lines, nil
 }
 
 // testServiceExplained asks a daemon why a pod does not reach a Service, before and after a policy is in its way.
