@@ -1,0 +1,63 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"testing"
+	"testing/synctest"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/warren-cni/warren/pkg/cluster"
+	"github.com/warren-cni/warren/pkg/kube"
+)
+
+// A problem of an object is announced by one node, once, and again when it has come again.
+func TestProblemsAreAnnounced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var got []string
+		news := &announcer{
+			self: "n1", wake: make(chan struct{}, 1),
+			reporter: func(policy cluster.Key) string {
+				return map[string]string{"shop/ours": "n1", "shop/theirs": "n2"}[policy.String()]
+			},
+			event: func(_ context.Context, e kube.Event) {
+				got = append(got, string(e.Type)+" "+e.Reason+" "+e.Object.Kind+" "+e.Object.Namespace+"/"+e.Object.Name+": "+e.Message)
+			},
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go news.run(ctx)
+		n := &node{log: slog.New(slog.DiscardHandler), news: news}
+		problem := func(code, object, field string) cluster.Problem {
+			return cluster.Problem{Code: code, Object: object, Field: field, Message: "it is wrong", Remedy: "mend it"}
+		}
+		all := []cluster.Problem{
+			problem("PolicyInvalid", "NetworkPolicy shop/ours", "spec.ingress[0]"),
+			problem("PolicyInvalid", "NetworkPolicy shop/theirs", ""),
+			problem("PolicyInvalid", "NetworkPolicy shop/gone", ""),
+			problem(codeNotApplied, "NetworkPolicy shop/theirs, shop/ours", ""),
+			problem("MeshApplyFailed", "Node n1", ""),
+			problem("NodeInvalid", "Node n2", ""),
+			problem("FileInvalid", "/objects/pod.yaml", ""),
+		}
+		want := []string{
+			"Warning PolicyInvalid NetworkPolicy shop/ours: spec.ingress[0]: it is wrong; mend it",
+			"Warning PolicyNotApplied NetworkPolicy shop/theirs: it is wrong; mend it",
+			"Warning PolicyNotApplied NetworkPolicy shop/ours: it is wrong; mend it",
+			"Warning MeshApplyFailed Node /n1: it is wrong; mend it",
+		}
+		expect := func(what string, before, now []cluster.Problem, want []string) {
+			t.Helper()
+			got = nil
+			n.logProblems(before, now)
+			synctest.Wait()
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("%s (-want +got):\n%s", what, diff)
+			}
+		}
+		expect("at first", nil, all, want)
+		expect("while they last", all, all[:2], nil)
+		expect("when one comes again", all[1:2], all[:2], want[:1])
+	})
+}
