@@ -97,6 +97,9 @@ func (w *Firewall) patchSets(f netfilter.Family, changes []netfilter.SetChange) 
 		st := w.known.sets[c.Name]
 		_, lacking := w.lacking[c.Name]
 		switch {
+		case lacking && c.Role != netfilter.Allows:
+			// Whom the gate keeps out because of it depends on all of its members.
+			return nil, nil, fmt.Errorf("%w: set %s is not as it was wanted", ErrUnknown, c.Name)
 		case st == nil && lacking && !c.New:
 			// What needs it is closed until an apply can make it.
 		case c.Gone && st != nil:
