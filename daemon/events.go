@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"maps"
 	"strings"
 	"sync"
 	"time"
@@ -117,28 +116,26 @@ func (f flow) deniedEvent() (event kube.Event, key string, ok bool) {
 	return event, strings.Join([]string{denied.Pod, f.Direction, peer.String()}, " "), true
 }
 
-// seldom remembers what was done lately.
-type seldom struct {
-	last map[string]time.Time
-}
-
-// How long something counts as done lately, and how much is remembered.
+// How long what was done counts, and how many keys are remembered.
 const (
 	seldomEvery = 5 * time.Minute
 	seldomKeys  = 4096
 )
 
-// due tells whether something may be done again, and counts it as done then. Where too much is remembered it is not due.
+// seldom tells what was done already in a span of time.
+type seldom struct {
+	since time.Time
+	done  map[string]bool
+}
+
+// due tells whether something was not done yet in this span, and counts it as done. Where too much was done nothing more is due.
 func (s *seldom) due(key string, now time.Time) bool {
-	if s.last == nil {
-		s.last = map[string]time.Time{}
+	if s.done == nil || now.Sub(s.since) >= seldomEvery {
+		s.since, s.done = now, map[string]bool{}
 	}
-	if len(s.last) >= seldomKeys {
-		maps.DeleteFunc(s.last, func(_ string, at time.Time) bool { return now.Sub(at) >= seldomEvery })
-	}
-	if at, ok := s.last[key]; ok && now.Sub(at) < seldomEvery || len(s.last) >= seldomKeys {
+	if s.done[key] || len(s.done) >= seldomKeys {
 		return false
 	}
-	s.last[key] = now
+	s.done[key] = true
 	return true
 }

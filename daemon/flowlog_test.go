@@ -169,7 +169,7 @@ func TestSeldom(t *testing.T) {
 			t.Fatalf("key %d is due: %v", i, due)
 		}
 	}
-	if s.due("0", now.Add(seldomEvery-1)) || !s.due("0", now.Add(seldomEvery)) || len(s.last) != 1 {
-		t.Errorf("it remembers %d keys", len(s.last))
+	if s.due("0", now.Add(seldomEvery-1)) || !s.due("0", now.Add(seldomEvery)) || len(s.done) != 1 {
+		t.Errorf("it remembers %d keys", len(s.done))
 	}
 }
