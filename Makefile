@@ -41,9 +41,11 @@ lint: ## Run the linters
 	build/tools/golangci-lint run ./...
 	shellcheck -x scripts/*.sh scripts/*/*.sh scripts/kind/runc-capped .ci/run
 
-bench: build ## Measure against peers in one run; a table, and a JSON line a benchmark
+BENCH ?=
+bench: build ## Measure against peers and targets: a table, and lines of JSON (BENCH=list: names, BENCH=NAME,...: these alone)
 	@scripts/deps.sh test
-	go run ./scripts/bench
+	scripts/tools/build.sh kube-apiserver etcd
+	go run ./scripts/bench $(if $(filter list,$(BENCH)),--list,--only '$(BENCH)')
 
 image: build ## Write build/warren-image.tar, which ctr, docker and kind load
 	@scripts/deps.sh build image

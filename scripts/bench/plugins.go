@@ -22,6 +22,9 @@ import (
 // userHZ is the unit of the times in /proc/<pid>/stat, the same on every Linux.
 const userHZ = 100
 
+// contenders is how many take part: Warren, then the peer.
+const contenders = 2
+
 // contender is a plugin with its configuration.
 type contender struct {
 	binary, path string
@@ -96,10 +99,34 @@ type batch struct {
 	pods    []pod
 }
 
+// tally is what the rounds of one command took.
+type tally struct {
+	// took and cpu are the times of one operation in milliseconds, of the wall's clock and of the processors of every process that
+	// took part.
+	took, cpu [contenders][]float64
+}
+
+// line sums a command up. The value is the median of the rounds' ratios, so that what slows a round down, and both contenders
+// with it, does not count.
+func (t tally) line(figure string, most float64) line {
+	ratios := make([]float64, len(t.took[0]))
+	for i := range ratios {
+		ratios[i] = t.took[0][i] / t.took[1][i]
+	}
+	return line{
+		Figure: figure, Value: median(ratios), Target: most, Rounds: len(ratios),
+		Details: map[string]float64{
+			"ms": median(t.took[0]), "peer-ms": median(t.took[1]), "cpu-ms": median(t.cpu[0]), "peer-cpu-ms": median(t.cpu[1]),
+		},
+		beside: []string{"ms", "peer-ms", "cpu-ms", "peer-cpu-ms"},
+	}.hold()
+}
+
 // measure runs one load. The contenders take turns after every batch, so that what else the machine does meets both, and a
 // first round does not count.
-func (b *bench) measure(ctx context.Context, l load, rounds int) ([]measurement, error) {
-	measured := []measurement{{name: "ADD " + l.name, peer: peer}, {name: "DEL " + l.name, peer: peer}}
+func (b *bench) measure(ctx context.Context, l load, rounds int) ([]line, error) {
+	var tallies [2]tally
+	commands := []string{"ADD", "DEL"}
 	for round := range rounds + 1 {
 		// However fast and many the rounds are, they do not use up the range.
 		if err := b.node.EndCoolDown(); err != nil {
@@ -108,7 +135,7 @@ func (b *bench) measure(ctx context.Context, l load, rounds int) ([]measurement,
 		var took, cpu [2][contenders]time.Duration
 		for pods := range slices.Chunk(b.pods[:l.pods], l.atOnce) {
 			for i, c := range b.contenders {
-				for j, command := range []string{"ADD", "DEL"} {
+				for j, command := range commands {
 					wall, processor, err := b.run(ctx, batch{contender: c, command: command, dual: l.dual, pods: pods})
 					if err != nil {
 						return nil, err
@@ -121,14 +148,22 @@ func (b *bench) measure(ctx context.Context, l load, rounds int) ([]measurement,
 		if round == 0 {
 			continue
 		}
-		for j := range measured {
+		for j := range tallies {
 			for i := range b.contenders {
-				measured[j].series[i].add(took[j][i], cpu[j][i], l.pods)
+				tallies[j].took[i] = append(tallies[j].took[i], milliseconds(took[j][i])/float64(l.pods))
+				tallies[j].cpu[i] = append(tallies[j].cpu[i], milliseconds(cpu[j][i])/float64(l.pods))
 			}
 		}
 	}
-	return measured, nil
+	var lines []line
+	for j, command := range commands {
+		lines = append(lines, tallies[j].line("x "+command+" "+l.name, l.most[j]))
+	}
+	return lines, nil
 }
+
+// milliseconds converts to the unit of the report.
+func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
 // run runs a batch in the node's namespace, and returns its time and the processor time of all that took part.
 func (b *bench) run(ctx context.Context, work batch) (took, cpu time.Duration, err error) {

@@ -5,96 +5,82 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"text/tabwriter"
-	"time"
 )
 
-// series is what one contender needed for one benchmark.
-type series struct {
-	// rounds are the times of one operation, one for each round.
-	rounds []time.Duration
-	// cpu is the processor time of all operations, of every process that took part.
-	cpu        time.Duration
-	operations int
+// line is one line of the report: a figure, and the target that it is held against.
+type line struct {
+	Benchmark string  `json:"benchmark"`
+	Figure    string  `json:"figure"`
+	Value     float64 `json:"value"`
+	// Target is the most that the value may be, or the least where AtLeast is set.
+	Target  float64 `json:"target"`
+	AtLeast bool    `json:"atLeast,omitempty"`
+	Met     bool    `json:"met"`
+	// Rounds is how many there were. What is measured again in each counts by its median.
+	Rounds int `json:"rounds"`
+	// Details are what the value was worked out from, and what else was measured with it.
+	Details map[string]float64 `json:"details,omitempty"`
+	// beside names those of the details that people want to see.
+	beside []string
 }
 
-// add adds a round.
-func (s *series) add(took, cpu time.Duration, operations int) {
-	s.rounds = append(s.rounds, took/time.Duration(operations))
-	s.cpu += cpu
-	s.operations += operations
-}
-
-// contenders is how many take part in a benchmark: Warren, then the peer.
-const contenders = 2
-
-// measurement is one benchmark.
-type measurement struct {
-	name, peer string
-	series     [contenders]series
-}
-
-// result is a measurement as it is reported.
-type result struct {
-	Benchmark string `json:"benchmark"`
-	Peer      string `json:"peer"`
-	Rounds    int    `json:"rounds"`
-	// WarrenMS and PeerMS are the median times of one operation. Ratio is the median of the rounds' ratios, so that what
-	// slows a round down, and both contenders with it, does not count.
-	WarrenMS float64 `json:"warrenMs"`
-	PeerMS   float64 `json:"peerMs"`
-	Ratio    float64 `json:"ratio"`
-	// The processor time of one operation, on average.
-	WarrenCPUMS float64 `json:"warrenCpuMs"`
-	PeerCPUMS   float64 `json:"peerCpuMs"`
-}
-
-// result sums a measurement up.
-func (m measurement) result() result {
-	ours, theirs := m.series[0], m.series[1]
-	ratios := make([]float64, len(ours.rounds))
-	for i := range ratios {
-		ratios[i] = float64(ours.rounds[i]) / float64(theirs.rounds[i])
+// hold holds the value against the target.
+func (l line) hold() line {
+	l.Met = l.Value <= l.Target
+	if l.AtLeast {
+		l.Met = l.Value >= l.Target
 	}
-	return result{
-		Benchmark: m.name, Peer: m.peer, Rounds: len(ours.rounds),
-		WarrenMS: milliseconds(median(ours.rounds)), PeerMS: milliseconds(median(theirs.rounds)), Ratio: median(ratios),
-		WarrenCPUMS: milliseconds(ours.cpu) / float64(ours.operations), PeerCPUMS: milliseconds(theirs.cpu) / float64(theirs.operations),
+	return l
+}
+
+// target returns the target in words.
+func (l line) target() string {
+	if l.AtLeast {
+		return fmt.Sprintf("at least %.4g", l.Target)
 	}
+	return fmt.Sprintf("at most %.4g", l.Target)
+}
+
+// asides returns the details for people.
+func (l line) asides() string {
+	var words []string
+	for _, name := range l.beside {
+		words = append(words, fmt.Sprintf("%s %.3g", name, l.Details[name]))
+	}
+	return strings.Join(words, ", ")
 }
 
 // median returns the middle one, or the mean of the two in the middle.
-func median[T time.Duration | float64](values []T) T {
+func median(values []float64) float64 {
 	sorted := slices.Sorted(slices.Values(values))
 	n := len(sorted)
 	return (sorted[(n-1)/2] + sorted[n/2]) / 2
 }
 
-// milliseconds converts to the unit of the report.
-func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
-
-// writeTable writes the results for people.
-func writeTable(out io.Writer, measured []measurement) error {
+// writeTable writes the lines for people.
+func writeTable(out io.Writer, lines []line) error {
 	w := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
-	_, err := fmt.Fprintln(w, "BENCHMARK\tWARREN\tPEER\tRATIO\tCPU WARREN\tCPU PEER\tAGAINST")
-	for _, m := range measured {
-		if err == nil {
-			r := m.result()
-			_, err = fmt.Fprintf(w, "%s\t%.2f ms\t%.2f ms\t%.2f\t%.2f ms\t%.2f ms\t%s\n",
-				r.Benchmark, r.WarrenMS, r.PeerMS, r.Ratio, r.WarrenCPUMS, r.PeerCPUMS, r.Peer)
+	fmt.Fprintln(w, "BENCHMARK\tFIGURE\tMEASURED\tTARGET\tMET\tBESIDE")
+	for _, l := range lines {
+		met := "yes"
+		if !l.Met {
+			met = "NO"
 		}
+		fmt.Fprintf(w, "%s\t%s\t%.3g\t%s\t%s\t%s\n", l.Benchmark, l.Figure, l.Value, l.target(), met, l.asides())
 	}
-	if err != nil {
+	if err := w.Flush(); err != nil {
 		return fmt.Errorf("writing the table: %w", err)
 	}
-	return w.Flush()
+	return nil
 }
 
-// writeLines writes the results for programs.
-func writeLines(out io.Writer, measured []measurement) error {
+// writeLines writes the lines for programs.
+func writeLines(out io.Writer, lines []line) error {
 	encoder := json.NewEncoder(out)
-	for _, m := range measured {
-		if err := encoder.Encode(m.result()); err != nil {
+	for _, l := range lines {
+		if err := encoder.Encode(l); err != nil {
 			return fmt.Errorf("writing the results: %w", err)
 		}
 	}

@@ -1,0 +1,187 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+)
+
+// settings are those of a run.
+type settings struct {
+	// binaries is the directory of warren and warrend.
+	binaries string
+	rounds   int
+	// progress is where it is told what is going on.
+	progress io.Writer
+}
+
+// group is what is measured together, under one name.
+type group struct {
+	name, about string
+	run         func(context.Context, settings) ([]line, error)
+}
+
+// The units in which Go reports the time of one operation, and what makes of it milliseconds and microseconds.
+const (
+	nanoseconds    = "ns/op"
+	toMilliseconds = 1e-6
+	toMicroseconds = 1e-3
+)
+
+// groups are all there are.
+func groups() []group {
+	return []group{
+		{"compile", "a cluster seen for the first time becomes rules", compileSuite().run},
+		{"label-flip", "one pod's label, from the cluster's news to the change of the sets", labelSuite().run},
+		{"set-apply", "members of sets into the kernel, against bare netlink", setSuite().run},
+		{"rule-apply", "one chain into the kernel, against a bare iptables-restore, and against writing everything", ruleSuite().run},
+		{"event", "one event into the kernel, against working out, saving and restoring everything", eventSuite().run},
+		{"enforce", "a policy in a real API server to the first packet judged anew", enforceSuite().run},
+		{"first-packets", "pods that send, and are sent to, from their first instant", firstSuite().run},
+		{"revoke", "a change that forbids an established connection to that connection's last packet", revokeSuite().run},
+		{"datapath", "what gets through under policies, of what does without", datapathSuite().run},
+		{"churn", "events of a pod's watch, against bare decoding", churnSuite().run},
+		{"restart", "adopting what stands, against iptables-save and ipset save", restartSuite().run},
+		{"links", "ADD and DEL of the plugin, against " + peer, measureLinks},
+	}
+}
+
+func compileSuite() suite {
+	const small, large, huge = "Compile/namespaces=100/pods=5000/policies=1000/local=50",
+		"Compile/namespaces=5000/pods=250000/policies=10000/local=200",
+		"Compile/namespaces=25000/pods=100000/policies=75000/local=200"
+	return suite{
+		dir: "pkg/policy", pattern: "^BenchmarkCompile$/./pods=.*/./local=(50|200)$", benchtime: "3x",
+		figures: []figure{
+			{text: "ms, 1k policies, 5k pods", of: sample{small, nanoseconds}, scale: toMilliseconds, most: 40},
+			{text: "ms, 10k policies, 250k pods", of: sample{large, nanoseconds}, scale: toMilliseconds, most: 3000},
+			{text: "MB, 10k policies, 250k pods", of: sample{large, "peak-MB"}, most: 120},
+			{text: "ms, 75k policies, 100k pods", of: sample{huge, nanoseconds}, scale: toMilliseconds, most: 3000},
+			{text: "MB, 75k policies, 100k pods", of: sample{huge, "peak-MB"}, most: 300},
+		},
+	}
+}
+
+func labelSuite() suite {
+	const few, many = "LabelFlip/pods=10000", "LabelFlip/pods=100000"
+	return suite{
+		dir: "pkg/policy", pattern: "^BenchmarkLabelFlip$", benchtime: "20000x",
+		figures: []figure{
+			{text: "us, 1k policies, 10k pods", of: sample{few, nanoseconds}, scale: toMicroseconds, most: 5, beside: []string{"members/op"}},
+			{text: "x, with 10 times the pods", of: sample{many, nanoseconds}, by: sample{few, nanoseconds}, most: 1.2},
+		},
+	}
+}
+
+func setSuite() suite {
+	s := suite{dir: "pkg/firewall", pattern: "^BenchmarkSetApply$", benchtime: "50x"}
+	for _, members := range []string{"1", "100", "10000"} {
+		s.figures = append(s.figures, figure{
+			text: "x netlink, " + members + " members", of: sample{"SetApply/members=" + members, "x-bare"}, most: 1.2,
+			beside: []string{"ms/ours", "ms/bare", "x-bare-cpu"},
+		})
+	}
+	return s
+}
+
+func ruleSuite() suite {
+	s := suite{dir: "pkg/firewall", pattern: "^Benchmark(RuleApply|RewriteAll)$", benchtime: "20x"}
+	for _, rules := range []string{"1000", "5000", "20000"} {
+		s.figures = append(s.figures, figure{
+			text: "x iptables-restore, " + rules + " rules", of: sample{"RuleApply/rules=" + rules, "x-bare"}, most: 1.15,
+			beside: []string{"ms/ours", "ms/bare", "x-bare-cpu"},
+		})
+	}
+	s.figures = append(
+		s.figures,
+		figure{
+			text: "x, with 20 times the rules", of: sample{"RuleApply/rules=20000", "ms/ours"}, by: sample{"RuleApply/rules=1000", "ms/ours"}, most: 1.5,
+		},
+		figure{text: "x writing all, 20000 rules", of: sample{"RewriteAll", "x-bare"}, most: 0.01, beside: []string{"ms/ours", "ms/bare"}},
+	)
+	return s
+}
+
+func eventSuite() suite {
+	return suite{
+		dir: "pkg/internal/bench", pattern: "^BenchmarkEvent$", benchtime: "5x",
+		figures: []figure{
+			{text: "x cheaper, a pod's label", of: sample{"Event/label", "x-rewrite"}, least: 100, beside: []string{"ms/event", "ms/rewrite"}},
+			{text: "x cheaper, a policy's port", of: sample{"Event/policy", "x-rewrite"}, least: 10, beside: []string{"ms/event", "ms/rewrite"}},
+		},
+	}
+}
+
+func enforceSuite() suite {
+	const one, two = "Enforce/nodes=1/policies=1000/pods=5000", "Enforce/nodes=2/policies=1000/pods=1000"
+	return suite{
+		dir: "pkg/internal/bench", pattern: "^BenchmarkEnforce$", benchtime: "200x", once: true,
+		figures: []figure{
+			{text: "ms, median, 1k policies, 5k pods", of: sample{one, "p50-ms"}, most: 15, beside: []string{"write-p50-ms", "rewrite-p50-ms"}},
+			{text: "ms, 99 of 100", of: sample{one, "p99-ms"}, most: 100, beside: []string{"watch-p99-ms"}},
+			{text: "x bare watch", of: sample{one, "x-watch"}, most: 2, beside: []string{"request-p50-ms", "watch-p50-ms"}},
+			{text: "ms, 99 of 100, on both of two nodes", of: sample{two, "p99-ms"}, most: 1000, beside: []string{"p50-ms", "watch-p99-ms"}},
+		},
+	}
+}
+
+func firstSuite() suite {
+	return suite{
+		dir: "pkg/internal/bench", pattern: "^BenchmarkFirstPackets$", benchtime: "20x", once: true,
+		figures: []figure{
+			{text: "packets of isolated pods", of: sample{"FirstPackets", "forbidden-packets"}, most: 0, beside: []string{"control-packets"}},
+			{text: "packets of other pods", of: sample{"FirstPackets", "control-packets"}, least: 20},
+		},
+	}
+}
+
+func revokeSuite() suite {
+	s := suite{dir: "pkg/conntrack", pattern: "^BenchmarkRevoke$", benchtime: "50x"}
+	for _, connections := range []string{"100", "120000"} {
+		s.figures = append(s.figures, figure{
+			text: "ms, 99 of 100, among " + connections, of: sample{"Revoke/connections=" + connections, "p99-ms"}, most: 50, beside: []string{"p50-ms"},
+		})
+	}
+	return s
+}
+
+func datapathSuite() suite {
+	s := suite{dir: "pkg/internal/bench", pattern: "^BenchmarkDatapath$", benchtime: "15x", once: true}
+	for _, traffic := range []struct {
+		name  string
+		least float64
+	}{{"stream", 0.92}, {"packets", 0.78}, {"requests", 0.85}} {
+		of := "Datapath/" + traffic.name
+		s.figures = append(
+			s.figures,
+			figure{
+				text: "x " + traffic.name + ", 100 on the pod", of: sample{of, "x-own-100"}, least: traffic.least,
+				beside: []string{"cpu-x-own-100", "x-own-10", "x-own-1000", "cpu-x-own-1000"},
+			},
+			figure{text: "x " + traffic.name + ", 1000 on others", of: sample{of, "x-others"}, least: 0.97, beside: []string{"cpu-x-others"}},
+		)
+	}
+	return s
+}
+
+func churnSuite() suite {
+	s := suite{dir: "pkg/kube", pattern: "^BenchmarkChurn$", benchtime: "20000x"}
+	for _, encoding := range []string{"json", "vnd.kubernetes.protobuf"} {
+		for _, kind := range []string{"irrelevant", "relevant"} {
+			of := fmt.Sprintf("Churn/%s/%s/", encoding, kind)
+			s.figures = append(s.figures, figure{
+				text: "x decoding, " + encoding + ", " + kind, of: sample{of + "taken", nanoseconds}, by: sample{of + "decoded", nanoseconds}, most: 1.3,
+			})
+		}
+	}
+	return s
+}
+
+func restartSuite() suite {
+	return suite{
+		dir: "pkg/firewall", pattern: "^BenchmarkAdopt$", benchtime: "3x",
+		figures: []figure{{
+			text: "x saving, 20k rules, 200k members", of: sample{"Adopt", "x-bare"}, most: 1.5, beside: []string{"ms/ours", "ms/bare", "x-bare-cpu"},
+		}},
+	}
+}
