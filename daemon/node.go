@@ -70,6 +70,8 @@ type node struct {
 	news      *announcer
 	// planned are the addresses that the step which runs wants to let pass; only the loop touches it.
 	planned map[netip.Addr]cluster.Holder
+	// attached are the attachments whose pods asked, or were there when the daemon started; nil before. Only the loop touches it.
+	attached map[cluster.Holder]bool
 	// tunnelChanged says that something happened to the tunnel since it was applied last.
 	tunnelChanged atomic.Bool
 
@@ -87,7 +89,8 @@ type outcome struct {
 	ready    bool
 	mesh     mesh.Config
 	problems []cluster.Problem
-	// open are the addresses that the start gate lets pass, each for one attachment.
+	// open are the addresses that the start gate lets pass, each for one attachment, by rules that stand: none where the packet
+	// filter could not be applied.
 	open map[netip.Addr]cluster.Holder
 	// closed are the chains whose rules the kernel refused when the packet filter was applied last.
 	closed  []firewall.ClosedChain

@@ -32,11 +32,11 @@ func (n *node) step(ctx context.Context, full bool) error {
 	before := n.outcomeNow()
 	now := outcome{
 		synced: true, ready: before.ready, applied: before.applied, guarded: before.guarded,
-		open: before.open, host: before.host, leaseProblems: before.leaseProblems, mesh: before.mesh,
+		host: before.host, leaseProblems: before.leaseProblems, mesh: before.mesh,
 	}
 	attachments, err := n.readAttachments(full, &now)
 	if err != nil { // to plan without them would close every pod that runs
-		before.problems = now.leaseProblems
+		before.problems, before.open = now.leaseProblems, nil
 		n.record(before)
 		return err
 	}
@@ -53,6 +53,7 @@ func (n *node) step(ctx context.Context, full bool) error {
 	if err = n.cutOff(self); err != nil {
 		now.problems = append(now.problems, applyProblem("ClusterCIDRHoldsNode", "Node "+n.options.nodeName, err,
 			"set --cluster-cidr to the pods' network, which holds no node"))
+		n.filter.Forget() // it does not get this change, so the next one alone would not do
 	} else {
 		err = n.apply(ctx, &now, wanted, full)
 	}
@@ -183,9 +184,15 @@ func (n *node) publish(ctx context.Context) error {
 }
 
 // readAttachments returns the attachments of the node's pods: all of them, or those that asked since the last time. The error
-// says that nothing is known of them.
+// says that nothing is known of them. A lease whose pod has not asked yet counts only for a daemon that starts: another's pod is
+// being attached just now, and what is known of it may be behind.
 func (n *node) readAttachments(full bool, o *outcome) (cluster.Attachments, error) {
 	asked := n.takeAsked()
+	if n.attached != nil {
+		for _, holder := range asked {
+			n.attached[holder] = true
+		}
+	}
 	if !full {
 		var news cluster.Attachments
 		for _, holder := range asked {
@@ -206,8 +213,16 @@ func (n *node) readAttachments(full bool, o *outcome) (cluster.Attachments, erro
 		}
 	}
 	all := cluster.Attachments{All: true}
+	attached := map[cluster.Holder]bool{}
 	for _, lease := range leases {
-		all.List = append(all.List, attachmentOf(lease))
+		a := attachmentOf(lease)
+		if n.attached == nil || n.attached[a.Holder()] {
+			all.List = append(all.List, a)
+			attached[a.Holder()] = true
+		}
+	}
+	if n.attached != nil || err == nil { // else a lease that could not be read may be one of a pod that runs
+		n.attached = attached
 	}
 	return all, nil
 }
