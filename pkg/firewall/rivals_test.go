@@ -69,6 +69,7 @@ type site struct {
 	firewall *Firewall
 	rules    netfilter.Ruleset
 	pods     [3]ns.NetNS
+	self     ns.NetNS
 	socket   *net.UDPConn
 	sent     int
 }
@@ -96,8 +97,14 @@ func newSite(n *node) *site {
 			n.run(inside + "route add default via " + gateway + " dev p onlink")
 		}
 	}
+	n.run("ip link set lo up")
+	n.run("ip addr add 192.0.2.1/32 dev lo")
+	n.run("ip addr add 2001:db8::1/128 dev lo nodad")
+	var err error
+	s.self, err = ns.GetCurrentNS()
+	s.check(err)
+	n.t.Cleanup(func() { _ = s.self.Close() })
 	s.check(s.pods[server].Do(func(ns.NetNS) error {
-		var err error
 		s.socket, err = net.ListenUDP("udp", &net.UDPAddr{Port: 7777})
 		return err
 	}))
@@ -140,15 +147,21 @@ func (s *site) check(err error) {
 	}
 }
 
-// expect sends a packet in each family and says whether the server gets it, as it should.
+// expect sends a packet from a pod in each family and says whether the server gets it, as it should.
 func (s *site) expect(when string, client int, want bool) {
+	s.t.Helper()
+	s.expectFrom(s.pods[client], fmt.Sprintf("%s: pod %d", when, client), want)
+}
+
+// expectFrom is expect from any namespace.
+func (s *site) expectFrom(client ns.NetNS, who string, want bool) {
 	s.t.Helper()
 	// A packet is in the server's buffer, or dropped, when it has been sent.
 	wait := map[bool]time.Duration{true: 10 * time.Second, false: 100 * time.Millisecond}[want]
 	for _, to := range podAddresses(server) {
 		s.sent++
 		marker := fmt.Sprint("probe ", s.sent)
-		s.check(s.pods[client].Do(func(ns.NetNS) error {
+		s.check(client.Do(func(ns.NetNS) error {
 			conn, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(to, 7777)))
 			if err != nil {
 				return err
@@ -157,7 +170,7 @@ func (s *site) expect(when string, client int, want bool) {
 			return errors.Join(err, conn.Close())
 		}))
 		if got := s.receives(marker, wait); got != want {
-			s.t.Errorf("%s: pod %d reaches %s: %v, want %v", when, client, to, got, want)
+			s.t.Errorf("%s reaches %s: %v, want %v", who, to, got, want)
 		}
 	}
 }
@@ -201,22 +214,33 @@ func (s *site) iptablesRestore(text string) {
 	}
 }
 
-// TestRivalsOpenNothing lets other programs do to the rules what they do on real nodes. What a policy denies stays denied, as
-// far as the rules that judge are not taken away; an audit brings back what was, and touches no rule of others.
+// TestRivalsOpenNothing lets other programs do to the rules what they do on real nodes. What a policy denies stays denied, also
+// where no packet comes to the rules that judge, but not where these themselves are taken away. An audit brings back what was, and
+// touches no rule of others. Between the node and its pods all goes on meanwhile.
 func TestRivalsOpenNothing(t *testing.T) {
 	attacks := []struct {
 		name string
 		do   func(s *site)
-		// open: the rules that judge are gone until the audit. shut: so are the sets that the gate asks, or what accepts.
+		// open: the rules that judge are gone until the audit. shut: no packet comes to them, or the sets that the gate asks are
+		// gone, or what accepts.
 		open, shut bool
 	}{
 		{name: "ACCEPT first in filter", do: func(s *site) { s.iptables("-I FORWARD -j ACCEPT") }},
 		{name: "ACCEPT first in an earlier table", do: func(s *site) { s.iptables("-t raw -I PREROUTING -j ACCEPT") }},
 		{name: "filter flushed", do: func(s *site) { s.iptables("-F FORWARD"); s.iptables("-P FORWARD DROP") }, shut: true},
 		{name: "sets flushed", do: func(s *site) { s.run("ipset flush") }, shut: true},
-		{name: "ACCEPT first in mangle", do: func(s *site) { s.iptables("-t mangle -I FORWARD -j ACCEPT") }, open: true},
-		{name: "mangle flushed", do: func(s *site) { s.iptables("-t mangle -F FORWARD"); s.iptables("-I FORWARD -j ACCEPT") }, open: true},
-		{name: "chain flushed", do: func(s *site) { s.iptables("-t mangle -F " + netfilter.PolicyChain) }, open: true},
+		{name: "ACCEPT first in mangle", do: func(s *site) { s.iptables("-t mangle -I FORWARD -j ACCEPT") }, shut: true},
+		{
+			name: "jump deleted",
+			do:   func(s *site) { s.iptables("-t mangle -D FORWARD -m comment --comment warren -j WARREN-FORWARD") }, shut: true,
+		},
+		{
+			name: "FORWARD flushed",
+			do:   func(s *site) { s.iptables("-t mangle -F FORWARD"); s.iptables("-I FORWARD -j ACCEPT") }, shut: true,
+		},
+		{name: "chain flushed", do: func(s *site) { s.iptables("-t mangle -F WARREN-FORWARD") }, shut: true},
+		{name: "policies flushed", do: func(s *site) { s.iptables("-t mangle -F " + netfilter.PolicyChain) }, open: true},
+		{name: "mangle flushed", do: func(s *site) { s.iptables("-t mangle -F") }, open: true},
 		{name: "all restored as it was before", do: func(s *site) { s.iptablesRestore(rivals) }, open: true},
 	}
 	onEach(t, func(n *node) {
@@ -235,6 +259,7 @@ func TestRivalsOpenNothing(t *testing.T) {
 			attack.do(s)
 			s.expect(attack.name, foe, attack.open)
 			s.expect(attack.name, friend, !attack.shut)
+			s.expectFrom(s.self, attack.name+": the node", true)
 			before := s.others()
 			s.repair()
 			if diff := cmp.Diff(before, s.others()); diff != "" {
