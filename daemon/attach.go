@@ -16,6 +16,9 @@ import (
 // attachPatience is how long an attach waits for its pod to become known before the runtime is told to come again.
 const attachPatience = 5 * time.Second
 
+// attachPause is how long an attach waits before it tries again, unless something changes before.
+const attachPause = 500 * time.Millisecond
+
 // handle answers one request of the plugin or of the operator's command.
 func (n *node) handle(ctx context.Context, request agentapi.Request) agentapi.Response {
 	switch request.Op {
@@ -63,24 +66,25 @@ func (n *node) attach(ctx context.Context, pod agentapi.Pod) agentapi.Response {
 	if o := n.outcomeNow(); !o.ready {
 		return refuse(types.ErrTryAgainLater, errNotReady(o))
 	}
-	refreshed := false
-	var unknown error
+	unknown := errors.New("it was not asked for yet")
 	for {
-		next := n.nextStep()
-		if !refreshed { // the watch may be behind: what a pod meets first are the policies as they are now
+		// The watch may be behind, so the gate opens for nobody before the pod and its policies were read as they are now.
+		if unknown != nil {
 			unknown = n.source.Refresh(ctx, pod.Namespace, pod.Name, pod.UID)
-			refreshed = unknown == nil
 		}
-		n.ask(cluster.Holder{ContainerID: pod.ContainerID, Interface: pod.Interface})
-		err := n.loop.Sync(ctx)
-		if ctx.Err() == nil && refreshed && n.isOpen(pod) { // an error may be the mesh's, which opens nothing
-			return agentapi.Response{}
-		}
-		if err != nil && ctx.Err() == nil {
-			return refuse(types.ErrTryAgainLater, fmt.Errorf("programming pod %s/%s: %w", pod.Namespace, pod.Name, err))
+		if unknown == nil {
+			n.ask(cluster.Holder{ContainerID: pod.ContainerID, Interface: pod.Interface})
+			err := n.loop.Sync(ctx)
+			if ctx.Err() == nil && n.isOpen(pod) { // an error may be the mesh's, which opens nothing
+				return agentapi.Response{}
+			}
+			if err != nil && ctx.Err() == nil {
+				return refuse(types.ErrTryAgainLater, fmt.Errorf("programming pod %s/%s: %w", pod.Namespace, pod.Name, err))
+			}
 		}
 		select {
-		case <-next:
+		case <-n.nextStep():
+		case <-time.After(attachPause):
 		case <-ctx.Done():
 			err := fmt.Errorf("pod %s/%s (uid %s) is not known to the daemon, or its policies are not in the kernel, after %v",
 				pod.Namespace, pod.Name, pod.UID, n.clock().Sub(asked).Round(time.Millisecond))
