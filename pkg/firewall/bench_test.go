@@ -11,6 +11,7 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/warren-cni/warren/pkg/internal/measure"
 	"github.com/warren-cni/warren/pkg/netfilter"
 )
 
@@ -22,30 +23,16 @@ func versus(b *testing.B, ours, bare func()) {
 	var used [2]time.Duration
 	for b.Loop() {
 		for i, run := range []func(){ours, bare} {
-			before, began := cpu(b), time.Now() //nolint:forbidigo // a measurement
+			before, began := measure.CPU(b), time.Now() //nolint:forbidigo // a measurement
 			run()
 			times[i] = append(times[i], time.Since(began))
-			used[i] += cpu(b) - before
+			used[i] += measure.CPU(b) - before
 		}
 	}
 	b.ReportMetric(float64(median(times[0]))/1e6, "ms/ours")
 	b.ReportMetric(float64(median(times[1]))/1e6, "ms/bare")
 	b.ReportMetric(float64(median(times[0]))/float64(median(times[1])), "x-bare")
 	b.ReportMetric(float64(used[0])/float64(used[1]), "x-bare-cpu")
-}
-
-// cpu returns what this process and the programs that it ran have used.
-func cpu(b *testing.B) time.Duration {
-	b.Helper()
-	var sum int64
-	for _, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} {
-		var u unix.Rusage
-		if err := unix.Getrusage(who, &u); err != nil {
-			b.Fatal(err)
-		}
-		sum += u.Utime.Nano() + u.Stime.Nano()
-	}
-	return time.Duration(sum)
 }
 
 func median(times []time.Duration) time.Duration {

@@ -10,6 +10,8 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/warren-cni/warren/pkg/internal/measure"
 )
 
 // BenchmarkChurn is the cost of one event of a pod's watch among 5,000 pods: to decode it and nothing else, to take it over
@@ -46,12 +48,14 @@ func BenchmarkChurn(b *testing.B) {
 			"relevant":   {encode(busyPod("7", "web")), encode(busyPod("8", "db"))},
 		} {
 			b.Run(fmt.Sprintf("%s/%s/decoded", name, what), func(b *testing.B) {
+				defer measure.PerOperation(b)()
 				for i := 0; b.Loop(); i++ {
 					decode(kinds[i%2])
 				}
 			})
 			b.Run(fmt.Sprintf("%s/%s/taken", name, what), func(b *testing.B) {
 				a := crowded(b)
+				defer measure.PerOperation(b)()
 				for i := 0; b.Loop(); i++ {
 					if err := a.pods.Update(decode(kinds[i%2])); err != nil {
 						b.Fatal(err)

@@ -13,6 +13,7 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 
 	"github.com/warren-cni/warren/pkg/cluster"
+	"github.com/warren-cni/warren/pkg/internal/measure"
 	"github.com/warren-cni/warren/pkg/netfilter"
 	"github.com/warren-cni/warren/pkg/policy"
 )
@@ -77,12 +78,14 @@ func BenchmarkCompile(b *testing.B) {
 		b.Run(l.String(), func(b *testing.B) {
 			s := scale(l)
 			b.ReportAllocs()
+			report := measure.PerOperation(b)
 			for b.Loop() {
 				rules, problems := policy.Compile(s)
 				if len(rules.V4.Chains) < 5 || len(problems) > 0 {
 					b.Fatalf("%d chains, problems %v", len(rules.V4.Chains), problems)
 				}
 			}
+			report()
 			most := watchHeap()
 			policy.Compile(s)
 			b.ReportMetric(float64(most())/1e6, "peak-MB")
@@ -145,6 +148,7 @@ func BenchmarkLabelFlip(b *testing.B) {
 			events := flip(s.Pods[len(s.Pods)-1], "app", "app-1")
 			members, rest, i := 0, 0, 0
 			b.ReportAllocs()
+			report := measure.PerOperation(b)
 			for b.Loop() {
 				u := c.Update(events[i%2])
 				for _, f := range netfilter.Families {
@@ -156,6 +160,7 @@ func BenchmarkLabelFlip(b *testing.B) {
 				}
 				i++
 			}
+			report()
 			// It is in two sets of a family or in none: app-1 in its own namespace, and in those of its team.
 			if members != 4*i || rest != 0 {
 				b.Errorf("%d members and %d chains change in %d flips", members, rest, i)

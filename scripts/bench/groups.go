@@ -21,9 +21,9 @@ type group struct {
 	run         func(context.Context, settings) ([]line, error)
 }
 
-// The units in which Go reports the time of one operation, and what makes of it milliseconds and microseconds.
+// The unit in which packages report the processor time of one operation, and what makes of it milliseconds and microseconds.
 const (
-	nanoseconds    = "ns/op"
+	nanoseconds    = "cpu-ns/op"
 	toMilliseconds = 1e-6
 	toMicroseconds = 1e-3
 )

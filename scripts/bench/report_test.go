@@ -58,8 +58,8 @@ datapath    x stream   0.931      at least 0.92   yes
 func TestSuite(t *testing.T) {
 	text := `goos: linux
 cpu: AMD EPYC
-BenchmarkFlip/pods=10-2         	   20000	      1500 ns/op	         4.000 members/op	       0 B/op
-BenchmarkFlip/pods=100-2        	   20000	      %s ns/op
+BenchmarkFlip/pods=10-2         	   20000	      1500  cpu-ns/op	         4.000 members/op	       0 B/op
+BenchmarkFlip/pods=100-2        	   20000	      %s  cpu-ns/op
 PASS
 `
 	s := suite{figures: []figure{
@@ -81,7 +81,7 @@ PASS
 	if lines[0].Value != 1.5 || !lines[0].Met || lines[1].Value != 2 || lines[1].Met {
 		t.Errorf("values %v and %v, want 1.5 and 2", lines[0], lines[1])
 	}
-	if want := map[string]float64{"ns/op": 1500, "members/op": 4, "B/op": 0}; !maps.Equal(lines[0].Details, want) {
+	if want := map[string]float64{"cpu-ns/op": 1500, "members/op": 4, "B/op": 0}; !maps.Equal(lines[0].Details, want) {
 		t.Errorf("details %v, want %v", lines[0].Details, want)
 	}
 	s.figures[0].of.benchmark = "Flip"

@@ -11,8 +11,8 @@ import (
 	"time"
 
 	"github.com/containernetworking/plugins/pkg/ns"
-	"golang.org/x/sys/unix"
 
+	"github.com/warren-cni/warren/pkg/internal/measure"
 	"github.com/warren-cni/warren/pkg/lab"
 )
 
@@ -209,13 +209,13 @@ func compare(b *testing.B, targets []*target, run func(*target) (int64, error)) 
 	for b.Loop() {
 		var rates, perCPU [2]float64
 		for i, t := range targets {
-			used, began := cpu(b), time.Now() //nolint:forbidigo // a measurement
+			used, began := measure.CPU(b), time.Now() //nolint:forbidigo // a measurement
 			n, err := run(t)
 			took := time.Since(began)
 			if err != nil || n == 0 {
 				b.Fatalf("traffic to %s: %d got through, error %v", t.name, n, err)
 			}
-			rates[min(i, 1)], perCPU[min(i, 1)] = float64(n)/took.Seconds(), float64(n)/(cpu(b)-used).Seconds()
+			rates[min(i, 1)], perCPU[min(i, 1)] = float64(n)/took.Seconds(), float64(n)/(measure.CPU(b)-used).Seconds()
 			if i == 0 {
 				first = append(first, rates[0])
 				continue
@@ -229,14 +229,4 @@ func compare(b *testing.B, targets []*target, run func(*target) (int64, error)) 
 		b.ReportMetric(percentile(byTime[i+1], 0.5), "x-"+t.name)
 		b.ReportMetric(percentile(byCPU[i+1], 0.5), "cpu-x-"+t.name)
 	}
-}
-
-// cpu returns what this process has used. The kernel's work for its packets is in it.
-func cpu(b *testing.B) time.Duration {
-	b.Helper()
-	var u unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
-		b.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
