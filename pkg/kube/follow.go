@@ -144,12 +144,16 @@ func (*follower[O, T]) Resync() error { return nil }
 // Transformer makes objects small while the first list comes in.
 func (*follower[O, T]) Transformer() cache.TransformFunc { return trim }
 
-// take takes over objects that were read beside the watch, where the watch is not as far as the read.
-func (f *follower[O, T]) take(objects []O, version string) {
+// take takes over objects that were read beside the watch, where the watch is not as far as the read. Where all is not nil, they
+// are all that there are of the names that it chooses.
+func (f *follower[O, T]) take(objects []O, version string, all func(cluster.Key) bool) {
 	f.api.mu.Lock()
 	defer f.api.mu.Unlock()
 	if !isOlder(f.seen, version) {
 		return
+	}
+	if all != nil {
+		f.dropOthers(objects, version, all)
 	}
 	for _, o := range objects {
 		now := f.converted(o)
@@ -158,6 +162,21 @@ func (f *follower[O, T]) take(objects []O, version string) {
 		}
 		f.ahead[now.key] = version
 		if f.set(now) {
+			f.api.notify()
+		}
+	}
+}
+
+// dropOthers removes what all chooses and was not read.
+func (f *follower[O, T]) dropOthers(objects []O, version string, all func(cluster.Key) bool) {
+	read := make(map[cluster.Key]bool, len(objects))
+	for _, o := range objects {
+		read[keyOf(o)] = true
+	}
+	for k := range f.table.objects {
+		if all(k) && !read[k] && !f.isHistory(k, version) {
+			f.ahead[k] = version
+			f.remove(k)
 			f.api.notify()
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
 
@@ -42,7 +43,7 @@ func states(a *API) map[string]string {
 // TestReadsBesideTheWatch plays what a watch that lags can say before and after a read, and what has to be there then.
 func TestReadsBesideTheWatch(t *testing.T) {
 	read := func(version int, pods ...*corev1.Pod) func(*testing.T, *API) {
-		return func(_ *testing.T, a *API) { a.pods.take(pods, fmt.Sprint(version)) }
+		return func(_ *testing.T, a *API) { a.pods.take(pods, fmt.Sprint(version), nil) }
 	}
 	event := func(does func(*API) error) func(*testing.T, *API) {
 		return func(t *testing.T, a *API) {
@@ -126,9 +127,42 @@ func TestReadsBesideTheWatch(t *testing.T) {
 	}
 }
 
+// A policy that a read of its namespace does not find is gone, whatever a watch says that is behind; those of other namespaces are not.
+func TestReadFindsPoliciesGone(t *testing.T) {
+	a := offline(t)
+	at := func(version int, namespace string) *networkingv1.NetworkPolicy {
+		return &networkingv1.NetworkPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "p", ResourceVersion: fmt.Sprint(version)}}
+	}
+	expect := func(when string, want ...string) {
+		t.Helper()
+		var got []string
+		snapshot, _ := a.Snapshot()
+		for _, p := range snapshot.Policies {
+			got = append(got, p.Namespace)
+		}
+		checkEqual(t, when, want, got)
+	}
+	inShop := func(k cluster.Key) bool { return k.Namespace == "shop" }
+	if err := a.policies.Replace([]any{at(5, "other"), at(6, "shop")}, "10"); err != nil {
+		t.Fatal(err)
+	}
+	a.policies.take(nil, "9", inShop)
+	expect("after an older read", "other", "shop")
+	a.policies.take(nil, "20", inShop)
+	expect("after the read", "other")
+	if err := a.policies.Update(at(15, "shop")); err != nil {
+		t.Fatal(err)
+	}
+	expect("after what the watch says of an older state", "other")
+	if err := a.policies.Add(at(21, "shop")); err != nil {
+		t.Fatal(err)
+	}
+	expect("once it is made again", "other", "shop")
+}
+
 func TestFollowerForgetsReads(t *testing.T) {
 	a := offline(t)
-	a.pods.take([]*corev1.Pod{podAt(18, "a", "new")}, "20")
+	a.pods.take([]*corev1.Pod{podAt(18, "a", "new")}, "20", nil)
 	if err := a.pods.Bookmark("20"); err != nil {
 		t.Fatal(err)
 	}

@@ -19,7 +19,8 @@ import (
 const refreshPatience = time.Second
 
 // Refresh reads beside the watch, which may lag, what decides over a pod that starts: the pod, its Namespace and the policies
-// there. What the watch says later of an older state does not undo it; nothing is removed by it.
+// there. What the watch says later of an older state does not undo it. A policy that the server does not have any more goes, because
+// it may allow what those that stay deny; nothing else is removed by it.
 //
 // While the server cannot be reached it returns nil for a pod that is known already, and is otherwise an error. A pod
 // that does not exist with that uid is an error too.
@@ -57,7 +58,7 @@ func (a *API) readPod(ctx context.Context, namespace, name string) error {
 	if err != nil {
 		return fmt.Errorf("reading pod %s/%s: %w", namespace, name, err)
 	}
-	a.pods.take([]*corev1.Pod{&pod}, pod.ResourceVersion)
+	a.pods.take([]*corev1.Pod{&pod}, pod.ResourceVersion, nil)
 	return nil
 }
 
@@ -72,7 +73,7 @@ func (a *API) readNamespace(ctx context.Context, name string) error {
 	if err != nil {
 		err = fmt.Errorf("reading namespace %s: %w", name, err)
 	} else {
-		a.namespaces.take([]*corev1.Namespace{&namespace}, namespace.ResourceVersion)
+		a.namespaces.take([]*corev1.Namespace{&namespace}, namespace.ResourceVersion, nil)
 	}
 	return errors.Join(err, <-policies)
 }
@@ -87,7 +88,7 @@ func (a *API) readPolicies(ctx context.Context, namespace string) error {
 	for i := range list.Items {
 		policies[i] = &list.Items[i]
 	}
-	a.policies.take(policies, list.ResourceVersion)
+	a.policies.take(policies, list.ResourceVersion, func(k cluster.Key) bool { return k.Namespace == namespace })
 	return nil
 }
 
