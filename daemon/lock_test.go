@@ -18,6 +18,7 @@ import (
 
 	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/lab"
+	"github.com/warren-cni/warren/pkg/lab/soak"
 )
 
 const (
@@ -30,37 +31,14 @@ const (
 // On a node whose other programs use legacy iptables, one of them holds the lock until the daemon gives up to wait. It answers
 // meanwhile, changes of sets are made, and the rules are there soon after the lock is free.
 func TestLockHeldByAnother(t *testing.T) {
-	s := newStage(t, "wdlock", 1)
-	s.startTunnel(0)
-	if _, err := s.Nodes[0].Run(t.Context(), "iptables-legacy", "-A", "INPUT", "-p", "icmp", "-j", "ACCEPT"); err != nil {
-		t.Fatal(err)
-	}
-	lock := filepath.Join(t.TempDir(), "xtables.lock")
-	s.startDaemon(0, []string{"XTABLES_LOCKFILE=" + lock})
-	s.ready(0)
-	s.write("policy", allowTeam("closed"))
-	closed, open := s.pod(0, "closed"), s.pod(0, "open")
-	client, err := s.Nodes[0].AddPod(t.Context(), lab.Pod{Namespace: "shop", Name: "client", Labels: map[string]string{"team": "a"}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.reaches(client, closed)
-	s.reaches(client, open)
-
-	file, err := os.OpenFile(lock, os.O_RDWR, 0)
-	if err != nil {
-		t.Fatalf("the lock that iptables uses: %v", err)
-	}
-	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX); err != nil {
-		t.Fatal(err)
-	}
+	s, lock := newLegacyStage(t, "wdlock")
+	closed, open, client := s.lockedPods()
+	release := hold(t, lock)
 	s.relabel("client", "team: a", "team: b") // only a member of a set
 	s.cutOff(client, closed)
 	s.write("policy-open", allowTeam("open")) // rules
 	s.says("FirewallApplyFailed", true)
-	if err := file.Close(); err != nil {
-		t.Fatal(err)
-	}
+	release()
 	s.says("FirewallApplyFailed", false)
 	s.blocked(client, open)
 	s.relabel("client", "team: b", "team: a")
@@ -68,6 +46,72 @@ func TestLockHeldByAnother(t *testing.T) {
 	rules, err := s.Nodes[0].Run(t.Context(), "iptables-nft-save")
 	if err != nil || strings.Contains(rules, "WARREN") {
 		t.Errorf("in nft stand %v\n%s", err, rules)
+	}
+}
+
+// While another program holds the lock, in a soak for 30 s, a policy and a label change every second. None of it is lost.
+func TestNoChangeIsLostToTheLock(t *testing.T) {
+	s, lock := newLegacyStage(t, "wdlost")
+	closed, open, client := s.lockedPods()
+	release := hold(t, lock)
+	team, app := "a", "closed"
+	for range soak.Trials(30) {
+		before := team
+		team, app = map[string]string{"a": "b", "b": "a"}[team], map[string]string{"closed": "open", "open": "closed"}[app]
+		s.relabel("client", "team: "+before, "team: "+team)
+		s.write("policy", allowTeam(app))
+		s.pause(time.Second)
+	}
+	release()
+	s.write("policy", allowTeam("open"))
+	s.relabel("client", "team: "+team, "team: b")
+	s.cutOff(client, open)
+	s.reaches(client, closed)
+	s.healthy(0)
+}
+
+// newLegacyStage is a node whose other programs use legacy iptables, with a daemon; lock is the file that all of them lock.
+func newLegacyStage(t *testing.T, name string) (s *stage, lock string) {
+	t.Helper()
+	s = newStage(t, name, 1)
+	s.startTunnel(0)
+	if _, err := s.Nodes[0].Run(t.Context(), "iptables-legacy", "-A", "INPUT", "-p", "icmp", "-j", "ACCEPT"); err != nil {
+		t.Fatal(err)
+	}
+	lock = filepath.Join(t.TempDir(), "xtables.lock")
+	s.startDaemon(0, []string{"XTABLES_LOCKFILE=" + lock})
+	s.ready(0)
+	return s, lock
+}
+
+// lockedPods adds two servers and a client of team a, which reaches both. A policy lets only team a in to the first.
+func (s *stage) lockedPods() (closed, open, client *lab.Pod) {
+	s.t.Helper()
+	s.write("policy", allowTeam("closed"))
+	closed, open = s.pod(0, "closed"), s.pod(0, "open")
+	client, err := s.Nodes[0].AddPod(s.t.Context(), lab.Pod{Namespace: "shop", Name: "client", Labels: map[string]string{"team": "a"}})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.reaches(client, closed)
+	s.reaches(client, open)
+	return closed, open, client
+}
+
+// hold takes the lock that iptables uses and returns what releases it.
+func hold(t *testing.T, lock string) (release func()) {
+	t.Helper()
+	file, err := os.OpenFile(lock, os.O_RDWR, 0)
+	if err == nil {
+		err = unix.Flock(int(file.Fd()), unix.LOCK_EX)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		if err := file.Close(); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
