@@ -53,7 +53,7 @@ func wide(sets int) netfilter.Ruleset {
 	return r
 }
 
-// BenchmarkSetApply changes members spread over 2000 sets, against the same messages sent by hand over one socket.
+// BenchmarkSetApply changes members spread over 2000 sets, against messages made and sent by hand over one socket.
 func BenchmarkSetApply(b *testing.B) {
 	const sets = 2000
 	for _, members := range []int{1, 100, 10_000} {
@@ -89,11 +89,11 @@ func BenchmarkSetApply(b *testing.B) {
 	}
 }
 
-// byHand sends messages that were made before.
+// byHand makes one message of each set's changes and sends it.
 type byHand struct {
-	b        *testing.B
-	fd       int
-	messages [][]byte
+	b    *testing.B
+	fd   int
+	sets []netfilter.SetChange
 }
 
 func newByHand(b *testing.B, changes ...netfilter.Change) *byHand {
@@ -105,29 +105,31 @@ func newByHand(b *testing.B, changes ...netfilter.Change) *byHand {
 	b.Cleanup(func() { _ = unix.Close(fd) })
 	h := &byHand{b: b, fd: fd}
 	for _, c := range changes {
-		for _, s := range c.V4.Sets {
-			cmd, members := nl.IPSET_CMD_ADD, s.Add
-			if len(s.Remove) > 0 {
-				cmd, members = nl.IPSET_CMD_DEL, s.Remove
-			}
-			payload := (&nl.Nfgenmsg{Version: nl.NFNETLINK_V0}).Serialize()
-			payload = appendAttr(payload, nl.IPSET_ATTR_PROTOCOL, []byte{nl.IPSET_PROTOCOL})
-			body, err := membersMessage(s.Name, s.Type, members)
-			if err != nil {
-				b.Fatal(err)
-			}
-			req := nl.NewNetlinkRequest(cmd|unix.NFNL_SUBSYS_IPSET<<8, unix.NLM_F_REQUEST|unix.NLM_F_ACK)
-			req.AddRawData(append(payload, body...))
-			h.messages = append(h.messages, req.Serialize())
-		}
+		h.sets = append(h.sets, c.V4.Sets...)
 	}
 	return h
 }
 
+func (h *byHand) message(s netfilter.SetChange) []byte {
+	cmd, members := nl.IPSET_CMD_ADD, s.Add
+	if len(s.Remove) > 0 {
+		cmd, members = nl.IPSET_CMD_DEL, s.Remove
+	}
+	payload := (&nl.Nfgenmsg{Version: nl.NFNETLINK_V0}).Serialize()
+	payload = appendAttr(payload, nl.IPSET_ATTR_PROTOCOL, []byte{nl.IPSET_PROTOCOL})
+	body, err := membersMessage(s.Name, s.Type, members)
+	if err != nil {
+		h.b.Fatal(err)
+	}
+	req := nl.NewNetlinkRequest(cmd|unix.NFNL_SUBSYS_IPSET<<8, unix.NLM_F_REQUEST|unix.NLM_F_ACK)
+	req.AddRawData(append(payload, body...))
+	return req.Serialize()
+}
+
 func (h *byHand) send() {
 	buffer := make([]byte, 4096)
-	for _, m := range h.messages {
-		if err := unix.Sendto(h.fd, m, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+	for _, s := range h.sets {
+		if err := unix.Sendto(h.fd, h.message(s), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 			h.b.Fatal(err)
 		}
 		n, _, err := unix.Recvfrom(h.fd, buffer, 0)

@@ -65,7 +65,7 @@ func compileSuite() suite {
 func labelSuite() suite {
 	const few, many = "LabelFlip/pods=10000", "LabelFlip/pods=100000"
 	return suite{
-		dir: "pkg/policy", pattern: "^BenchmarkLabelFlip$", benchtime: "20000x",
+		dir: "pkg/policy", pattern: "^BenchmarkLabelFlip$", benchtime: "200000x",
 		figures: []figure{
 			{text: "us, 1k policies, 10k pods", of: sample{few, nanoseconds}, scale: toMicroseconds, most: 5, beside: []string{"members/op"}},
 			{text: "x, with 10 times the pods", of: sample{many, nanoseconds}, by: sample{few, nanoseconds}, most: 1.2},
