@@ -34,14 +34,14 @@ func TestLockHeldByAnother(t *testing.T) {
 	s, lock := newLegacyStage(t, "wdlock")
 	closed, open, client := s.lockedPods()
 	release := hold(t, lock)
-	s.relabel("client", "team: a", "team: b") // only a member of a set
+	s.relabel("team: a", "team: b") // only a member of a set
 	s.cutOff(client, closed)
 	s.write("policy-open", allowTeam("open")) // rules
 	s.says("FirewallApplyFailed", true)
 	release()
 	s.says("FirewallApplyFailed", false)
 	s.blocked(client, open)
-	s.relabel("client", "team: b", "team: a")
+	s.relabel("team: b", "team: a")
 	s.reaches(client, open)
 	rules, err := s.Nodes[0].Run(t.Context(), "iptables-nft-save")
 	if err != nil || strings.Contains(rules, "WARREN") {
@@ -58,13 +58,13 @@ func TestNoChangeIsLostToTheLock(t *testing.T) {
 	for range soak.Trials(30) {
 		before := team
 		team, app = map[string]string{"a": "b", "b": "a"}[team], map[string]string{"closed": "open", "open": "closed"}[app]
-		s.relabel("client", "team: "+before, "team: "+team)
+		s.relabel("team: "+before, "team: "+team)
 		s.write("policy", allowTeam(app))
 		s.pause(time.Second)
 	}
 	release()
 	s.write("policy", allowTeam("open"))
-	s.relabel("client", "team: "+team, "team: b")
+	s.relabel("team: "+team, "team: b")
 	s.cutOff(client, open)
 	s.reaches(client, closed)
 	s.healthy(0)
@@ -126,14 +126,15 @@ func allowTeam(app string) networkingv1.NetworkPolicy {
 	return policy
 }
 
-// relabel changes the text of a pod's object.
-func (s *stage) relabel(pod, from, to string) {
+// relabel changes the text of the client's object.
+func (s *stage) relabel(from, to string) {
 	s.t.Helper()
-	text, err := s.ReadText("pod-shop-" + pod)
+	const name = "pod-shop-client"
+	text, err := s.ReadText(name)
 	if err != nil || !strings.Contains(string(text), from) {
 		s.t.Fatalf("the pod is %v\n%s", err, text)
 	}
-	s.writeText("pod-shop-"+pod, strings.ReplaceAll(string(text), from, to))
+	s.writeText(name, strings.ReplaceAll(string(text), from, to))
 }
 
 // cutOff waits until a pod does not reach another any more.
