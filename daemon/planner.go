@@ -19,7 +19,9 @@ import (
 type planner struct {
 	options planning
 
-	mu       sync.Mutex
+	mu sync.Mutex
+	// nodes are the Nodes as they are; those of the state have only the podCIDRs that they may have.
+	nodes    map[string]*cluster.Node
 	state    *cluster.State
 	compiler *policy.Compiler
 	// guards are the rules that stand whatever the policies, with the start gate's set.
@@ -48,7 +50,7 @@ type plan struct {
 
 func newPlanner(o planning) *planner {
 	return &planner{
-		options: o, state: cluster.NewState(o.nodeName), compiler: policy.NewCompiler(o.nodeName, policy.Options{Log: o.logMode}),
+		options: o, nodes: map[string]*cluster.Node{}, state: cluster.NewState(o.nodeName), compiler: policy.NewCompiler(o.nodeName, policy.Options{Log: o.logMode}),
 	}
 }
 
@@ -56,7 +58,40 @@ func newPlanner(o planning) *planner {
 func (p *planner) learn(objects cluster.Delta, attachments cluster.Attachments) cluster.Bound {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if len(objects.Nodes) > 0 {
+		objects.Nodes = p.claimants(objects.Nodes)
+	}
 	return p.state.Update(objects, attachments)
+}
+
+// claimants takes in Nodes that changed and returns these, and those that others' claims concern, with the podCIDRs that they may have:
+// a pod's address counts only in those.
+func (p *planner) claimants(changed map[string]*cluster.Node) map[string]*cluster.Node {
+	for name, node := range changed {
+		if node == nil {
+			delete(p.nodes, name)
+		} else {
+			p.nodes[name] = node
+		}
+	}
+	all := maps.Clone(changed)
+	for name, accepted := range mesh.PodCIDRs(p.meshSnapshot(), p.options.parsedCluster) {
+		node := *p.nodes[name]
+		node.PodCIDRs = accepted
+		if before, ok := p.state.Node(name); !ok || changed[name] != nil || !slices.Equal(before.PodCIDRs, accepted) {
+			all[name] = &node
+		}
+	}
+	return all
+}
+
+// meshSnapshot returns the Nodes as they are.
+func (p *planner) meshSnapshot() cluster.Snapshot {
+	s := cluster.Snapshot{Self: p.options.nodeName, Nodes: make([]cluster.Node, 0, len(p.nodes))}
+	for _, name := range slices.Sorted(maps.Keys(p.nodes)) {
+		s.Nodes = append(s.Nodes, *p.nodes[name])
+	}
+	return s
 }
 
 // plan works out what follows from what was learnt.
@@ -68,7 +103,7 @@ func (p *planner) plan(news cluster.Bound, uplinkMTU int) plan {
 	if len(news.Nodes) > 0 || uplinkMTU != p.uplinkMTU || len(p.guards.V4.Hooks) == 0 {
 		p.uplinkMTU = uplinkMTU
 		result.meshChanged = true
-		p.mesh, p.meshProblems = mesh.Plan(cluster.Snapshot{Self: p.options.nodeName, Nodes: p.state.Nodes()}, mesh.Options{
+		p.mesh, p.meshProblems = mesh.Plan(p.meshSnapshot(), mesh.Options{
 			ClusterCIDRs: p.options.parsedCluster,
 			ListenPort:   p.options.port,
 			UplinkMTU:    uplinkMTU,
@@ -160,8 +195,10 @@ func (p *planner) group(chain string) (direction string, policies []string, ok b
 func (p *planner) self() cluster.Node {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	node, _ := cluster.Snapshot{Nodes: p.state.Nodes()}.Node(p.options.nodeName)
-	return node
+	if node := p.nodes[p.options.nodeName]; node != nil {
+		return *node
+	}
+	return cluster.Node{}
 }
 
 // counts are for the status.

@@ -194,21 +194,17 @@ func (n *node) readAttachments(full bool, o *outcome) (cluster.Attachments, erro
 		}
 	}
 	if !full {
-		var news cluster.Attachments
-		for _, holder := range asked {
-			// A lease that cannot be read is a problem of the next full step; its pod stays closed.
-			if lease, err := n.leases.Get(holder.ContainerID, holder.Interface); err == nil {
-				news.List = append(news.List, attachmentOf(lease))
-			}
-		}
-		return news, nil
+		return n.attachmentsOf(asked), nil
 	}
 	leases, err := n.leases.List()
 	o.leaseProblems = nil
 	if err != nil {
 		o.leaseProblems = append(o.leaseProblems, applyProblem("LeaseUnreadable", n.options.leases(), err,
 			"the pod that holds the address stays closed; delete it, or the file if no pod holds the address"))
-		if leases == nil {
+		switch {
+		case n.attached != nil: // what is known of the others stays as it is
+			return n.attachmentsOf(asked), nil
+		case leases == nil:
 			return cluster.Attachments{}, err
 		}
 	}
@@ -225,6 +221,18 @@ func (n *node) readAttachments(full bool, o *outcome) (cluster.Attachments, erro
 		n.attached = attached
 	}
 	return all, nil
+}
+
+// attachmentsOf returns what is leased to those that asked. A lease that cannot be read is a problem of the next full step; its pod
+// stays closed.
+func (n *node) attachmentsOf(asked []cluster.Holder) cluster.Attachments {
+	var news cluster.Attachments
+	for _, holder := range asked {
+		if lease, err := n.leases.Get(holder.ContainerID, holder.Interface); err == nil {
+			news.List = append(news.List, attachmentOf(lease))
+		}
+	}
+	return news
 }
 
 // attachmentOf is a lease as what it is to the cluster.

@@ -197,3 +197,35 @@ func TestWhatWasHeldBackIsApplied(t *testing.T) {
 		t.Errorf("error %v, and the rules stand: %v", err, m.holds(chain))
 	}
 }
+
+// Leases that cannot be read close nobody who has one, and a pod whose lease comes into sight before it asked opens nothing.
+func TestLeasesThatCannotBeRead(t *testing.T) {
+	n, s, _, pod := newStepped(t, "192.168.0.1")
+	if err := n.step(t.Context(), true); err != nil || !n.isOpen(pod) {
+		t.Fatalf("error %v, and the pod that was there at the start is open: %v", err, n.isOpen(pod))
+	}
+	second := cluster.Pod{Namespace: "shop", Name: "second", UID: "u2", Node: "node-1"}
+	s.delta.Pods[second.Key()] = &second
+	owner := ipam.Owner{ContainerID: "c2", Interface: "eth0", Namespace: "shop", Name: "second", UID: "u2"}
+	addresses, err := n.leases.Allocate([]netip.Prefix{netip.MustParsePrefix("10.244.1.0/24")}, owner)
+	if err != nil {
+		t.Fatal(err)
+	}
+	asks := agentapi.Pod{ContainerID: "c2", Interface: "eth0", Namespace: "shop", Name: "second", UID: "u2", Addresses: addresses}
+	if err = n.step(t.Context(), true); err != nil || n.isOpen(asks) {
+		t.Fatalf("error %v, and the pod that did not ask yet is open: %v", err, n.isOpen(asks))
+	}
+	n.ask(cluster.Holder{ContainerID: "c2", Interface: "eth0"})
+	if err = n.step(t.Context(), false); err != nil || !n.isOpen(asks) {
+		t.Fatalf("error %v, and the pod that asked is open: %v", err, n.isOpen(asks))
+	}
+	if err = os.Rename(n.options.leases(), n.options.leases()+".away"); err != nil {
+		t.Fatal(err)
+	}
+	if err = n.step(t.Context(), true); err != nil || !n.isOpen(pod) || !n.isOpen(asks) {
+		t.Errorf("error %v; the pods are open: %v and %v", err, n.isOpen(pod), n.isOpen(asks))
+	}
+	if problems := n.outcomeNow().problems; len(problems) == 0 || problems[0].Code != "LeaseUnreadable" {
+		t.Errorf("problems %v", problems)
+	}
+}

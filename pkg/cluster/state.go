@@ -307,12 +307,22 @@ func inside(addresses []netip.Addr, node, own []netip.Prefix) []netip.Addr {
 // Open returns the addresses that the start gate may let pass, each with who holds it.
 func (s *State) Open() map[netip.Addr]Holder { return maps.Clone(s.open) }
 
+// Node returns a Node.
+func (s *State) Node(name string) (Node, bool) {
+	node := s.nodes[name]
+	if node == nil {
+		return Node{}, false
+	}
+	return *node, true
+}
+
 // Snapshot returns the whole state, its pods with the addresses that they can have.
 func (s *State) Snapshot() Snapshot {
 	snapshot := Snapshot{
-		Self: s.self, Nodes: s.Nodes(), Namespaces: values(s.namespaces), Policies: values(s.policies),
+		Self: s.self, Nodes: values(s.nodes), Namespaces: values(s.namespaces), Policies: values(s.policies),
 		Pods: make([]Pod, 0, len(s.pods)),
 	}
+	slices.SortFunc(snapshot.Nodes, func(a, b Node) int { return cmp.Compare(a.Name, b.Name) })
 	for _, p := range s.pods {
 		snapshot.Pods = append(snapshot.Pods, *p.bound)
 	}
@@ -320,13 +330,6 @@ func (s *State) Snapshot() Snapshot {
 	slices.SortFunc(snapshot.Pods, func(a, b Pod) int { return a.Key().Compare(b.Key()) })
 	slices.SortFunc(snapshot.Policies, func(a, b Policy) int { return a.Key().Compare(b.Key()) })
 	return snapshot
-}
-
-// Nodes returns all nodes, sorted by name.
-func (s *State) Nodes() []Node {
-	nodes := values(s.nodes)
-	slices.SortFunc(nodes, func(a, b Node) int { return cmp.Compare(a.Name, b.Name) })
-	return nodes
 }
 
 func values[K comparable, T any](objects map[K]*T) []T {

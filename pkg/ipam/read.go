@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -23,14 +22,14 @@ type parsed struct {
 // List returns all leases, ordered by attachment, as they are at this moment. Only files that it has not seen before are
 // read.
 //
-// A file that is no lease is named in the error, and does not keep the others from being returned. Where the
-// directory itself cannot be read the leases are those of the last List that could, nil where none could.
+// A file that is no lease is named in the error, and does not keep the others from being returned. The leases are nil where
+// the directory itself cannot be read.
 func (s *Store) List() ([]Lease, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
-		return s.lastGood(), fmt.Errorf("listing leases: %w", err)
+		return nil, fmt.Errorf("listing leases: %w", err)
 	}
 	leases := make([]Lease, 0, len(s.parsed))
 	seen := make(map[string]parsed, len(s.parsed))
@@ -52,18 +51,6 @@ func (s *Store) List() ([]Lease, error) {
 	}
 	s.parsed = seen
 	return leases, errors.Join(bad...)
-}
-
-// lastGood returns the leases that List has seen last.
-func (s *Store) lastGood() []Lease {
-	if s.parsed == nil {
-		return nil
-	}
-	leases := make([]Lease, 0, len(s.parsed))
-	for _, name := range slices.Sorted(maps.Keys(s.parsed)) {
-		leases = append(leases, s.parsed[name].lease)
-	}
-	return leases
 }
 
 // parse returns the lease of an attachment's file, from memory where the file is the one read before. A tmpfs never gives an

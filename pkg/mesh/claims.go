@@ -84,6 +84,16 @@ func judge(s cluster.Snapshot, o Options) *registry {
 	return r
 }
 
+// PodCIDRs returns the podCIDRs that each node may have, in the order of its Node: what Plan refuses is not among them, and must not
+// give its pods the identity of another node's addresses either.
+func PodCIDRs(s cluster.Snapshot, clusterCIDRs []netip.Prefix) map[string][]netip.Prefix {
+	accepted := make(map[string][]netip.Prefix, len(s.Nodes))
+	for name, c := range judge(s, Options{ClusterCIDRs: clusterCIDRs}).claims {
+		accepted[name] = c.podCIDRs
+	}
+	return accepted
+}
+
 // acceptAddress says whether a node may have that address. An address among the pods' would make the tunnel carry its own
 // packets, and one of another node would make this node send that one's packets elsewhere.
 func (r *registry) acceptAddress(node string, a netip.Addr) bool {

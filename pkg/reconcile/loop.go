@@ -23,9 +23,12 @@ const (
 	maxPause = 20 * time.Millisecond
 )
 
-// auditShare is how many times longer than a full step the time to the next one is at least: on a node where reading the kernel
-// is much work, that work stays a small part of a core.
-const auditShare = 20
+// auditShare is how many times longer than a full step the time to the next one is: on a node where reading the kernel is much
+// work, that work stays a small part of a core. But drift never lasts longer than maxAudit, because a step may also have been waiting.
+const (
+	auditShare = 20
+	maxAudit   = 30 * time.Second
+)
 
 // Loop runs a step. Make it with New.
 type Loop struct {
@@ -96,7 +99,7 @@ func (l *Loop) Run(ctx context.Context) {
 			w <- err
 		}
 		if full {
-			audit.Reset(max(l.resync, auditShare*took))
+			audit.Reset(max(l.resync, min(auditShare*took, maxAudit)))
 		}
 		if err != nil {
 			retry.Reset(backoff)

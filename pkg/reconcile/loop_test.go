@@ -87,32 +87,27 @@ func TestCoalescesABurst(t *testing.T) {
 
 func TestLongAuditsAreRare(t *testing.T) {
 	r := &recorder{}
-	bubble(t, r, func(t *testing.T, _ context.Context, _ *reconcile.Loop) {
-		r.set(nil, 10*time.Second)
-		before := r.runs()
-		time.Sleep(10 * time.Minute)
-		synctest.Wait()
-		if n := r.runs() - before; n != 3 { // after one minute, then every 200 s and the 10 s that they take
-			t.Fatalf("%d audits of 10 s in 10 minutes, want 3", n)
-		}
-	})
-}
-
-func TestRunsAtOnceAndAudits(t *testing.T) {
-	r := &recorder{}
-	bubble(t, r, func(t *testing.T, _ context.Context, l *reconcile.Loop) {
-		if r.runs() != 1 || !r.lastFull() {
-			t.Fatalf("%d runs at the start, want one full run", r.runs())
-		}
-		l.Trigger()
-		synctest.Wait()
-		if r.runs() != 2 || r.lastFull() {
-			t.Fatalf("%d runs after a trigger, want 2, the last not full", r.runs())
-		}
-		time.Sleep(61 * time.Second)
-		synctest.Wait()
-		if r.runs() != 3 || !r.lastFull() {
-			t.Fatalf("%d runs after a minute, want 3, the last full", r.runs())
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go reconcile.New(r.step, 10*time.Second, time.Now).Run(ctx)
+		for _, c := range []struct {
+			took time.Duration
+			want int
+		}{
+			{100 * time.Millisecond, 12}, // every 10 s
+			{time.Second, 6},             // every 20 s
+			{5 * time.Second, 4},         // every 30 s, and not every 100
+		} {
+			r.set(nil, c.took)
+			time.Sleep(time.Minute) // until the last that was shorter is over
+			synctest.Wait()
+			before := r.runs()
+			time.Sleep(2 * time.Minute)
+			synctest.Wait()
+			if n := r.runs() - before; n < c.want-1 || n > c.want+1 {
+				t.Errorf("%d audits of %v in two minutes, want about %d", n, c.took, c.want)
+			}
 		}
 	})
 }
