@@ -3,6 +3,7 @@ package bench
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 
 	"github.com/warren-cni/warren/pkg/lab"
+	"github.com/warren-cni/warren/pkg/netfilter"
 )
 
 // pace is the time between two changes, at least.
@@ -53,6 +55,7 @@ func BenchmarkEnforce(b *testing.B) {
 				changes = append(changes, f.flip())
 			}
 			f.report(changes)
+			f.reportRestore(servers[0].Node)
 			if l.nodes == 1 {
 				f.reportRewriter(servers[0])
 			}
@@ -148,6 +151,23 @@ func (f *flipper) report(changes []change) {
 	f.b.ReportMetric(milliseconds(percentile(watched, 0.99)), "watch-p99-ms")
 	f.b.ReportMetric(milliseconds(percentile(enforced, 0.5)), "request-p50-ms")
 	f.b.ReportMetric(float64(percentile(enforced, 0.5))/float64(percentile(watched, 0.5)), "x-watch")
+}
+
+// reportRestore reports what a bare iptables-restore of one chain takes on a node, to compare with. Its rules stand before it ends.
+func (f *flipper) reportRestore(node *lab.Node) {
+	f.b.Helper()
+	const program, chain = "iptables-restore", "BENCH"
+	rules := netfilter.Chain{Table: "mangle", Name: chain, Rules: slices.Repeat([]netfilter.Rule{{Args: []string{"-j", "RETURN"}}}, 20)}
+	text := netfilter.Delta{Table: rules.Table, Write: []netfilter.Chain{rules}}.Render()
+	var took []time.Duration
+	for range 50 {
+		began := time.Now() //nolint:forbidigo // a measurement
+		if err := node.Do(func() error { return execute(f.b.Context(), text, program, "--noflush", "-w", "10") }); err != nil {
+			f.b.Fatal(err)
+		}
+		took = append(took, time.Since(began))
+	}
+	f.b.ReportMetric(milliseconds(percentile(took, 0.5)), "restore-p50-ms")
 }
 
 // reportRewriter makes a few changes more while a program runs beside the daemon that writes everything anew at each event, and
