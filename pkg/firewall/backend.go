@@ -116,15 +116,23 @@ func choose(ctx context.Context, log *slog.Logger, suites map[string]suite) (str
 		}
 		found[backend] = u
 	}
-	if len(found) == 0 {
-		return "", nil, errors.Join(errs...)
-	}
-	if len(errs) > 0 {
-		log.Warn("leaving a backend of iptables alone", "error", errors.Join(errs...))
-	}
 	backend := prefer(found)
+	err := errors.Join(errs...)
+	// What cannot be read may be what the node uses, unless the other one is in use or this one will never do.
+	if len(found) == 0 || err != nil && found[backend].none() && !isUseless(err) {
+		return "", nil, err
+	}
+	if err != nil {
+		log.Warn("leaving a backend of iptables alone", "error", err)
+	}
 	log.Info("chose a backend of iptables", "backend", backend, "nft", found[nft].String(), "legacy", found[legacy].String())
 	return backend, mixed(backend, found), nil
+}
+
+// isUseless says whether the programs of a backend will never do: the kernel does not have it, or it has rules of nft itself in the
+// tables of iptables.
+func isUseless(err error) bool {
+	return strings.Contains(err.Error(), "not supported") || strings.Contains(err.Error(), "incompatible")
 }
 
 // mixed reports that other programs use both backends.

@@ -114,7 +114,7 @@ func TestBackendOfOthersIsUsed(t *testing.T) {
 	expect(legacy)
 }
 
-// A backend that cannot be read is left alone: a kernel without nf_tables, or rules that only nft understands.
+// Where a backend cannot be read another one is chosen only if that is in use; else it may be the one that the node uses.
 func TestBackendThatCannotBeRead(t *testing.T) {
 	n := newNode(t, "")
 	suites, err := findSuites(programs{}, "")
@@ -123,19 +123,36 @@ func TestBackendThatCannotBeRead(t *testing.T) {
 	}
 	var x faults
 	x.into(&Firewall{tools: suites[nft]})
-	x.failAt = 1
-	log := n.options().Log
-	backend, problems, err := choose(t.Context(), log, suites)
-	if backend != legacy || len(problems) > 0 || err != nil {
-		t.Errorf("chose %q with problems %v and error %v", backend, problems, err)
+	fail := func(suites map[string]suite) (string, error) {
+		x.failAt = len(x.calls) + 1
+		backend, _, err := choose(t.Context(), n.options().Log, suites)
+		return backend, err
+	}
+	if backend, err := fail(suites); !errors.Is(err, errInjected) {
+		t.Errorf("on a node where nothing else is known it chose %q with error %v", backend, err)
+	}
+	if _, err = fail(map[string]suite{nft: suites[nft]}); !errors.Is(err, errInjected) {
+		t.Errorf("with no other backend the error is %v", err)
+	}
+	n.run("iptables-legacy -A FORWARD -j ACCEPT")
+	if backend, err := fail(suites); backend != legacy || err != nil {
+		t.Errorf("chose %q with error %v", backend, err)
 	}
 	if !strings.Contains(n.log.String(), errInjected.Error()) {
 		t.Errorf("the log does not say why:\n%s", n.log.String())
 	}
-	x.failAt = len(x.calls) + 1
-	_, _, err = choose(t.Context(), log, map[string]suite{nft: suites[nft]})
-	if !errors.Is(err, errInjected) {
-		t.Errorf("with no other backend the error is %v", err)
+}
+
+// What a backend says that will never do.
+func TestBackendThatWillNeverDo(t *testing.T) {
+	for text, want := range map[string]bool{
+		"iptables-nft-save v1.8.9 (nf_tables): Failed to initialize nft: Protocol not supported": true,
+		"Table `filter' is incompatible, use 'nft' tool.":                                        true,
+		"Could not fetch rule set generation id: Permission denied (you must be root)":           false,
+	} {
+		if got := isUseless(errors.New(text)); got != want {
+			t.Errorf("%q: %v", text, got)
+		}
 	}
 }
 
