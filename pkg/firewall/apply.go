@@ -20,39 +20,28 @@ type apply struct {
 }
 
 // run goes through the phases. Their order is the package's promise.
-func (a *apply) run(ctx context.Context, plans map[netfilter.Family]*familyPlan) error {
+func (a *apply) run(ctx context.Context, plans []*familyPlan) error {
 	// Who has left the cluster's rules must not pass because the gate still lets him.
 	err := a.gates(plans, a.leave)
 	if err != nil {
 		return err
 	}
-	done := map[netfilter.Family]bool{}
-	for _, f := range netfilter.Families {
-		if plans[f] == nil {
-			done[f] = true // nothing changes
-			continue
-		}
-		familyErr := a.family(ctx, plans[f])
-		done[f] = familyErr == nil
+	for _, p := range plans {
+		familyErr := a.family(ctx, p)
+		p.done = familyErr == nil
 		err = errors.Join(err, familyErr)
 	}
 	// The gate opens only when everything stands, in both families: a pod has addresses in both.
 	if err == nil {
 		err = a.gates(plans, a.open)
 	}
-	a.collect(ctx, plans, done)
+	a.collect(ctx, plans)
 	return err
 }
 
 // gates does a step with every set of the gate.
-func (a *apply) gates(plans map[netfilter.Family]*familyPlan, step func(*setPlan) error) error {
-	var errs []error
-	for _, f := range netfilter.Families {
-		if p := plans[f]; p != nil {
-			errs = append(errs, each(p.ofRole(netfilter.Gate), step))
-		}
-	}
-	return errors.Join(errs...)
+func (a *apply) gates(plans []*familyPlan, step func(*setPlan) error) error {
+	return each(plans, func(p *familyPlan) error { return each(p.ofRole(netfilter.Gate), step) })
 }
 
 // ofRole returns the plans for the sets of one role.
@@ -93,43 +82,69 @@ func (a *apply) family(ctx context.Context, p *familyPlan) error {
 
 // createAll makes the sets that there are not and fills them: nothing refers to them yet.
 func (a *apply) createAll(p *familyPlan) error {
-	return each([]netfilter.Role{netfilter.Allows, netfilter.Selects, netfilter.Isolates}, func(r netfilter.Role) error {
-		return each(p.ofRole(r), func(s *setPlan) error {
-			if !s.create {
-				return nil
+	var errs []error
+	for _, r := range [...]netfilter.Role{netfilter.Allows, netfilter.Selects, netfilter.Isolates} {
+		for i := range p.sets {
+			if s := &p.sets[i]; s.Role == r && s.create {
+				errs = append(errs, a.createFull(p, s))
 			}
-			err := a.create(s)
-			if err != nil {
-				return a.fault(p, s, missing, err)
-			}
-			if err = a.enter(s); err != nil {
-				err = a.fault(p, s, unfilled, err)
-			}
-			s.add = nil
-			return err
-		})
-	})
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// createFull makes a set with its members.
+func (a *apply) createFull(p *familyPlan, s *setPlan) error {
+	err := a.create(s)
+	if err != nil {
+		return a.fault(p, s, missing, err)
+	}
+	if err = a.enter(s); err != nil {
+		err = a.fault(p, s, unfilled, err)
+	}
+	s.add = nil
+	return err
 }
 
 // moves goes through steps with sets.
 func (a *apply) moves(p *familyPlan, list []move) error {
-	return each(list, func(m move) error {
-		return each(p.ofRole(m.role), func(s *setPlan) error {
-			switch {
-			case a.known.sets[s.Name] == nil:
-				return nil // it could not be made
-			case m.enter:
-				if err := a.enter(s); err != nil {
-					return a.fault(p, s, unfilled, err)
-				}
-			default:
-				if err := a.leave(s); err != nil {
-					return a.fault(p, s, overfull, err)
-				}
+	return each(list, func(m move) error { return a.move(p, m) })
+}
+
+// move lets the members of all sets of a role enter or leave.
+func (a *apply) move(p *familyPlan, m move) error {
+	is := overfull
+	if m.enter {
+		is = unfilled
+	}
+	var sets []*setPlan
+	var errs []error
+	for i := range p.sets {
+		s := &p.sets[i]
+		if s.Role != m.role || len(s.moving(m.enter)) == 0 {
+			continue
+		}
+		st := a.known.sets[s.Name]
+		if st == nil {
+			continue // it could not be made
+		}
+		if m.enter {
+			if err := a.makeRoom(s, st); err != nil {
+				errs = append(errs, a.fault(p, s, is, err))
+				continue
 			}
-			return nil
-		})
-	})
+		}
+		sets = append(sets, s)
+	}
+	if len(sets) == 0 {
+		return errors.Join(errs...)
+	}
+	for i, err := range a.update(m.enter, sets...) {
+		if err != nil {
+			errs = append(errs, a.fault(p, sets[i], is, err))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // create makes a set that there is not, empty.
@@ -160,17 +175,10 @@ func (a *apply) enter(s *setPlan) error {
 	if len(s.add) == 0 {
 		return nil
 	}
-	st := a.known.sets[s.Name]
-	// A set that other programs change cannot be made anew: what they take out meanwhile would come back.
-	if s.Role != netfilter.Gate && st.n+len(s.add) > st.max {
-		return a.enlarge(s)
-	}
-	a.changes.SetOps += len(s.add)
-	if err := a.sets.Add(s.Name, s.Type, s.add); err != nil {
+	if err := a.makeRoom(s, a.known.sets[s.Name]); err != nil {
 		return err
 	}
-	st.enter(s.add)
-	return nil
+	return errors.Join(a.update(true, s)...)
 }
 
 // leave removes the members that the set must not have.
@@ -178,12 +186,30 @@ func (a *apply) leave(s *setPlan) error {
 	if len(s.remove) == 0 {
 		return nil
 	}
-	a.changes.SetOps += len(s.remove)
-	if err := a.sets.Remove(s.Name, s.Type, s.remove); err != nil {
-		return err
+	return errors.Join(a.update(false, s)...)
+}
+
+// update lets the members of sets enter or leave, those of all sets together. It returns an error for each set, or nil where there is
+// none.
+func (a *apply) update(enter bool, sets ...*setPlan) []error {
+	a.lists = a.lists[:0]
+	for _, s := range sets {
+		members := s.moving(enter)
+		a.lists = append(a.lists, memberList{s.Name, s.Type, members})
+		a.changes.SetOps += len(members)
 	}
-	a.known.sets[s.Name].leave(s.remove)
-	return nil
+	do := a.sets.Remove
+	if enter {
+		do = a.sets.Add
+	}
+	errs := do(a.lists...)
+	for i, l := range a.lists {
+		if errs == nil || errs[i] == nil {
+			a.known.sets[l.set].move(enter, l.members)
+		}
+	}
+	clear(a.lists)
+	return errs
 }
 
 // open adds to a set of the gate what it lacks, as far as that may enter: not who should be isolated and is not, and since the
@@ -202,33 +228,36 @@ func (a *apply) open(s *setPlan) error {
 	})
 }
 
-// enlarge puts a larger set with the old and the new members in the place of the old one.
-func (a *apply) enlarge(s *setPlan) error {
+// makeRoom puts a larger set with the same members in the place of one that those who enter would outgrow. A set that other programs
+// change cannot be made anew: what they take out meanwhile would come back.
+func (a *apply) makeRoom(s *setPlan, st *standing) error {
+	if s.Role == netfilter.Gate || st.n+len(s.add) <= st.max {
+		return nil
+	}
 	temporary := netfilter.Name("TMP", s.Name)
 	found, err := a.sets.List(s.Name)
 	if err != nil {
 		return err
 	}
-	members := s.add
+	larger := set{typ: s.Type, family: s.family}
 	if found[s.Name] != nil {
-		members = slices.Concat(found[s.Name].members, s.add)
+		larger.members = found[s.Name].members
 	}
-	a.changes.SetOps += len(members) + 3
+	larger.max = capacity(len(larger.members) + len(s.add))
+	a.changes.SetOps += len(larger.members) + 3
 	// One may be left from an apply that was cut short.
 	if err := a.sets.Destroy(temporary); err != nil {
 		return err
 	}
-	larger := set{typ: s.Type, family: s.family, max: capacity(len(members))}
 	if err := a.sets.Create(temporary, larger); err != nil {
 		return err
 	}
-	if err := a.sets.Add(temporary, s.Type, members); err != nil {
+	if err := errors.Join(a.sets.Add(memberList{temporary, s.Type, larger.members})...); err != nil {
 		return err
 	}
 	if err := a.sets.Swap(s.Name, temporary); err != nil {
 		return err
 	}
-	larger.members = members
 	a.known.sets[s.Name] = stand(s.Role, &larger)
 	return a.sets.Destroy(temporary)
 }
@@ -247,15 +276,15 @@ func (w *Firewall) keptOut() map[netip.Addr]bool {
 // collect removes the chains and sets that nothing needs any more, of the families that are done. What cannot be removed
 // (somebody's own rule may refer to it) is logged and tried again after the next Forget: it is out of every packet's way, so
 // it must not keep the gate shut.
-func (a *apply) collect(ctx context.Context, plans map[netfilter.Family]*familyPlan, done map[netfilter.Family]bool) {
-	for _, f := range netfilter.Families {
-		if a.whole && done[f] {
-			for _, p := range places(f) {
-				a.dispose(p.String(), func() error { return a.collectChains(ctx, p, plans[f].chains[p.table]) })
+func (a *apply) collect(ctx context.Context, plans []*familyPlan) {
+	for _, p := range plans {
+		if a.whole && p.done {
+			for _, at := range places(p.family) {
+				a.dispose(at.String(), func() error { return a.collectChains(ctx, at, p.chains[at.table]) })
 			}
 		}
 	}
-	if !done[netfilter.IPv4] || !done[netfilter.IPv6] {
+	if slices.ContainsFunc(plans, func(p *familyPlan) bool { return !p.done }) {
 		return // old rules of the family that is not done may still refer to old sets
 	}
 	for _, p := range plans {

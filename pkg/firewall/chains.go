@@ -23,6 +23,9 @@ var errNotTried = errors.New("not tried yet, because too many other chains were 
 
 // stage writes the chains and hooks of some tables.
 func (a *apply) stage(ctx context.Context, p *familyPlan, n int) error {
+	if !a.whole && len(p.chains)+len(p.deleted)+len(a.broken) == 0 {
+		return nil // only sets change
+	}
 	tables := stages()[n]
 	return each(tables[:], func(table string) error {
 		at := place{p.family, table}
@@ -40,9 +43,9 @@ func (a *apply) stage(ctx context.Context, p *familyPlan, n int) error {
 // ready returns the chains of a table that have to be written, as they may be written now, and notes which of them are closed.
 func (a *apply) ready(p *familyPlan, at place) []netfilter.Chain {
 	chains := p.chains[at.table]
-	roles := map[string]netfilter.Role{}
+	var roles map[string]netfilter.Role
 	if len(a.broken) > 0 {
-		chains = a.wanted(p, at.table)
+		chains, roles = a.wanted(p, at.table), map[string]netfilter.Role{}
 		for i := range p.sets {
 			roles[p.sets[i].Name] = p.sets[i].Role
 		}
@@ -61,6 +64,9 @@ func (a *apply) ready(p *familyPlan, at place) []netfilter.Chain {
 			a.refusals[id] = refusal{chain: c, err: err}
 		}
 		forms = append(forms, form)
+	}
+	if len(forms) == 0 {
+		return nil
 	}
 	return a.known.tables[at].differing(forms)
 }

@@ -171,7 +171,7 @@ func (a *apply) shut(f netfilter.Family, out []netfilter.Entry) error {
 	for name, st := range a.known.sets {
 		if st.role == netfilter.Gate && st.family == f {
 			a.changes.SetOps += len(out)
-			return a.sets.Remove(name, st.typ, out)
+			return errors.Join(a.sets.Remove(memberList{name, st.typ, out})...)
 		}
 	}
 	return errors.New("there is no gate to keep them out")

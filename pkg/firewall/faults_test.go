@@ -109,15 +109,21 @@ func (x faultySets) Swap(a, b string) error {
 	return x.call("swap sets "+a, func() error { return x.ipsets.Swap(a, b) })
 }
 
-func (x faultySets) Add(name string, typ netfilter.SetType, members []netfilter.Entry) error {
-	if len(members) == 0 {
-		return nil
-	}
-	return x.call("add to set "+name, func() error { return x.ipsets.Add(name, typ, members) })
+func (x faultySets) Add(lists ...memberList) []error { return x.update("add to", x.ipsets.Add, lists) }
+
+func (x faultySets) Remove(lists ...memberList) []error {
+	return x.update("remove from", x.ipsets.Remove, lists)
 }
 
-func (x faultySets) Remove(name string, typ netfilter.SetType, members []netfilter.Entry) error {
-	return x.call("remove from set "+name, func() error { return x.ipsets.Remove(name, typ, members) })
+// update takes each list as a call.
+func (x faultySets) update(what string, do func(...memberList) []error, lists []memberList) []error {
+	errs := make([]error, len(lists))
+	for i, l := range lists {
+		if len(l.members) > 0 {
+			errs[i] = x.call(what+" set "+l.set, func() error { return errors.Join(do(l)...) })
+		}
+	}
+	return errs
 }
 
 // successor is what the sample turns into in the tests of faults: every kind of change at once.

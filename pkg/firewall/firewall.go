@@ -67,6 +67,8 @@ type Firewall struct {
 	now     func() time.Time
 	// known is what the kernel holds, as far as it has been read or written since the last error or Forget.
 	known known
+	// lists are those of an update, in memory that the next one uses again.
+	lists []memberList
 	// suspect are tables that were written with a warning, or may have been: their rules are not believed, whatever their
 	// hashes say. A chain in the kernel says the same to the next daemon.
 	suspect map[place]bool
@@ -171,7 +173,7 @@ func (w *Firewall) Patch(ctx context.Context, c netfilter.Change) (Changes, erro
 	if !w.known.whole {
 		return Changes{}, ErrUnknown
 	}
-	plans := map[netfilter.Family]*familyPlan{}
+	var plans []*familyPlan
 	for _, f := range netfilter.Families {
 		half := c.Of(f)
 		if len(half.Sets)+len(half.Write)+len(half.Delete) == 0 {
@@ -181,7 +183,7 @@ func (w *Firewall) Patch(ctx context.Context, c netfilter.Change) (Changes, erro
 		if err != nil {
 			return Changes{}, err
 		}
-		plans[f] = p
+		plans = append(plans, p)
 	}
 	a := &apply{Firewall: w}
 	if err := a.run(ctx, plans); err != nil {
@@ -203,7 +205,9 @@ func (w *Firewall) fail(err error) error {
 func each[T any](elements []T, do func(T) error) error {
 	var errs []error
 	for _, e := range elements {
-		errs = append(errs, do(e))
+		if err := do(e); err != nil {
+			errs = append(errs, err)
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -22,10 +22,18 @@ type ipsets interface {
 	Destroy(name string) error
 	// Swap exchanges the content of two sets of one type; rules that refer to one of them see the other's at once.
 	Swap(a, b string) error
-	// Add puts members in; those that are there already stay.
-	Add(name string, typ netfilter.SetType, members []netfilter.Entry) error
-	// Remove takes members out; those that are not there are no error.
-	Remove(name string, typ netfilter.SetType, members []netfilter.Entry) error
+	// Add puts members in, in this order; those that are there already stay. It does all that can be done, and returns an error for
+	// each list, or nil where there is none.
+	Add(lists ...memberList) []error
+	// Remove takes members out in the same way; those that are not there are no error.
+	Remove(lists ...memberList) []error
+}
+
+// memberList are members that are to enter or leave a set.
+type memberList struct {
+	set     string
+	typ     netfilter.SetType
+	members []netfilter.Entry
 }
 
 // set is a set as the kernel holds it.
@@ -44,8 +52,13 @@ const (
 	setFull     = 0x1100 // IPSET_ERR_HASH_FULL
 )
 
-// kernelSets speaks the ipset protocol (linux/uapi/linux/netfilter/ipset/ip_set.h) over netlink. It encodes the messages itself, because netlink's own calls carry one member a message, have no way
-// to write a prefix length of 0 and cannot list the sets of one owner.
+// maxWaiting is how many bytes of messages wait until they are sent, and one more: if each of them is refused, the answers, of
+// 1 kB or so each, must still fit into the socket's buffer.
+const maxWaiting = 1 << 13
+
+// kernelSets speaks the ipset protocol (linux/uapi/linux/netfilter/ipset/ip_set.h) over netlink. It encodes the messages itself,
+// because netlink's own calls carry one member a message, have no way to write a prefix length of 0 and cannot list the sets of one
+// owner.
 type kernelSets struct{ *socket }
 
 // List implements ipsets.
@@ -111,75 +124,108 @@ func (k kernelSets) Swap(a, b string) error {
 }
 
 // Add implements ipsets.
-func (k kernelSets) Add(name string, typ netfilter.SetType, members []netfilter.Entry) error {
-	if err := k.update(nl.IPSET_CMD_ADD, name, typ, members); err != nil {
-		return fmt.Errorf("adding to set %s: %w", name, err)
-	}
-	return nil
+func (k kernelSets) Add(lists ...memberList) []error {
+	return k.update(nl.IPSET_CMD_ADD, "adding to", lists)
 }
 
 // Remove implements ipsets.
-func (k kernelSets) Remove(name string, typ netfilter.SetType, members []netfilter.Entry) error {
-	if err := k.update(nl.IPSET_CMD_DEL, name, typ, members); err != nil {
-		return fmt.Errorf("removing from set %s: %w", name, err)
-	}
-	return nil
+func (k kernelSets) Remove(lists ...memberList) []error {
+	return k.update(nl.IPSET_CMD_DEL, "removing from", lists)
 }
 
-// update adds or deletes members, many in one message. Without NLM_F_EXCL what is already as wanted is no error.
-func (k kernelSets) update(cmd int, name string, typ netfilter.SetType, members []netfilter.Entry) error {
-	for batch := range slices.Chunk(members, maxBatch) {
-		err := k.updateBatch(cmd, name, typ, batch)
-		if err == nil {
-			continue
-		}
-		if len(batch) == 1 {
-			return fmt.Errorf("member %s: %w", batch[0], err)
-		}
-		// The kernel stops at the first that it refuses. One by one finds it, and puts the rest in.
-		var errs []error
-		for i := range batch {
-			errs = append(errs, k.update(cmd, name, typ, batch[i:i+1]))
-		}
-		if err := errors.Join(errs...); err != nil {
-			return err
+// update adds or deletes members. Where something is refused, doing it again list by list finds what, and does the rest: what is
+// already as wanted is no error without NLM_F_EXCL.
+func (k kernelSets) update(cmd int, doing string, lists []memberList) []error {
+	if k.send(cmd, lists...) == nil {
+		return nil
+	}
+	errs := make([]error, len(lists))
+	for i, l := range lists {
+		if err := k.one(cmd, l); err != nil {
+			errs[i] = fmt.Errorf("%s set %s: %w", doing, l.set, err)
 		}
 	}
-	return nil
+	return errs
 }
 
-// updateBatch sends one message of members.
-func (k kernelSets) updateBatch(cmd int, name string, typ netfilter.SetType, members []netfilter.Entry) error {
-	b, err := membersMessage(name, typ, members)
-	if err != nil {
-		return err
+// one adds or deletes the members of one list; where that is refused, one by one, because the kernel stops at the first that it
+// refuses.
+func (k kernelSets) one(cmd int, l memberList) error {
+	if k.send(cmd, l) == nil {
+		return nil
 	}
-	return k.ask(cmd, 0, b, ignore)
+	var errs []error
+	for i, e := range l.members {
+		if err := k.send(cmd, memberList{l.set, l.typ, l.members[i : i+1]}); err != nil {
+			errs = append(errs, fmt.Errorf("member %s: %w", e, err))
+		}
+	}
+	return errors.Join(errs...)
 }
 
-// membersMessage is the message that adds or deletes members.
-func membersMessage(name string, typ netfilter.SetType, members []netfilter.Entry) ([]byte, error) {
-	var all []byte
-	for _, e := range members {
-		data, err := encodeMember(typ, e)
-		if err != nil {
-			return nil, err
+// send adds or deletes members: many in one message, many messages together. It ends at the first failure.
+func (k kernelSets) send(cmd int, lists ...memberList) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, l := range lists {
+		for members := range slices.Chunk(l.members, maxMembers) {
+			if len(k.messages) >= maxWaiting {
+				if err := k.exchange(ignore); err != nil {
+					return translate(err)
+				}
+			}
+			k.begin(cmd, 0)
+			if err := k.appendMembers(l.set, l.typ, members); err != nil {
+				k.discard()
+				return err
+			}
 		}
-		all = appendAttr(all, nl.IPSET_ATTR_DATA|nested, data)
 	}
-	b := appendString(nil, nl.IPSET_ATTR_SETNAME, name)
+	return translate(k.exchange(ignore))
+}
+
+// begin starts a message of the ipset protocol.
+func (k kernelSets) begin(cmd, flags int) {
+	k.socket.begin(cmd|unix.NFNL_SUBSYS_IPSET<<8, nl.GetIpsetFlags(cmd)&^unix.NLM_F_ACK|flags)
+	k.messages = append(k.messages, unix.AF_UNSPEC, nl.NFNETLINK_V0, 0, 0) // struct nfgenmsg
+	k.messages = appendAttr(k.messages, nl.IPSET_ATTR_PROTOCOL, []byte{nl.IPSET_PROTOCOL})
+}
+
+// appendMembers completes the message that adds or deletes members.
+func (s *socket) appendMembers(set string, typ netfilter.SetType, members []netfilter.Entry) error {
+	b := appendString(s.messages, nl.IPSET_ATTR_SETNAME, set)
 	// The kernel accepts a list of members only with a line number to report the failing one in.
 	b = appendUint32(b, nl.IPSET_ATTR_LINENO, 0)
-	return appendAttr(b, nl.IPSET_ATTR_ADT|nested, all), nil
+	b, list := openAttr(b, nl.IPSET_ATTR_ADT|nested)
+	for _, e := range members {
+		var data int
+		var err error
+		b, data = openAttr(b, nl.IPSET_ATTR_DATA|nested)
+		if b, err = appendMember(b, typ, e); err != nil {
+			return err
+		}
+		b = closeAttr(b, data)
+	}
+	s.messages = closeAttr(b, list)
+	return nil
 }
 
-// ask sends one message and hands over the answers. Errors of ipset's own are nl.IPSetError, others syscall.Errno.
+// ask sends one message and hands over the answers.
 func (k kernelSets) ask(cmd, flags int, payload []byte, handle func([]byte)) error {
-	b := (&nl.Nfgenmsg{Version: nl.NFNETLINK_V0}).Serialize()
-	b = append(appendAttr(b, nl.IPSET_ATTR_PROTOCOL, []byte{nl.IPSET_PROTOCOL}), payload...)
-	err := k.request(cmd|unix.NFNL_SUBSYS_IPSET<<8, nl.GetIpsetFlags(cmd)|flags, b, handle)
-	var errno syscall.Errno
-	if !errors.As(err, &errno) || errno < nl.IPSET_ERR_PRIVATE {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.begin(cmd, flags)
+	k.messages = append(k.messages, payload...)
+	return translate(k.exchange(handle))
+}
+
+// translate returns an error of ipset's own as an nl.IPSetError; others stay.
+func translate(err error) error {
+	if err == nil {
+		return nil
+	}
+	errno, ok := errors.AsType[syscall.Errno](err)
+	if !ok || errno < nl.IPSET_ERR_PRIVATE {
 		return err
 	}
 	if errno == setFull {

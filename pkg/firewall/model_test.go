@@ -219,29 +219,33 @@ func (x modelSets) Swap(a, b string) error {
 }
 
 // Add puts the members in one by one: packets pass in between.
-func (x modelSets) Add(name string, _ netfilter.SetType, members []netfilter.Entry) error {
-	s := x.sets[name]
-	if s == nil {
-		return fmt.Errorf("adding to set %s: there is none", name)
-	}
-	for _, e := range members {
+func (x modelSets) Add(lists ...memberList) []error {
+	return x.update("add", lists, func(s *set, e netfilter.Entry) {
 		s.members = netfilter.Entries(append(slices.Clone(s.members), e))
-		if len(s.members) > s.max {
-			return fmt.Errorf("adding to set %s: it is full", name)
-		}
-		x.watch("add " + name + " " + e.String())
-	}
-	return nil
+	})
 }
 
-func (x modelSets) Remove(name string, _ netfilter.SetType, members []netfilter.Entry) error {
-	s := x.sets[name]
-	if s == nil {
-		return fmt.Errorf("removing from set %s: there is none", name)
-	}
-	for _, e := range members {
+func (x modelSets) Remove(lists ...memberList) []error {
+	return x.update("remove", lists, func(s *set, e netfilter.Entry) {
 		s.members = slices.DeleteFunc(slices.Clone(s.members), func(o netfilter.Entry) bool { return o == e })
-		x.watch("remove " + name + " " + e.String())
+	})
+}
+
+func (x modelSets) update(what string, lists []memberList, change func(*set, netfilter.Entry)) []error {
+	errs := make([]error, len(lists))
+	for i, l := range lists {
+		s := x.sets[l.set]
+		if s == nil {
+			errs[i] = fmt.Errorf("%s %s: there is no such set", what, l.set)
+			continue
+		}
+		for _, e := range l.members {
+			if change(s, e); len(s.members) > s.max {
+				errs[i] = fmt.Errorf("%s %s: it is full", what, l.set)
+				break
+			}
+			x.watch(what + " " + l.set + " " + e.String())
+		}
 	}
-	return nil
+	return errs
 }

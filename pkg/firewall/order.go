@@ -2,7 +2,6 @@ package firewall
 
 import (
 	"net/netip"
-	"slices"
 
 	"github.com/warren-cni/warren/pkg/netfilter"
 )
@@ -27,6 +26,8 @@ type familyPlan struct {
 	// comes says that one of those has objects that no chain had before.
 	writes, edits, comes bool
 	hooks                []netfilter.Hook
+	// done says that all of it has happened, except that gates opened and that what is gone was removed.
+	done bool
 }
 
 // goneSet is a set that is no longer wanted. role and members are known only where this Firewall wrote it.
@@ -55,10 +56,10 @@ func (p *familyPlan) order() (before, after []move) {
 	enter := func(r netfilter.Role) move { return move{r, true} }
 	leave := func(r netfilter.Role) move { return move{r, false} }
 	c := p.census()
-	if len(c.allowed) <= 1 && len(c.judged) == 0 && !c.opens && !c.closes && !p.writes {
+	if c.allowed.n <= 1 && c.judged.n == 0 && !c.opens && !c.closes && !p.writes {
 		return []move{enter(netfilter.Allows), leave(netfilter.Allows)}, nil
 	}
-	one := len(c.judged) <= 1 && !c.unknown && !p.edits
+	one := c.judged.n <= 1 && !c.unknown && !p.edits
 	parted := !one && (c.opens || p.edits) && (c.closes || p.edits)
 	crossing := parted && (p.edits || c.grouped || c.ungrouped && !p.comes)
 	before = []move{leave(netfilter.Allows)}
@@ -79,9 +80,8 @@ func (p *familyPlan) order() (before, after []move) {
 // census is who changes place in a plan.
 type census struct {
 	// allowed are the addresses that enter or leave sets that allow, judged those whose own way to the rules changes.
-	// No more than two are listed.
-	allowed, judged []netip.Prefix
-	// unknown: there may be more of the judged than are listed.
+	allowed, judged few
+	// unknown: there may be more of the judged than are counted.
 	unknown bool
 	// opens: somebody is less isolated or leaves a group; closes: the reverse.
 	opens, closes bool
@@ -101,7 +101,7 @@ func (p *familyPlan) census() census {
 		c.opens = true
 		c.unknown = c.unknown || !g.known
 		for e := range g.members {
-			c.judged = note(c.judged, e.Prefix)
+			c.judged.noteOne(e.Prefix)
 		}
 	}
 	return c
@@ -113,7 +113,8 @@ func (c *census) count(s *setPlan) {
 	case netfilter.Gate:
 	case netfilter.Allows:
 		if !s.create { // otherwise nothing refers to it
-			c.allowed = noteAll(c.allowed, s.add, s.remove)
+			c.allowed.note(s.add)
+			c.allowed.note(s.remove)
 		}
 	case netfilter.Selects, netfilter.Isolates:
 		c.closes = c.closes || s.create || len(s.add) > 0
@@ -122,27 +123,33 @@ func (c *census) count(s *setPlan) {
 			c.grouped = c.grouped || len(s.add) > 0
 			c.ungrouped = c.ungrouped || len(s.remove) > 0
 		}
-		c.judged = noteAll(c.judged, s.add, s.remove)
+		c.judged.note(s.add)
+		c.judged.note(s.remove)
 	}
 }
 
-// noteAll adds members to a list of addresses.
-func noteAll(list []netip.Prefix, entries ...[]netfilter.Entry) []netip.Prefix {
-	for _, members := range entries {
-		for _, e := range members {
-			if len(list) > 1 {
-				return list
-			}
-			list = note(list, e.Prefix)
+// few counts addresses, as far as it matters: whether there is more than one.
+type few struct {
+	first netip.Prefix
+	n     int
+}
+
+// note counts the addresses of members.
+func (f *few) note(members []netfilter.Entry) {
+	for _, e := range members {
+		if f.n > 1 {
+			return
 		}
+		f.noteOne(e.Prefix)
 	}
-	return list
 }
 
-// note adds an address to a list that holds each once, and no more than two.
-func note(list []netip.Prefix, p netip.Prefix) []netip.Prefix {
-	if len(list) > 1 || slices.Contains(list, p) {
-		return list
+// noteOne counts an address.
+func (f *few) noteOne(p netip.Prefix) {
+	switch {
+	case f.n == 0:
+		f.first, f.n = p, 1
+	case f.first != p:
+		f.n = 2
 	}
-	return append(list, p)
 }

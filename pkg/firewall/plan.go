@@ -10,7 +10,7 @@ import (
 )
 
 // planWhole reads the kernel and plans what turns it into the ruleset.
-func (a *apply) planWhole(ctx context.Context, r *netfilter.Ruleset) (map[netfilter.Family]*familyPlan, error) {
+func (a *apply) planWhole(ctx context.Context, r *netfilter.Ruleset) ([]*familyPlan, error) {
 	before, stuck := a.known.sets, a.known.stuck
 	a.Forget()
 	a.known.stuck = stuck
@@ -23,14 +23,15 @@ func (a *apply) planWhole(ctx context.Context, r *netfilter.Ruleset) (map[netfil
 		a.known.sets[name] = stand(netfilter.Allows, s)
 	}
 	gone := leftOverSets(have, before, r)
-	plans := map[netfilter.Family]*familyPlan{}
+	var plans []*familyPlan
 	for _, f := range netfilter.Families {
 		if err := a.readTables(ctx, f); err != nil {
 			return nil, err
 		}
 		half := r.Of(f)
+		// Whose family a set is that nobody wants any more does not matter: both must be done before it goes.
 		p := &familyPlan{
-			family: f, sets: planSets(have, f, half.Sets), chains: byTable(half.Chains), hooks: half.Hooks,
+			family: f, sets: planSets(have, f, half.Sets), gone: gone, chains: byTable(half.Chains), hooks: half.Hooks,
 		}
 		for i := range p.sets {
 			if s := &p.sets[i]; !s.create {
@@ -39,11 +40,8 @@ func (a *apply) planWhole(ctx context.Context, r *netfilter.Ruleset) (map[netfil
 		}
 		a.forgetRefusals(p)
 		a.compare(p)
-		plans[f] = p
+		plans = append(plans, p)
 	}
-	// Whose family a set is that nobody wants any more does not matter: both must be done before it goes.
-	plans[netfilter.IPv4].gone = gone
-	plans[netfilter.IPv6].gone = gone
 	return plans, nil
 }
 
@@ -53,8 +51,11 @@ func (w *Firewall) planPatch(f netfilter.Family, c *netfilter.RulesChange) (*fam
 	if err != nil {
 		return nil, err
 	}
-	p := &familyPlan{family: f, sets: sets, gone: gone, chains: byTable(c.Write), deleted: map[string][]string{}}
+	p := &familyPlan{family: f, sets: sets, gone: gone, chains: byTable(c.Write)}
 	for _, chain := range c.Delete {
+		if p.deleted == nil {
+			p.deleted = map[string][]string{}
+		}
 		if _, stands := w.known.tables[place{f, chain.Table}].chains[chain.Name]; stands {
 			p.deleted[chain.Table] = append(p.deleted[chain.Table], chain.Name)
 		}
@@ -111,6 +112,9 @@ func places(f netfilter.Family) []place {
 
 // byTable divides chains by their tables.
 func byTable(chains []netfilter.Chain) map[string][]netfilter.Chain {
+	if len(chains) == 0 {
+		return nil // as often in a patch
+	}
 	tables := map[string][]netfilter.Chain{}
 	for _, c := range chains {
 		tables[c.Table] = append(tables[c.Table], c)

@@ -39,24 +39,26 @@ func stand(role netfilter.Role, s *set) *standing {
 	if role == netfilter.Selects || role == netfilter.Isolates {
 		st.members = map[netfilter.Entry]struct{}{}
 	}
-	st.enter(s.members)
+	st.move(true, s.members)
 	return st
 }
 
-func (s *standing) enter(members []netfilter.Entry) {
-	s.n += len(members)
+// move notes that members entered or left.
+func (s *standing) move(enter bool, members []netfilter.Entry) {
+	if enter {
+		s.n += len(members)
+	} else {
+		s.n -= len(members)
+	}
 	if s.members == nil {
 		return
 	}
 	for _, e := range members {
-		s.members[e] = struct{}{}
-	}
-}
-
-func (s *standing) leave(members []netfilter.Entry) {
-	s.n -= len(members)
-	for _, e := range members {
-		delete(s.members, e)
+		if enter {
+			s.members[e] = struct{}{}
+		} else {
+			delete(s.members, e)
+		}
 	}
 }
 
@@ -67,6 +69,14 @@ type setPlan struct {
 	// create: there is none. replace: there is one of another type or family, which goes first.
 	create, replace bool
 	add, remove     []netfilter.Entry
+}
+
+// moving are the members that are to enter or leave.
+func (s *setPlan) moving(enter bool) []netfilter.Entry {
+	if enter {
+		return s.add
+	}
+	return s.remove
 }
 
 // planSets compares the sets that stand with those of one family that are wanted.
@@ -91,7 +101,7 @@ func planSets(have map[string]*set, f netfilter.Family, wanted []netfilter.Set) 
 
 // patchSets returns the plans for the sets that a change names. It is an error where the change does not fit what stands.
 func (w *Firewall) patchSets(f netfilter.Family, changes []netfilter.SetChange) ([]setPlan, []goneSet, error) {
-	var plans []setPlan
+	plans := make([]setPlan, 0, len(changes))
 	var gone []goneSet
 	for _, c := range changes {
 		st := w.known.sets[c.Name]

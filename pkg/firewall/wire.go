@@ -21,13 +21,13 @@ const (
 	attrHeader = 4
 )
 
-// maxBatch is how many members one message carries: the largest, an IPv6 address with a port, takes 44 bytes, and all of them
+// maxMembers is how many members one message carries: the largest, an IPv6 address with a port, takes 44 bytes, and all of them
 // stand in one attribute of at most 65535 bytes.
-const maxBatch = 1000
+const maxMembers = 1000
 
 // appendAttr appends a netlink attribute, padded to 4 bytes.
 func appendAttr(b []byte, typ uint16, value []byte) []byte {
-	b = binary.NativeEndian.AppendUint16(b, uint16(attrHeader+len(value))) //nolint:gosec // bounded by maxBatch
+	b = binary.NativeEndian.AppendUint16(b, uint16(attrHeader+len(value))) //nolint:gosec // bounded by maxMembers
 	b = binary.NativeEndian.AppendUint16(b, typ)
 	b = append(b, value...)
 	for len(b)%4 != 0 {
@@ -36,14 +36,29 @@ func appendAttr(b []byte, typ uint16, value []byte) []byte {
 	return b
 }
 
+// openAttr appends the header of an attribute. Its value is what is appended until closeAttr, which is told where it begins, and must
+// have a multiple of 4 bytes.
+func openAttr(b []byte, typ uint16) (opened []byte, begins int) {
+	return appendAttr(b, typ, nil), len(b)
+}
+
+// closeAttr completes an attribute.
+func closeAttr(b []byte, begins int) []byte {
+	binary.NativeEndian.PutUint16(b[begins:], uint16(len(b)-begins)) //nolint:gosec // bounded by maxMembers
+	return b
+}
+
 // appendString appends an attribute that is a string as C knows it.
 func appendString(b []byte, typ uint16, s string) []byte {
-	return appendAttr(b, typ, append([]byte(s), 0))
+	var c [32]byte // every name is shorter
+	return appendAttr(b, typ, append(append(c[:0], s...), 0))
 }
 
 // appendUint32 appends an attribute that is a number in network byte order.
 func appendUint32(b []byte, typ uint16, v uint32) []byte {
-	return appendAttr(b, typ|bigEndian, binary.BigEndian.AppendUint32(nil, v))
+	var value [4]byte
+	binary.BigEndian.PutUint32(value[:], v)
+	return appendAttr(b, typ|bigEndian, value[:])
 }
 
 // attributes yields the attributes of a message without the flags of their types, except empty ones. It ends at the first that
@@ -63,13 +78,13 @@ func attributes(b []byte) iter.Seq2[uint16, []byte] {
 	}
 }
 
-// encodeMember returns a member as the kernel's attributes (IPSET_ATTR_DATA without its header). The prefix lengths always
+// appendMember appends a member as the kernel's attributes (IPSET_ATTR_DATA without its header). The prefix lengths always
 // go along: the kernel reads a missing one as a single address.
-func encodeMember(typ netfilter.SetType, e netfilter.Entry) ([]byte, error) {
+func appendMember(b []byte, typ netfilter.SetType, e netfilter.Entry) ([]byte, error) {
 	if e.Prefix != e.Prefix.Masked() {
 		return nil, fmt.Errorf("member %s has bits after its prefix", e)
 	}
-	b := appendAddr(nil, nl.IPSET_ATTR_IP, e.Prefix.Addr())
+	b = appendAddr(b, nl.IPSET_ATTR_IP, e.Prefix.Addr())
 	if typ == netfilter.HashNet {
 		return appendAttr(b, nl.IPSET_ATTR_CIDR, []byte{byte(e.Prefix.Bits())}), nil //nolint:gosec // 0 to 128
 	}
@@ -83,20 +98,26 @@ func encodeMember(typ netfilter.SetType, e netfilter.Entry) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	b = appendAttr(b, nl.IPSET_ATTR_PORT|bigEndian, binary.BigEndian.AppendUint16(nil, e.Port))
+	var port [2]byte
+	binary.BigEndian.PutUint16(port[:], e.Port)
+	b = appendAttr(b, nl.IPSET_ATTR_PORT|bigEndian, port[:])
 	return appendAttr(b, nl.IPSET_ATTR_PROTO, []byte{proto}), nil
 }
 
 // appendAddr appends an address, which ipset wants in an attribute of its own within typ.
 func appendAddr(b []byte, typ uint16, a netip.Addr) []byte {
-	inner := uint16(nl.IPSET_ATTR_IPADDR_IPV6)
+	b, begins := openAttr(b, typ|nested)
 	if a.Is4() {
-		inner = nl.IPSET_ATTR_IPADDR_IPV4
+		v4 := a.As4()
+		b = appendAttr(b, nl.IPSET_ATTR_IPADDR_IPV4|bigEndian, v4[:])
+	} else {
+		v6 := a.As16()
+		b = appendAttr(b, nl.IPSET_ATTR_IPADDR_IPV6|bigEndian, v6[:])
 	}
-	return appendAttr(b, typ|nested, appendAttr(nil, inner|bigEndian, a.AsSlice()))
+	return closeAttr(b, begins)
 }
 
-// decodeMember is the reverse of encodeMember, for members of any type.
+// decodeMember is the reverse of appendMember, for members of any type.
 func decodeMember(b []byte) (netfilter.Entry, error) {
 	var e netfilter.Entry
 	var addr netip.Addr

@@ -30,7 +30,7 @@ func TestMemberRoundTrip(t *testing.T) {
 		{netfilter.HashIPPort, withPort(addresses("10.0.0.1")[0], "sctp", 1)},
 		{netfilter.HashIPPort, withPort(addresses("10.0.0.1")[0], "47", 0)},
 	} {
-		b, err := encodeMember(c.typ, c.entry)
+		b, err := appendMember(nil, c.typ, c.entry)
 		if err != nil {
 			t.Errorf("%s: %v", c.entry, err)
 			continue
@@ -44,7 +44,7 @@ func TestMemberRoundTrip(t *testing.T) {
 
 // FuzzDecodeSet feeds anything as a message of the kernel: it may be refused, but must not panic.
 func FuzzDecodeSet(f *testing.F) {
-	member, err := encodeMember(netfilter.HashNet, addresses("10.0.0.0/8")[0])
+	member, err := appendMember(nil, netfilter.HashNet, addresses("10.0.0.0/8")[0])
 	if err != nil {
 		f.Fatal(err)
 	}
