@@ -164,7 +164,7 @@ func explainCommand() *cobra.Command {
 	cmd.Flags().StringVar(&q.From, "from", "", "source: NAMESPACE/POD or an address (required)")
 	cmd.Flags().StringVar(&q.To, "to", "", "destination: NAMESPACE/POD, svc/NAMESPACE/NAME or an address (required)")
 	cmd.Flags().StringVar(&q.Port, "port", "", "port of the destination: 80, 53/udp, or the name of a container's or a Service's port; without it ICMP, which only rules without ports allow, or all ports of a Service")
-	cmd.Flags().StringVar(&objects, "objects", "", "read Node, Namespace, Pod and NetworkPolicy YAML from this directory instead of asking the daemon")
+	cmd.Flags().StringVar(&objects, "objects", "", "read Node, Namespace, Pod, Service and NetworkPolicy YAML from this directory instead of asking the daemon")
 	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
 	return cmd
 }

@@ -50,7 +50,7 @@ func TestLockHeldByAnother(t *testing.T) {
 }
 
 // While another program holds the lock, in a soak for 30 s, a policy and a label change every second. None of it is lost.
-func TestNoChangeIsLostToTheLock(t *testing.T) {
+func TestProofNoChangeIsLostToTheLock(t *testing.T) {
 	s, lock := newLegacyStage(t, "wdlost")
 	closed, open, client := s.lockedPods()
 	release := hold(t, lock)

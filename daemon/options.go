@@ -57,7 +57,7 @@ type planning struct {
 
 // add declares the flags.
 func (p *planning) add(f *pflag.FlagSet) {
-	f.StringVar(&p.objects, "objects", "", "read Node, Namespace, Pod and NetworkPolicy YAML from this directory instead of an API server")
+	f.StringVar(&p.objects, "objects", "", "read Node, Namespace, Pod, Service and NetworkPolicy YAML from this directory instead of an API server")
 	f.StringSliceVar(&p.clusterCIDRs, "cluster-cidr", nil, "the pods' network, one prefix per family (kubeadm: --pod-network-cidr); without it the plaintext guard covers only podCIDRs that are already known")
 	f.StringSliceVar(&p.nonMasquerade, "non-masquerade-cidr", nil, "destinations outside the cluster that see the pod's own address instead of the node's")
 	f.StringVar(&p.encryption, "encryption", "on", "on: pod traffic between nodes goes through WireGuard or is dropped; off: it goes in clear")

@@ -15,18 +15,16 @@ import (
 	"github.com/warren-cni/warren/pkg/guard"
 	"github.com/warren-cni/warren/pkg/internal/oracle"
 	"github.com/warren-cni/warren/pkg/internal/world"
+	"github.com/warren-cni/warren/pkg/lab/soak"
 	"github.com/warren-cni/warren/pkg/netfilter"
 	"github.com/warren-cni/warren/pkg/policy"
 )
 
-// packetWorlds is how many random clusters meet real packets.
-const packetWorlds = 100
-
-// TestPacketsAgreeWithOracle puts the rules of random clusters into a real node, one after the other, and sends what begins
+// TestProofPacketsAgreeWithOracle puts the rules of random clusters into a real node, one after the other, and sends what begins
 // every connection between its pods and everybody: what the oracle allows arrives, and nothing else.
-func TestPacketsAgreeWithOracle(t *testing.T) {
+func TestProofPacketsAgreeWithOracle(t *testing.T) {
 	n := newNode(t)
-	seed := rand.Uint64()
+	clusters, seed := soak.Trials(2000), rand.Uint64()
 	begins := leaving(everybody())
 	if got := len(n.send(begins)); got != len(begins) {
 		t.Fatalf("%d of %d packets arrive where there are no rules yet", got, len(begins))
@@ -37,7 +35,7 @@ func TestPacketsAgreeWithOracle(t *testing.T) {
 		t.Fatal(err)
 	}
 	counts := map[string]int{}
-	for i := range packetWorlds {
+	for i := range clusters {
 		r := rand.New(rand.NewPCG(seed, uint64(i)))
 		s := world.New(r)
 		n.judge(writer, s, readyIn(s, r), counts)
@@ -45,11 +43,11 @@ func TestPacketsAgreeWithOracle(t *testing.T) {
 			t.Fatalf("in world %d of seed %d", i, seed)
 		}
 	}
-	t.Logf("seed %d: %v", seed, counts)
+	t.Logf("proof: %d random clusters, 0 packets that the oracle judges otherwise; seed %d: %v", clusters, seed, counts)
 	for _, f := range netfilter.Families {
 		for _, protocol := range []cluster.Protocol{cluster.TCP, cluster.UDP, cluster.SCTP, oracle.ICMP} {
 			for _, allowed := range []bool{true, false} {
-				if k := kind(f, protocol, allowed); counts[k] < packetWorlds {
+				if k := kind(f, protocol, allowed); counts[k] < clusters {
 					t.Errorf("seed %d: %d packets that are %s is too little to prove anything", seed, counts[k], k)
 				}
 			}
