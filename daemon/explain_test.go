@@ -144,7 +144,7 @@ func TestExplainTellsProblems(t *testing.T) {
 	if err = printExplanation(&out, e, "text"); err != nil {
 		t.Fatal(err)
 	}
-	if want := "The kernel may differ from this verdict:\n6 PROBLEM(S)\n"; !strings.Contains(out.String(), want) {
+	if want := "What this verdict rests on has problems:\n6 PROBLEM(S)\n"; !strings.Contains(out.String(), want) {
 		t.Errorf("no %q in:\n%s", want, out.String())
 	}
 }

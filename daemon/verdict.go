@@ -33,7 +33,7 @@ func printExplanation(w io.Writer, e explanation, output string) error {
 		printNotes(&b, e.Notes)
 	}
 	if len(e.Problems) > 0 {
-		b.WriteString("\nThe kernel may differ from this verdict:")
+		b.WriteString("\nWhat this verdict rests on has problems:")
 		printProblems(&b, e.Problems)
 	}
 	printAsked(&b, e)
