@@ -89,6 +89,10 @@ func (s *stage) pause(d time.Duration) {
 // replaceWarrend puts a new file in the place of the daemon's binary, as an upgrade does.
 func replaceWarrend(t *testing.T) {
 	t.Helper()
+	binaries, err := programs.Dir(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
 	path := filepath.Join(binaries, "warrend")
 	old, err := os.Open(path)
 	if err != nil {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -21,25 +20,10 @@ import (
 	"github.com/warren-cni/warren/pkg/lab"
 )
 
-// binaries is where the programs under test are built, once for all tests of the package that need them.
-var binaries string
+// programs are those under test.
+var programs lab.Programs
 
-func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		var err error
-		if binaries, err = os.MkdirTemp("", "warren-daemon-test-"); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		defer func() { _ = os.RemoveAll(binaries) }()
-		return m.Run()
-	}())
-}
-
-// buildOnce builds the plugin, the daemon and the chained plugins.
-var buildOnce = sync.OnceValue(func() error {
-	return errors.Join(lab.BuildWarren(context.Background(), binaries), lab.BuildChained(context.Background(), binaries))
-})
+func TestMain(m *testing.M) { os.Exit(programs.Main(m.Run)) }
 
 // The time that a change may take until it is seen, and that a probe waits when it must not get through.
 const (
@@ -67,7 +51,8 @@ func newStage(t *testing.T, name string, nodes int) *stage {
 // newStageOf completes the options and makes nodes on which nothing runs yet.
 func newStageOf(t *testing.T, o lab.Options) *stage {
 	t.Helper()
-	if err := buildOnce(); err != nil {
+	binaries, err := programs.Dir(context.WithoutCancel(t.Context()))
+	if err != nil {
 		t.Fatal(err)
 	}
 	o.Dir, o.Warrend, o.Plugins = t.TempDir(), filepath.Join(binaries, "warrend"), []string{binaries}

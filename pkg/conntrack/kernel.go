@@ -8,6 +8,8 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/warren-cni/warren/pkg/nlattr"
 )
 
 // walkers is how many walks are on their way at a time: most of a walk is waiting for memory, and a node has other work.
@@ -54,7 +56,7 @@ func size() (int, error) {
 	entries := 0
 	// With an acknowledgement, because the answer looks like a part of a list that does not end.
 	err = s.do(request(getStats, unix.NLM_F_ACK, unix.AF_UNSPEC, nil), func(message []byte) bool {
-		for typ, v := range attributes(message[min(nl.SizeofNfgenmsg, len(message)):]) {
+		for typ, v := range nlattr.All(message[min(nl.SizeofNfgenmsg, len(message)):]) {
 			if typ == statsEntries && len(v) == 4 {
 				entries = int(binary.BigEndian.Uint32(v))
 			}

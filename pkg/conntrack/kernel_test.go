@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/warren-cni/warren/pkg/netfilter"
+	"github.com/warren-cni/warren/pkg/nlattr"
 	"github.com/warren-cni/warren/pkg/testnode"
 )
 
@@ -154,7 +155,7 @@ func TestSweepKeepsTimeout(t *testing.T) {
 	}
 	near := 0
 	err := s.do(request(nl.IPCTNL_MSG_CT_GET, unix.NLM_F_DUMP, unix.AF_INET, nil), func(m []byte) bool {
-		for typ, v := range attributes(m[nl.SizeofNfgenmsg:]) {
+		for typ, v := range nlattr.All(m[nl.SizeofNfgenmsg:]) {
 			if typ == nl.CTA_TIMEOUT {
 				left := binary.BigEndian.Uint32(v)
 				if 900 < left && left <= 1000 {

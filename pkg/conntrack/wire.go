@@ -3,13 +3,13 @@ package conntrack
 import (
 	"encoding/binary"
 	"fmt"
-	"iter"
 	"net/netip"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/warren-cni/warren/pkg/netfilter"
+	"github.com/warren-cni/warren/pkg/nlattr"
 )
 
 // The numbers of linux/netfilter/nfnetlink_conntrack.h that nl does not name.
@@ -23,11 +23,7 @@ const (
 	statsEntries   = 1 // CTA_STATS_GLOBAL_ENTRIES
 )
 
-const (
-	nested     = int(unix.NLA_F_NESTED)
-	typeMask   = ^uint16(unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER)
-	attrHeader = 4
-)
+const nested = int(unix.NLA_F_NESTED)
 
 // entry is a connection in the kernel's table.
 type entry struct {
@@ -44,7 +40,7 @@ func parse(message []byte) (entry, error) {
 		return entry{}, fmt.Errorf("reading a connection: message of %d bytes", len(message))
 	}
 	var e entry
-	for typ, v := range attributes(message[nl.SizeofNfgenmsg:]) {
+	for typ, v := range nlattr.All(message[nl.SizeofNfgenmsg:]) {
 		switch typ {
 		case nl.CTA_TUPLE_ORIG:
 			e.tuple = v
@@ -67,8 +63,8 @@ func parse(message []byte) (entry, error) {
 
 // parseTuple returns who sends in one direction: address, protocol, and the port where the protocol has ports.
 func parseTuple(tuple []byte) (src netip.Addr, protocol uint8, port uint16) {
-	for outer, part := range attributes(tuple) {
-		for inner, v := range attributes(part) {
+	for outer, part := range nlattr.All(tuple) {
+		for inner, v := range nlattr.All(part) {
 			switch {
 			case outer == nl.CTA_TUPLE_IP && (inner == nl.CTA_IP_V4_SRC || inner == nl.CTA_IP_V6_SRC):
 				src, _ = netip.AddrFromSlice(v)
@@ -80,23 +76,6 @@ func parseTuple(tuple []byte) (src netip.Addr, protocol uint8, port uint16) {
 		}
 	}
 	return src, protocol, port
-}
-
-// attributes yields the attributes of a message without the flags of their types, except empty ones. It ends at the first that
-// is cut short.
-func attributes(b []byte) iter.Seq2[uint16, []byte] {
-	return func(yield func(uint16, []byte) bool) {
-		for len(b) >= attrHeader {
-			n := int(binary.NativeEndian.Uint16(b))
-			if n < attrHeader || n > len(b) {
-				return
-			}
-			if n > attrHeader && !yield(binary.NativeEndian.Uint16(b[2:])&typeMask, b[attrHeader:n]) {
-				return
-			}
-			b = b[min((n+3)&^3, len(b)):]
-		}
-	}
 }
 
 // attribute makes an attribute of a value, or of others.

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/warren-cni/warren/pkg/netfilter"
+	"github.com/warren-cni/warren/pkg/nlattr"
 )
 
 // ipsets is what this package asks of the kernel's sets.
@@ -244,7 +245,7 @@ func decodeSet(sets map[string]*set, message []byte) error {
 		return fmt.Errorf("listing sets: message of %d bytes", len(message))
 	}
 	var s *set
-	for typ, v := range attributes(message[nl.SizeofNfgenmsg:]) {
+	for typ, v := range nlattr.All(message[nl.SizeofNfgenmsg:]) {
 		if typ == nl.IPSET_ATTR_SETNAME {
 			name := unix.ByteSliceToString(v)
 			if !strings.HasPrefix(name, netfilter.Prefix) {
@@ -270,7 +271,7 @@ func decodeSet(sets map[string]*set, message []byte) error {
 		case nl.IPSET_ATTR_DATA:
 			s.max = decodeMax(v)
 		case nl.IPSET_ATTR_ADT:
-			for _, data := range attributes(v) {
+			for _, data := range nlattr.All(v) {
 				e, err := decodeMember(data)
 				if err != nil {
 					return err
@@ -284,7 +285,7 @@ func decodeSet(sets map[string]*set, message []byte) error {
 
 // decodeMax returns the maxelem of a set's header.
 func decodeMax(header []byte) int {
-	for typ, v := range attributes(header) {
+	for typ, v := range nlattr.All(header) {
 		if typ == nl.IPSET_ATTR_MAXELEM && len(v) == 4 {
 			return int(binary.BigEndian.Uint32(v))
 		}

@@ -3,7 +3,6 @@ package firewall
 import (
 	"encoding/binary"
 	"fmt"
-	"iter"
 	"net/netip"
 	"strconv"
 
@@ -11,13 +10,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/warren-cni/warren/pkg/netfilter"
+	"github.com/warren-cni/warren/pkg/nlattr"
 )
 
 // The flags of an attribute's type (linux/netlink.h).
 const (
 	nested     = uint16(unix.NLA_F_NESTED)
 	bigEndian  = uint16(unix.NLA_F_NET_BYTEORDER)
-	typeMask   = ^(nested | bigEndian)
 	attrHeader = 4
 )
 
@@ -59,23 +58,6 @@ func appendUint32(b []byte, typ uint16, v uint32) []byte {
 	var value [4]byte
 	binary.BigEndian.PutUint32(value[:], v)
 	return appendAttr(b, typ|bigEndian, value[:])
-}
-
-// attributes yields the attributes of a message without the flags of their types, except empty ones. It ends at the first that
-// is cut short.
-func attributes(b []byte) iter.Seq2[uint16, []byte] {
-	return func(yield func(uint16, []byte) bool) {
-		for len(b) >= attrHeader {
-			n := int(binary.NativeEndian.Uint16(b))
-			if n < attrHeader || n > len(b) {
-				return
-			}
-			if n > attrHeader && !yield(binary.NativeEndian.Uint16(b[2:])&typeMask, b[attrHeader:n]) {
-				return
-			}
-			b = b[min((n+3)&^3, len(b)):]
-		}
-	}
 }
 
 // appendMember appends a member as the kernel's attributes (IPSET_ATTR_DATA without its header). The prefix lengths always
@@ -122,7 +104,7 @@ func decodeMember(b []byte) (netfilter.Entry, error) {
 	var e netfilter.Entry
 	var addr netip.Addr
 	bits := -1
-	for typ, v := range attributes(b) {
+	for typ, v := range nlattr.All(b) {
 		switch typ {
 		case nl.IPSET_ATTR_IP:
 			addr = decodeAddr(v)
@@ -148,7 +130,7 @@ func decodeMember(b []byte) (netfilter.Entry, error) {
 
 // decodeAddr returns the address in an IPSET_ATTR_IP.
 func decodeAddr(b []byte) netip.Addr {
-	for _, v := range attributes(b) {
+	for _, v := range nlattr.All(b) {
 		if a, ok := netip.AddrFromSlice(v); ok {
 			return a
 		}

@@ -2,11 +2,13 @@ package lab
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec" //nolint:depguard // a lab's processes are what it is for; nothing of Warren itself links this package
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 )
 
@@ -36,6 +38,36 @@ func BuildChained(ctx context.Context, dir string) error {
 		}
 	}
 	return nil
+}
+
+// Programs are Warren's programs and the chained plugins, built once for all tests of a package that need them.
+type Programs struct {
+	once sync.Once
+	dir  string
+	err  error
+}
+
+// Main runs the tests of a package (in its TestMain), removes the programs after them, and returns the exit status.
+func (p *Programs) Main(run func() int) int {
+	status := run()
+	if p.dir == "" {
+		return status
+	}
+	if err := os.RemoveAll(p.dir); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return max(status, 1)
+	}
+	return status
+}
+
+// Dir returns the directory of the programs. The first call builds them; only an error of that first call is returned by all.
+func (p *Programs) Dir(ctx context.Context) (string, error) {
+	p.once.Do(func() {
+		if p.dir, p.err = os.MkdirTemp("", "warren-programs-"); p.err == nil {
+			p.err = errors.Join(BuildWarren(ctx, p.dir), BuildChained(ctx, p.dir))
+		}
+	})
+	return p.dir, p.err
 }
 
 // build builds a program.

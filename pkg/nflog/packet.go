@@ -6,6 +6,8 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/warren-cni/warren/pkg/nlattr"
 )
 
 // The attributes of a packet that are read (linux/netfilter/nfnetlink_log.h).
@@ -29,13 +31,8 @@ type Packet struct {
 // parseMessage reads a message of the kernel, and the number that it gives to the packet.
 func parseMessage(b []byte) (p Packet, number uint32, numbered bool) {
 	b = b[min(nl.SizeofNfgenmsg, len(b)):]
-	for len(b) >= unix.SizeofRtAttr {
-		n := int(binary.NativeEndian.Uint16(b))
-		if n < unix.SizeofRtAttr || n > len(b) {
-			break
-		}
-		value := b[unix.SizeofRtAttr:n]
-		switch binary.NativeEndian.Uint16(b[2:]) {
+	for typ, value := range nlattr.All(b) {
+		switch typ {
 		case attrPayload:
 			p.read(value)
 		case attrPrefix:
@@ -45,7 +42,6 @@ func parseMessage(b []byte) (p Packet, number uint32, numbered bool) {
 				number, numbered = binary.BigEndian.Uint32(value), true
 			}
 		}
-		b = b[min((n+3)&^3, len(b)):]
 	}
 	return p, number, numbered
 }

@@ -5,13 +5,11 @@ package bench
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
-	"sync"
 	"testing"
 	"time"
 
@@ -30,25 +28,10 @@ const namespace = "shop"
 // patience is more than anything here takes that does not fail.
 const patience = 30 * time.Second
 
-// binaries is where the programs are built, once for all benchmarks that need them.
-var binaries string
+// programs are those under test.
+var programs lab.Programs
 
-func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		var err error
-		if binaries, err = os.MkdirTemp("", "warren-bench-"); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		defer func() { _ = os.RemoveAll(binaries) }()
-		return m.Run()
-	}())
-}
-
-// buildOnce builds the plugin, the daemon and the chained plugins.
-var buildOnce = sync.OnceValue(func() error {
-	return errors.Join(lab.BuildWarren(context.Background(), binaries), lab.BuildChained(context.Background(), binaries))
-})
+func TestMain(m *testing.M) { os.Exit(programs.Main(m.Run)) }
 
 // stage is a lab for one benchmark.
 type stage struct {
@@ -60,7 +43,8 @@ type stage struct {
 // newStage makes nodes with tunnels, on which no daemon runs yet.
 func newStage(b *testing.B, name string, nodes int) *stage {
 	b.Helper()
-	if err := buildOnce(); err != nil {
+	binaries, err := programs.Dir(context.WithoutCancel(b.Context()))
+	if err != nil {
 		b.Fatal(err)
 	}
 	network, err := lab.New(b.Context(), lab.Options{

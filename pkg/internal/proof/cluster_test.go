@@ -4,11 +4,9 @@ package proof
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"sync"
 	"testing"
 	"time"
 
@@ -24,25 +22,10 @@ import (
 // patience is how long a change may take until it is seen on a busy machine.
 const patience = 30 * time.Second
 
-// binaries is where the programs under test are built, once for all tests.
-var binaries string
+// programs are those under test.
+var programs lab.Programs
 
-func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		var err error
-		if binaries, err = os.MkdirTemp("", "warren-proof-"); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		defer func() { _ = os.RemoveAll(binaries) }()
-		return m.Run()
-	}())
-}
-
-// buildOnce builds the plugin, the daemon and the chained plugins.
-var buildOnce = sync.OnceValue(func() error {
-	return errors.Join(lab.BuildWarren(context.Background(), binaries), lab.BuildChained(context.Background(), binaries))
-})
+func TestMain(m *testing.M) { os.Exit(programs.Main(m.Run)) }
 
 // cluster is a real API server, and a node with a real daemon that reaches it through a proxy.
 type cluster struct {
@@ -73,7 +56,8 @@ func newCluster(t *testing.T, name string) *cluster {
 // newNode makes a node on which nothing runs yet.
 func (c *cluster) newNode(name string) *lab.Node {
 	c.t.Helper()
-	if err := buildOnce(); err != nil {
+	binaries, err := programs.Dir(context.WithoutCancel(c.t.Context()))
+	if err != nil {
 		c.t.Fatal(err)
 	}
 	network, err := lab.New(c.t.Context(), lab.Options{
