@@ -10,7 +10,7 @@ import (
 
 // attribute makes one that says of itself that it is that long.
 func attribute(typ uint16, length int, value string) []byte {
-	b := binary.NativeEndian.AppendUint16(nil, uint16(length)) //nolint:gosec // a test's
+	b := binary.NativeEndian.AppendUint16(nil, uint16(length))
 	b = append(binary.NativeEndian.AppendUint16(b, typ), value...)
 	return append(b, make([]byte, -len(b)&3)...)
 }
