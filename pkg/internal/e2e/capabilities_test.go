@@ -34,7 +34,7 @@ type capabilityCheck struct {
 // capabilityChecks has a check for each capability of the manifests.
 func capabilityChecks() []capabilityCheck {
 	return []capabilityCheck{
-		{system, daemonSet, daemon, "NET_ADMIN", "sets, rules and links", regexp.MustCompile(`FirewallApplyFailed.*operation not permitted`)},
+		{system, daemonSet, daemon, "NET_ADMIN", "sets, rules and links", regexp.MustCompile(`looking at the rules of iptables-nft: .*Permission denied`)},
 		{system, daemonSet, daemon, "NET_RAW", "rules that match sets", regexp.MustCompile(`Can't open socket to ipset`)},
 		{system, tunnelSet, "tunnel", "NET_ADMIN", "the tunnel's link", regexp.MustCompile(`asking the kernel for WireGuard: operation not permitted`)},
 	}
