@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -228,20 +227,8 @@ printf '%%s\n' "$input" | exec %[1]s "$@"
 // are enforced, pods start, and it is applied as soon as the node can.
 func TestUnsupportedExtension(t *testing.T) {
 	s := newStage(t, "wdext", 1)
-	tools := t.TempDir()
-	match := filepath.Join(tools, "sctp")
-	for _, name := range []string{"iptables-nft-restore", "ip6tables-nft-restore"} {
-		actual, err := exec.LookPath(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err = os.WriteFile(filepath.Join(tools, name), fmt.Appendf(nil, withoutSCTP, actual, match), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	s.startTunnel(0)
-	s.startDaemon(0, []string{"PATH=" + tools + ":" + os.Getenv("PATH")})
-	s.ready(0)
+	match := filepath.Join(t.TempDir(), "sctp")
+	s.startWithRestore(withoutSCTP, match)
 	client, open := s.pod(0, "client"), s.pod(0, "open")
 	s.reaches(client, open)
 	s.reaches(open, client)

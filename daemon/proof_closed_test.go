@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -29,20 +28,8 @@ printf '%%s\n' "$input" | exec %[1]s "$@"
 func refusingStage(t *testing.T, name string) (s *stage, refused string) {
 	t.Helper()
 	s = newStage(t, name, 1)
-	tools := t.TempDir()
-	refused = filepath.Join(tools, "refused")
-	for _, tool := range []string{"iptables-restore", "ip6tables-restore", "iptables-nft-restore", "ip6tables-nft-restore"} {
-		actual, err := exec.LookPath(tool)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err = os.WriteFile(filepath.Join(tools, tool), fmt.Appendf(nil, refusing, actual, refused), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	s.startTunnel(0)
-	s.startDaemon(0, []string{"PATH=" + tools + ":" + os.Getenv("PATH")})
-	s.ready(0)
+	refused = filepath.Join(t.TempDir(), "refused")
+	s.startWithRestore(refusing, refused)
 	return s, refused
 }
 

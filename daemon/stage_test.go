@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -118,6 +119,25 @@ func (s *stage) startDaemons() {
 	for i := range s.Nodes {
 		s.ready(i)
 	}
+}
+
+// startWithRestore starts the first node with a script in the place of each iptables-restore. In the script %[1]s is the actual
+// program, and %[2]s a file by which the test tells it what to do.
+func (s *stage) startWithRestore(script, file string) {
+	s.t.Helper()
+	tools := s.t.TempDir()
+	for _, name := range []string{"iptables-restore", "ip6tables-restore", "iptables-nft-restore", "ip6tables-nft-restore"} {
+		actual, err := exec.LookPath(name)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		if err = os.WriteFile(filepath.Join(tools, name), fmt.Appendf(nil, script, actual, file), 0o755); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+	s.startTunnel(0)
+	s.startDaemon(0, []string{"PATH=" + tools + ":" + os.Getenv("PATH")})
+	s.ready(0)
 }
 
 // ready waits until a node's daemon is ready and knows all others.
