@@ -53,6 +53,11 @@ type planning struct {
 	encryptionMode bool
 	logConnections string
 	logMode        cluster.LogMode
+	serviceCIDRs   []string
+	nodeCIDRs      []string
+	nodeTraffic    bool
+	parsedService  []netip.Prefix
+	parsedNode     []netip.Prefix
 }
 
 // add declares the flags.
@@ -62,13 +67,16 @@ func (p *planning) add(f *pflag.FlagSet) {
 	f.StringSliceVar(&p.nonMasquerade, "non-masquerade-cidr", nil, "destinations outside the cluster that see the pod's own address instead of the node's")
 	f.StringVar(&p.encryption, "encryption", "on", "on: pod traffic between nodes goes through WireGuard or is dropped; off: it goes in clear")
 	f.StringVar(&p.logConnections, "log-connections", "none", "connections of isolated pods to log where neither policy nor Namespace says so (annotation warren.cni/log): none, denied or all")
+	f.StringSliceVar(&p.serviceCIDRs, "service-cidr", nil, "the Services' network (kubeadm: --service-cidr); a node that claims an address in it as its endpoint is refused")
+	f.StringSliceVar(&p.nodeCIDRs, "node-cidr", nil, "the nodes' network, for --encrypt-node-traffic")
+	f.BoolVar(&p.nodeTraffic, "encrypt-node-traffic", false, "send what pods send to other nodes' InternalIPs inside --node-cidr through the tunnel, too")
 	f.Uint16Var(&p.port, "wireguard-port", 51820, "UDP port of the WireGuard tunnel")
 	f.IntVar(&p.mtu, "mtu", 0, "MTU of the pods and the tunnel (0: from the uplink)")
 }
 
 // validate parses what pflag leaves as text.
 func (p *planning) validate() error {
-	var errs [4]error
+	var errs [6]error
 	p.parsedCluster, errs[0] = parsePrefixes("cluster-cidr", p.clusterCIDRs)
 	p.parsedNonMasq, errs[1] = parsePrefixes("non-masquerade-cidr", p.nonMasquerade)
 	switch p.encryption {
@@ -78,6 +86,8 @@ func (p *planning) validate() error {
 	default:
 		errs[2] = fmt.Errorf("--encryption=%s: say on or off", p.encryption)
 	}
+	p.parsedService, errs[4] = parsePrefixes("service-cidr", p.serviceCIDRs)
+	p.parsedNode, errs[5] = parsePrefixes("node-cidr", p.nodeCIDRs)
 	p.logMode, errs[3] = cluster.ParseLogMode(p.logConnections)
 	if errs[3] != nil {
 		errs[3] = fmt.Errorf("--log-connections=%w", errs[3])
@@ -87,6 +97,9 @@ func (p *planning) validate() error {
 	}
 	if p.mtu != 0 && (p.mtu < 1280 || p.mtu > 65535) {
 		return fmt.Errorf("--mtu=%d: say 0 (from the uplink) or 1280 (the least that IPv6 allows) to 65535", p.mtu)
+	}
+	if p.nodeTraffic && (len(p.parsedNode) == 0 || !p.encryptionMode) {
+		return errors.New("--encrypt-node-traffic: needs --node-cidr, the network that holds the nodes' InternalIPs, and --encryption on")
 	}
 	if p.port == 0 {
 		return errors.New("--wireguard-port=0: say the UDP port that the nodes' firewalls let pass")

@@ -39,10 +39,25 @@ type Node struct {
 	WireGuard *WireGuard
 }
 
-// WireGuard is what a node publishes of its tunnel in its annotations.
+// WireGuard is what a node publishes of its tunnel in its annotations, with what its operator says there of the way to it.
 type WireGuard struct {
+	NodeKey
+	// Next is the key that the node is about to use; nil where it changes none.
+	Next *NodeKey
+	Port uint16
+	// MTU is that of the node's uplink; 0 where it has published none.
+	MTU int
+	// Endpoint is where other nodes reach this one, in place of its InternalIP and Port: either part may be missing.
+	Endpoint netip.AddrPort
+	// BehindNAT is true for a node that others cannot send to first: its endpoint is learnt from its handshakes.
+	BehindNAT bool
+}
+
+// NodeKey is a public key with the proof that the holder of its private key made it for one Node (see pkg/keyproof).
+type NodeKey struct {
 	PublicKey [32]byte
-	Port      uint16
+	// Proof is zero where the node has published none.
+	Proof [64]byte
 }
 
 // Namespace is a Kubernetes Namespace.

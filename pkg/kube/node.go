@@ -21,6 +21,21 @@ const (
 	AnnotationPublicKey = annotationPrefix + "wireguard-public-key"
 	// AnnotationPort holds the UDP port, in decimal.
 	AnnotationPort = annotationPrefix + "wireguard-port"
+	// AnnotationKeyProof holds the proof that the holder of the private key made it for this Node, 64 bytes in base64.
+	AnnotationKeyProof = annotationPrefix + "wireguard-key-proof"
+	// AnnotationNextPublicKey and AnnotationNextKeyProof are there while the node changes its key.
+	AnnotationNextPublicKey = annotationPrefix + "wireguard-next-public-key"
+	AnnotationNextKeyProof  = annotationPrefix + "wireguard-next-key-proof"
+	// AnnotationMTU holds the MTU of the node's uplink, in decimal.
+	AnnotationMTU = annotationPrefix + "mtu"
+)
+
+// Annotations of a Node by which its operator says how others reach it.
+const (
+	// AnnotationEndpoint holds ADDRESS, ADDRESS:PORT or :PORT.
+	AnnotationEndpoint = annotationPrefix + "endpoint"
+	// AnnotationBehindNAT is "true" for a node that others cannot send to first.
+	AnnotationBehindNAT = annotationPrefix + "behind-nat"
 )
 
 func convertNode(n *corev1.Node) (cluster.Node, []cluster.Problem) {
@@ -99,7 +114,7 @@ func wireGuard(annotations map[string]string, found *findings) *cluster.WireGuar
 		found.add(path.Key(AnnotationPort), "%q is not a port: there is no tunnel to this node", portText)
 		return nil
 	}
-	return &cluster.WireGuard{PublicKey: key, Port: uint16(port)}
+	return &cluster.WireGuard{NodeKey: cluster.NodeKey{PublicKey: key}, Port: uint16(port)}
 }
 
 // parseKey refuses the key of zeros: WireGuard reads it as "no key".

@@ -58,10 +58,10 @@ func TestConvertNodeWireGuard(t *testing.T) {
 		fields      []string
 	}{
 		"not published":   {annotations: map[string]string{"other": "x"}},
-		"valid":           {annotations: map[string]string{AnnotationPublicKey: keyText, AnnotationPort: "51820"}, want: &cluster.WireGuard{PublicKey: key, Port: 51820}},
+		"valid":           {annotations: map[string]string{AnnotationPublicKey: keyText, AnnotationPort: "51820"}, want: &cluster.WireGuard{NodeKey: cluster.NodeKey{PublicKey: key}, Port: 51820}},
 		"no base64":       {annotations: map[string]string{AnnotationPublicKey: "garbage!", AnnotationPort: "51820"}, fields: []string{badKey}},
 		"31 bytes":        {annotations: map[string]string{AnnotationPublicKey: base64.StdEncoding.EncodeToString(key[1:]), AnnotationPort: "51820"}, fields: []string{badKey}},
-		"a line break":    {annotations: map[string]string{AnnotationPublicKey: keyText[:20] + "\n" + keyText[20:], AnnotationPort: "1"}, want: &cluster.WireGuard{PublicKey: key, Port: 1}},
+		"a line break":    {annotations: map[string]string{AnnotationPublicKey: keyText[:20] + "\n" + keyText[20:], AnnotationPort: "1"}, want: &cluster.WireGuard{NodeKey: cluster.NodeKey{PublicKey: key}, Port: 1}},
 		"all zeros":       {annotations: map[string]string{AnnotationPublicKey: zeros, AnnotationPort: "51820"}, fields: []string{badKey}},
 		"no key":          {annotations: map[string]string{AnnotationPort: "51820"}, fields: []string{badKey}},
 		"no port":         {annotations: map[string]string{AnnotationPublicKey: keyText}, fields: []string{badPort}},

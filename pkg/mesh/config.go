@@ -29,9 +29,16 @@ type Config struct {
 type Peer struct {
 	Node      string
 	PublicKey [32]byte
-	Endpoint  netip.AddrPort
+	// Next is the key that the node is about to use, the zero key where it changes none: the device knows it as a second peer
+	// without allowed IPs, and gives it those of the first with its first handshake.
+	Next [32]byte
+	// Endpoint is invalid for a node behind NAT: the device learns it from the node's handshakes.
+	Endpoint netip.AddrPort
 	// AllowedIPs are the node's podCIDRs that were accepted.
 	AllowedIPs []netip.Prefix
+	// NodeAddresses are the node's own addresses that pods may reach through the tunnel, once a handshake has gone both ways
+	// through that very address.
+	NodeAddresses []netip.Addr
 }
 
 // Route leads to a remote node's podCIDR.
@@ -41,4 +48,21 @@ type Route struct {
 	Source netip.Addr
 	// Via is the next hop with encryption off; invalid where the route goes through the link.
 	Via netip.Addr
+	// MTU is the greatest packet that fits on the way where that is less than the link's; 0 elsewhere.
+	MTU int
+}
+
+// Change is what differs between two Configs.
+type Change struct {
+	// Link is true where anything but Peers and Routes differs: then the Config has to be applied as a whole.
+	Link bool
+	// Peers are new or differ, as they are now; RemovedPeers are as they were. No peer is in both. Both are sorted by node.
+	Peers, RemovedPeers []Peer
+	// Routes are new or differ; RemovedRoutes are gone. Both are sorted by destination.
+	Routes, RemovedRoutes []Route
+}
+
+// Empty says whether nothing differs.
+func (c Change) Empty() bool {
+	return !c.Link && len(c.Peers)+len(c.RemovedPeers)+len(c.Routes)+len(c.RemovedRoutes) == 0
 }

@@ -32,6 +32,10 @@ type Options struct {
 	// MTU overrides what follows from UplinkMTU; 0 for no override.
 	MTU       int
 	Encrypted bool
+	// ServiceCIDRs hold no node's endpoint.
+	ServiceCIDRs []netip.Prefix
+	// NodeCIDRs hold the nodes' addresses that pods may reach through the tunnel; empty where they reach none so.
+	NodeCIDRs []netip.Prefix
 }
 
 // Plan returns the mesh of the node s.Self. A claim of another node that cannot be right is a Problem and not in the

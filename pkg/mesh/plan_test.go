@@ -24,7 +24,7 @@ func node(number byte, change ...func(*cluster.Node)) cluster.Node {
 		Created:   time.Unix(int64(number), 0),
 		PodCIDRs:  []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 244, number, 0}), 24), prefix6(number)},
 		Addresses: []netip.Addr{netip.AddrFrom4([4]byte{192, 0, 2, number}), address6(number)},
-		WireGuard: &cluster.WireGuard{PublicKey: [32]byte{number}, Port: 51820},
+		WireGuard: &cluster.WireGuard{NodeKey: cluster.NodeKey{PublicKey: [32]byte{number}}, Port: 51820},
 	}
 	for _, f := range change {
 		f(&n)

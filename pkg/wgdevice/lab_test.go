@@ -249,7 +249,7 @@ func snapshot(self *node, nodes ...*node) cluster.Snapshot {
 			Name:      n.name(),
 			PodCIDRs:  []netip.Prefix{own4, own6},
 			Addresses: []netip.Addr{v4, v6},
-			WireGuard: &cluster.WireGuard{PublicKey: n.key.Public(), Port: wireGuardPort},
+			WireGuard: &cluster.WireGuard{NodeKey: cluster.NodeKey{PublicKey: n.key.Public()}, Port: wireGuardPort},
 		})
 	}
 	return s
