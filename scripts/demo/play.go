@@ -39,7 +39,7 @@ func (d *demo) play(ctx context.Context) error {
 		return err
 	}
 	for _, act := range []func(context.Context) error{
-		d.startNodes, d.startPods, d.showPolicies, d.showStatus, d.showControl, d.cleanUp,
+		d.startNodes, d.startPods, d.showPolicies, d.showFaults, d.showStatus, d.showControl, d.cleanUp,
 	} {
 		err = act(ctx)
 		if ctx.Err() != nil {
@@ -256,11 +256,11 @@ func (d *demo) reach(ctx context.Context, marker [lab.MarkerSize]byte, wanted []
 // attempts are all connections between pods, and from nodes to pods.
 func (d *demo) attempts(marker [lab.MarkerSize]byte, wanted []tier) []attempt {
 	var attempts []attempt
-	add := func(row, what string, netns ns.NetNS, to *lab.Pod, expected bool) {
+	add := func(row, what string, from *lab.Node, netns ns.NetNS, to *lab.Pod, expected bool) {
 		port := wanted[slices.IndexFunc(wanted, func(t tier) bool { return t.name == to.Namespace })].port
 		for _, address := range to.Addresses {
 			attempts = append(attempts, attempt{
-				from: row, to: to.Namespace, expected: expected, address: netip.AddrPortFrom(address, port),
+				from: row, to: to.Namespace, expected: expected, nodes: [2]*lab.Node{from, to.Node}, address: netip.AddrPortFrom(address, port),
 				what: fmt.Sprintf("%s to %s (%s)", what, to.Name, address),
 				probe: func(ctx context.Context, to netip.AddrPort) error {
 					return lab.Probe(ctx, netns, to, marker)
@@ -272,12 +272,12 @@ func (d *demo) attempts(marker [lab.MarkerSize]byte, wanted []tier) []attempt {
 		for _, from := range d.pods {
 			if from != to {
 				reaches := wanted[slices.IndexFunc(wanted, func(t tier) bool { return t.name == from.Namespace })].reaches
-				add(from.Namespace, from.Name, from.Netns(), to, reaches == to.Namespace)
+				add(from.Namespace, from.Name, from.Node, from.Netns(), to, reaches == to.Namespace)
 			}
 		}
 		for _, node := range d.lab.Nodes {
 			row := map[bool]string{true: ownNode, false: otherNode}[node == to.Node]
-			add(row, node.Name, node.Netns(), to, node == to.Node)
+			add(row, node.Name, node, node.Netns(), to, node == to.Node)
 		}
 	}
 	return attempts

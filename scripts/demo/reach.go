@@ -9,6 +9,8 @@ import (
 	"sync"
 	"text/tabwriter"
 	"time"
+
+	"github.com/warren-cni/warren/pkg/lab"
 )
 
 // How long a probe may take. One that must get through has time for two repetitions of a lost packet; one that must not
@@ -29,6 +31,7 @@ const (
 type attempt struct {
 	from, to string // the row and the column of the table
 	what     string // for a person who looks for what went wrong
+	nodes    [2]*lab.Node
 	address  netip.AddrPort
 	expected bool
 	probe    func(ctx context.Context, to netip.AddrPort) error
