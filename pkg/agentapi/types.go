@@ -128,4 +128,5 @@ type Problem struct {
 	Field   string `json:"field,omitempty"`
 	Message string `json:"message"`
 	Remedy  string `json:"remedy"`
+	Owner   string `json:"owner,omitempty"`
 }

@@ -18,6 +18,8 @@ type Problem struct {
 	Message string `json:"message"`
 	// Remedy says what to do.
 	Remedy string `json:"remedy"`
+	// Owner is the name of the Node that keeps what the object, another Node, claims; empty where there is none.
+	Owner string `json:"owner,omitempty"`
 }
 
 // String renders the problem on one line, for logs.
