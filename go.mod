@@ -3,6 +3,7 @@ module github.com/warren-cni/warren
 go 1.26.0
 
 require (
+	filippo.io/edwards25519 v1.2.0
 	github.com/containernetworking/cni v1.3.1
 	github.com/containernetworking/plugins v1.9.1
 	github.com/coreos/go-iptables v0.8.0
