@@ -72,6 +72,9 @@ func (n *node) encryptionStatus(o outcome) agentapi.Encryption {
 	if len(n.options.parsedCluster) == 0 {
 		e.Guard = "known nodes only"
 	}
+	if n.options.nodeTraffic {
+		e.NotCovered = slices.Concat([]string{"pods to addresses outside the cluster CIDR; to another node's InternalIP until a handshake has come from there"}, notCovered[1:])
+	}
 	return e
 }
 
@@ -88,6 +91,7 @@ func (n *node) peers(ctx context.Context, o outcome, e *agentapi.Encryption) ([]
 	names := make(map[string]string, len(o.mesh.Peers))
 	for _, p := range o.mesh.Peers {
 		names[base64.StdEncoding.EncodeToString(p.PublicKey[:])] = p.Node
+		names[base64.StdEncoding.EncodeToString(p.Next[:])] = p.Node + " (next key)"
 	}
 	for _, p := range device.Peers {
 		key := base64.StdEncoding.EncodeToString(p.PublicKey[:])

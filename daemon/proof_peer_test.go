@@ -1,0 +1,203 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/warren-cni/warren/pkg/lab"
+	"github.com/warren-cni/warren/pkg/lab/soak"
+	"github.com/warren-cni/warren/pkg/lab/tagged"
+	"github.com/warren-cni/warren/pkg/wgdevice"
+)
+
+// How long traffic between two nodes may be interrupted: by a restart of the tunnel with the same key, from the publication of a new
+// key, and from a change of the Node.
+const (
+	healSameKey = 2 * time.Second
+	healNewKey  = 3 * time.Second
+	healNode    = 5 * time.Second
+)
+
+// peers is a stage on which the pods of the first two of three nodes send to each other.
+type peers struct {
+	*stage
+	pods     [2]*lab.Pod
+	counters [2]*tagged.Counter
+	guns     []*tagged.Gun
+}
+
+// Whatever happens to a peer, traffic with it is back in time, and every node has every other one as a peer all the while.
+func TestProofPeerHeals(t *testing.T) {
+	t.Parallel()
+	p := &peers{stage: running(t, "wppeer", 3)}
+	p.pods = [2]*lab.Pod{p.pod(0, "one"), p.pod(1, "two")}
+	for i, pod := range p.pods {
+		p.counters[i] = p.counter(pod.Netns())
+	}
+	p.open()
+	p.awaitArrivals()
+
+	longest := map[string]time.Duration{}
+	note := func(what string, took, limit time.Duration) {
+		longest[what] = max(longest[what], took)
+		if took > limit {
+			t.Errorf("%s: traffic was back after %v, want %v", what, took, limit)
+		}
+		for i := range p.Nodes {
+			if n := len(p.status(i).Peers); n != len(p.Nodes)-1 {
+				t.Errorf("%s: %s has %d peers", what, p.Nodes[i].Name, n)
+			}
+		}
+	}
+	rounds := soak.Trials(20)
+	for range rounds {
+		note("tunnel restarted", p.interrupted(p.restartTunnel), healSameKey)
+		note("new key", p.interrupted(p.changeKey), healNewKey)
+		note("Node deleted and made again", p.interrupted(p.remakeNode), healNode)
+		note("address changed", p.interrupted(p.changeAddress), healNode)
+	}
+	note("podCIDR changed", p.changePodCIDR(), healNode)
+	summary(t, "%d rounds on 3 nodes, traffic both ways in both families; longest until it was back: %v", rounds, longest)
+}
+
+// open lets the pods send to each other, every 5 ms.
+func (p *peers) open() {
+	for i, pod := range p.pods {
+		p.guns = append(p.guns, p.fire(pod, tagged.Fire{Tag: tagAllowed, Targets: p.pods[1-i].Addresses, Port: port, Every: 5 * time.Millisecond}))
+	}
+}
+
+// awaitArrivals waits until packets of both families arrive at both pods.
+func (p *peers) awaitArrivals() {
+	p.t.Helper()
+	for _, counter := range p.counters {
+		for _, family := range []func(tagged.Arrival) bool{family4, family6} {
+			p.arrives(counter, 5, family)
+		}
+	}
+}
+
+// interrupted returns how long it took from the moment that the event returns until traffic flows both ways in both families.
+func (p *peers) interrupted(event func() time.Time) time.Duration {
+	p.t.Helper()
+	since := event()
+	p.awaitArrivals()
+	return time.Since(since)
+}
+
+// restartTunnel kills the second node's tunnel and starts another.
+func (p *peers) restartTunnel() time.Time {
+	p.t.Helper()
+	since := time.Now()
+	if err := p.tunnels[1].Kill(); err != nil {
+		p.t.Fatal(err)
+	}
+	p.startTunnel(1)
+	return since
+}
+
+// changeKey gives the second node another key, as where its disk was lost, and returns when it was published.
+func (p *peers) changeKey() time.Time {
+	p.t.Helper()
+	node := p.Nodes[1]
+	before := p.status(1).Encryption.PublicKey
+	err := errors.Join(p.daemons[1].Stop(), os.Remove(filepath.Join(node.StateDir(), wgdevice.KeyFile)))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.startDaemon(1, nil)
+	p.eventually(func() error {
+		text, err := p.ReadText(node.Name)
+		if err == nil && strings.Contains(string(text), before) {
+			err = errors.New("the old key is still published")
+		}
+		return err
+	})
+	return time.Now()
+}
+
+// remakeNode deletes the second Node and makes it again once it is gone everywhere.
+func (p *peers) remakeNode() time.Time {
+	p.t.Helper()
+	node, err := p.ReadText("node-2")
+	if err == nil {
+		err = p.Remove("node-2")
+	}
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.eventually(func() error {
+		if peers := p.status(0).Peers; len(peers) != len(p.Nodes)-2 {
+			return fmt.Errorf("%d peers", len(peers))
+		}
+		return nil
+	})
+	p.problem(1, "NodeUnknown", "node-2")
+	since := time.Now()
+	p.writeText("node-2", string(node))
+	p.ready(0)
+	p.ready(1)
+	return since
+}
+
+// changeAddress gives the second node another InternalIP of each family.
+func (p *peers) changeAddress() time.Time {
+	p.t.Helper()
+	node := p.Nodes[1]
+	text, err := p.ReadText(node.Name)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	changed, commands := string(text), []string{"default=$(ip route show default)"}
+	for i, old := range node.Addresses {
+		next := netip.AddrFrom4([4]byte{192, 0, 2, old.AsSlice()[len(old.AsSlice())-1] + 100})
+		bits := 24
+		if old.Is6() {
+			raw := old.As16()
+			raw[15] += 100
+			next, bits = netip.AddrFrom16(raw), 64
+		}
+		changed = strings.ReplaceAll(changed, "address: "+old.String()+"\n", "address: "+next.String()+"\n")
+		commands = append(commands, fmt.Sprintf("ip addr del %s/%d dev eth0", old, bits), fmt.Sprintf("ip addr add %s/%d dev eth0 nodad", next, bits))
+		node.Addresses[i] = next
+	}
+	commands = append(commands, "ip route replace $default") // it went with the address
+	since := time.Now()
+	if out, runErr := node.Run(p.t.Context(), "sh", "-ec", strings.Join(commands, "\n")); runErr != nil {
+		p.t.Fatal(out, runErr)
+	}
+	p.writeText(node.Name, changed)
+	return since
+}
+
+// changePodCIDR gives the second node other podCIDRs, and returns how long it takes until a pod with one of their addresses is reached.
+func (p *peers) changePodCIDR() time.Duration {
+	p.t.Helper()
+	text, err := p.ReadText("node-2")
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	since := time.Now()
+	changed := strings.NewReplacer("10.244.2.0/24", "10.244.77.0/24", "fd00:10:244:2::/64", "fd00:10:244:77::/64").Replace(string(text))
+	p.writeText("node-2", changed)
+	p.eventually(func() error {
+		conflist, err := os.ReadFile(p.Nodes[1].Conflist())
+		if err == nil && !strings.Contains(string(conflist), "10.244.77.0/24") {
+			err = errors.New("the conflist still has the old podCIDR")
+		}
+		return err
+	})
+	moved := p.pod(1, "moved")
+	if !netip.MustParsePrefix("10.244.77.0/24").Contains(moved.Addresses[0]) {
+		p.t.Fatalf("the pod has %v", moved.Addresses)
+	}
+	p.reaches(p.pods[0], moved)
+	p.reaches(moved, p.pods[0])
+	return time.Since(since)
+}
