@@ -80,7 +80,7 @@ func driftOfSets(f netfilter.Family, have map[string]*set, wanted []netfilter.Se
 			d.What, d.Detail, d.Members = "lacks members", some(missing), missing
 			all = append(all, d)
 		}
-		if len(extra) > 0 {
+		if len(extra) > 0 && !w.Keeps {
 			d.What, d.Detail, d.Members = "has members that it should not have", some(extra), extra
 			all = append(all, d)
 		}

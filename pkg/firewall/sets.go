@@ -93,6 +93,9 @@ func planSets(have map[string]*set, f netfilter.Family, wanted []netfilter.Set) 
 			p.create, p.replace, p.add = true, true, w.Entries
 		default:
 			p.add, p.remove = netfilter.DiffEntries(stands.members, w.Entries)
+			if w.Keeps {
+				p.remove = nil
+			}
 		}
 		plans = append(plans, p)
 	}

@@ -34,7 +34,8 @@ type Config struct {
 	// PodCIDRs are the own node's.
 	PodCIDRs []netip.Prefix
 	// KnownPodCIDRs are those of all nodes. They stand in for the cluster CIDR in a family that has none, so they should
-	// be those that the mesh accepts: what is in them leaves this node only through the tunnel.
+	// be those that the mesh accepts: what is in them leaves this node only through the tunnel. What was known once stays so in
+	// the kernel, because pods may still send to a node that is gone.
 	KnownPodCIDRs []netip.Prefix
 	// ClusterCIDRs hold every pod address there will ever be, also of nodes that are not known yet.
 	ClusterCIDRs []netip.Prefix
@@ -43,6 +44,8 @@ type Config struct {
 	// Encrypted says that pod traffic between nodes belongs into the tunnel. Without it there is no inbound guard either:
 	// the packets of remote pods then come in by the uplink, where nothing tells them from forged ones.
 	Encrypted bool
+	// NodeAddresses are those of all nodes, this one too: what pods send there by an uplink is counted apart.
+	NodeAddresses []netip.Addr
 	// Ready are the addresses that the start gate lets pass.
 	Ready []netip.Addr
 }
@@ -59,12 +62,13 @@ func (c Config) compile(f netfilter.Family) netfilter.Rules {
 		outside:   of(f, c.NonMasquerade),
 		encrypted: c.Encrypted,
 	}
-	sets := []netfilter.Set{readySet(f, c.Ready)}
+	sets := []netfilter.Set{readySet(f, c.Ready), nodeSet(f, c.NodeAddresses)}
 	cluster := of(f, c.ClusterCIDRs)
 	p.fence = literal(cluster, p.own)
-	if known := claimed(of(f, c.KnownPodCIDRs)); len(cluster) == 0 && len(known) > 0 {
+	if len(cluster) == 0 {
 		sets = append(sets, netfilter.Set{
-			Name: knownSet(f), Type: netfilter.HashNet, Role: netfilter.Selects, Comment: "podCIDRs of all nodes", Entries: known,
+			Name: knownSet(f), Type: netfilter.HashNet, Role: netfilter.Selects, Comment: "podCIDRs of all nodes", Keeps: true,
+			Entries: claimed(of(f, c.KnownPodCIDRs)),
 		})
 		p.fence = append(p.fence, fence{set: knownSet(f)})
 	}
@@ -91,22 +95,38 @@ func (c Config) compile(f netfilter.Family) netfilter.Rules {
 
 // readySet is the set of the start gate.
 func readySet(f netfilter.Family, ready []netip.Addr) netfilter.Set {
-	s := netfilter.Set{
+	return netfilter.Set{
 		Name: netfilter.ReadySet(f), Type: netfilter.HashIP, Role: netfilter.Gate,
-		Comment: "pods whose policies stand", Entries: nil,
+		Comment: "pods whose policies stand", Entries: entries(f, ready),
 	}
-	for _, a := range ready {
+}
+
+// nodeSet is the set of the nodes' addresses. Rules only count by it.
+func nodeSet(f netfilter.Family, nodes []netip.Addr) netfilter.Set {
+	return netfilter.Set{
+		Name: nodeSetName(f), Type: netfilter.HashIP, Role: netfilter.Allows, Comment: "addresses of all nodes", Entries: entries(f, nodes),
+	}
+}
+
+// entries returns the addresses of one family as entries of a set.
+func entries(f netfilter.Family, addresses []netip.Addr) []netfilter.Entry {
+	var list []netfilter.Entry
+	for _, a := range addresses {
 		if netfilter.FamilyOf(a) == f {
-			s.Entries = append(s.Entries, netfilter.Address(a))
+			list = append(list, netfilter.Address(a))
 		}
 	}
-	s.Entries = netfilter.Entries(s.Entries)
-	return s
+	return netfilter.Entries(list)
 }
 
 // knownSet is the name of the set of podCIDRs that stands in for a missing cluster CIDR.
 func knownSet(f netfilter.Family) string {
 	return netfilter.Prefix + "-NODES" + strings.TrimPrefix(f.String(), "ipv")
+}
+
+// nodeSetName is the name of the set of the nodes' addresses.
+func nodeSetName(f netfilter.Family) string {
+	return netfilter.Prefix + "-HOSTS" + strings.TrimPrefix(f.String(), "ipv")
 }
 
 // claimed returns prefixes as entries of a set. The whole address space is nobody's podCIDR: a Node that claims it would

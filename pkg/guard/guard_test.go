@@ -36,6 +36,7 @@ func dual() guard.Config {
 		KnownPodCIDRs: prefixes("10.244.2.0/24", "10.244.1.0/24", "fd00:10:244:1::/64", "fd00:10:244:2::/64"),
 		ClusterCIDRs:  prefixes("10.244.0.0/16", "fd00:10:244::/48"),
 		NonMasquerade: prefixes("10.96.0.0/12", "fd00:10:96::/112"),
+		NodeAddresses: addresses("192.168.0.1", "192.168.0.2", "fc00::1", "fc00::2"),
 		Encrypted:     true,
 		Ready:         addresses("10.244.1.7", "fd00:10:244:1::7", "10.244.1.3"),
 	}

@@ -108,7 +108,20 @@ func (p plan) guard() []netfilter.Rule {
 	for _, f := range fences {
 		rules = append(rules, matching("never in clear", f.match("dst"), "-j DROP"))
 	}
-	return rules
+	return append(rules, p.count()...)
+}
+
+// count counts what a pod sends that no tunnel carries. That ends the chain, so no rule here decides anything.
+func (p plan) count() []netfilter.Rule {
+	var rules []netfilter.Rule
+	if !p.encrypted {
+		for _, f := range p.fence {
+			rules = append(rules, matching("in clear: to a pod of another node", append([]string{"-i", "wrn+"}, f.match("dst")...), "-j RETURN"))
+		}
+	}
+	return append(rules,
+		rule("in clear: to a node", "-i wrn+ -m set --match-set "+nodeSetName(p.family)+" dst -j RETURN"),
+		rule("in clear: out of the cluster", "-i wrn+ -j RETURN"))
 }
 
 // judged drops what begins a connection from or to a pod and was not judged. What is the node's own never is: it comes

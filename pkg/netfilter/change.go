@@ -63,6 +63,9 @@ func diffRules(from, to *Rules) RulesChange {
 		change := SetChange{Set: s}
 		change.Entries = nil
 		change.Add, change.Remove = DiffEntries(old.Entries, s.Entries)
+		if s.Keeps {
+			change.Remove = nil
+		}
 		if len(change.Add)+len(change.Remove) > 0 {
 			c.Sets = append(c.Sets, change)
 		}

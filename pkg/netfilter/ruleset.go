@@ -122,6 +122,9 @@ type Set struct {
 	Type    SetType
 	Comment string
 	Role    Role
+	// Keeps says that members stay for as long as the set stands, also those that Entries do not name any more. So the kernel
+	// remembers them, whatever becomes of who made the plan.
+	Keeps bool
 	// Entries are sorted, without duplicates.
 	Entries []Entry
 }
