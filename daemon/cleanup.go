@@ -81,7 +81,7 @@ func cleanup(ctx context.Context, p paths, keepKey bool, log *slog.Logger) error
 	do("plugin", removeFile(filepath.Join(p.cniBinDir, "warren")))
 	do("leases and runtime state", removeFrom(p.runDir, "warrend.sock", ".s[0-9]*", "ipam", "wireguard"))
 	if !keepKey {
-		do("key", removeFrom(p.stateDir, wgdevice.KeyFile, "."+wgdevice.KeyFile+".*"))
+		do("key", removeFrom(p.stateDir, wgdevice.KeyFiles()...))
 	}
 	return errors.Join(append(errs, unlock())...)
 }

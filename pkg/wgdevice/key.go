@@ -9,12 +9,12 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
-)
 
-// KeyFile is the name of the private key's file in the state directory.
-const KeyFile = "wireguard.key"
+	"github.com/warren-cni/warren/pkg/keyproof"
+)
 
 const redacted = "(redacted)"
 
@@ -32,6 +32,16 @@ func newKey(private wgtypes.Key) Key {
 // Public returns the public key.
 func (k Key) Public() [32]byte { return k.private().PublicKey() }
 
+// Proof returns what shows other nodes that the holder of this key made it for the Node of that name and uid (see pkg/keyproof). Two
+// proofs of the same differ.
+func (k Key) Proof(node, uid string) ([64]byte, error) {
+	proof, err := keyproof.Sign(k.private(), node, uid)
+	if err != nil {
+		return [64]byte{}, fmt.Errorf("proving the WireGuard key: %w", err)
+	}
+	return proof, nil
+}
+
 // String returns a word that says nothing of the key.
 func (Key) String() string { return redacted }
 
@@ -44,57 +54,54 @@ func (Key) LogValue() slog.Value { return slog.StringValue(redacted) }
 // MarshalText keeps the key out of JSON and YAML.
 func (Key) MarshalText() ([]byte, error) { return []byte(redacted), nil }
 
-// LoadOrCreateKey returns the key in the directory's wireguard.key, the same for the life of the node. It makes a key only
-// where there is no such file: a file that cannot be read or understood is an error, because a new key would cut the
-// node off from every peer that knows the old one.
-func LoadOrCreateKey(dir string) (Key, error) {
-	path := filepath.Join(dir, KeyFile)
-	key, err := loadKey(path)
-	if !errors.Is(err, fs.ErrNotExist) {
-		return key, err
-	}
-	if err = os.MkdirAll(dir, 0o700); err != nil {
-		return Key{}, fmt.Errorf("making the state directory: %w", err)
-	}
-	private, err := wgtypes.GeneratePrivateKey()
-	if err != nil {
-		return Key{}, fmt.Errorf("making a WireGuard key: %w", err)
-	}
-	if err = saveKey(dir, path, private.String()+"\n"); err != nil {
-		return Key{}, fmt.Errorf("saving the WireGuard key %s: %w", path, err)
-	}
-	return newKey(private), nil
-}
-
-func loadKey(path string) (Key, error) {
+// loadKey reads a key and when it was made. A file that cannot be read or understood is an error, and fs.ErrNotExist only where there is
+// none.
+func loadKey(path string) (Key, time.Time, error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return Key{}, fmt.Errorf("reading the WireGuard key: %w", err)
+		return Key{}, time.Time{}, fmt.Errorf("reading the WireGuard key: %w", err)
 	}
 	defer func() { _ = f.Close() }()
 	info, err := f.Stat()
 	if err != nil {
-		return Key{}, fmt.Errorf("reading the WireGuard key: %w", err)
+		return Key{}, time.Time{}, fmt.Errorf("reading the WireGuard key: %w", err)
 	}
 	if open := info.Mode().Perm() &^ 0o600; open != 0 {
-		return Key{}, fmt.Errorf("reading the WireGuard key %s: others may read it (mode %04o): chmod 0600 it, or delete it for a new key if others did",
+		return Key{}, time.Time{}, fmt.Errorf("reading the WireGuard key %s: others may read it (mode %04o): chmod 0600 it, or delete it for a new key if others did",
 			path, info.Mode().Perm())
 	}
 	text, err := io.ReadAll(io.LimitReader(f, 128))
 	if err != nil {
-		return Key{}, fmt.Errorf("reading the WireGuard key: %w", err)
+		return Key{}, time.Time{}, fmt.Errorf("reading the WireGuard key: %w", err)
 	}
 	private, err := wgtypes.ParseKey(strings.TrimSpace(string(text)))
 	if err != nil || private == (wgtypes.Key{}) {
 		// The cause is left out: it may quote the file.
-		return Key{}, fmt.Errorf("reading the WireGuard key %s: it is not one line of base64 with 32 bytes: restore it, or delete it for a new key", path)
+		return Key{}, time.Time{}, fmt.Errorf("reading the WireGuard key %s: it is not one line of base64 with 32 bytes: restore it, or delete it for a new key", path)
 	}
-	return newKey(private), nil
+	return newKey(private), info.ModTime(), nil
+}
+
+// loadOrMakeKey reads a key, and makes it where there is no file of it.
+func loadOrMakeKey(path string) (Key, time.Time, error) {
+	key, made, err := loadKey(path)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return key, made, err
+	}
+	private, err := wgtypes.GeneratePrivateKey()
+	if err != nil {
+		return Key{}, time.Time{}, fmt.Errorf("making a WireGuard key: %w", err)
+	}
+	if err = saveKey(path, private.String()+"\n"); err != nil {
+		return Key{}, time.Time{}, fmt.Errorf("saving the WireGuard key %s: %w", path, err)
+	}
+	return loadKey(path)
 }
 
 // saveKey writes the file so that it is there whole or not at all, and readable for root alone from its first moment.
-func saveKey(dir, path, text string) error {
-	f, err := os.CreateTemp(dir, "."+KeyFile+".*") // CreateTemp makes files with mode 0600
+func saveKey(path, text string) error {
+	dir := filepath.Dir(path)
+	f, err := os.CreateTemp(dir, draftFiles) // CreateTemp makes files with mode 0600
 	if err != nil {
 		return err
 	}
@@ -109,6 +116,11 @@ func saveKey(dir, path, text string) error {
 	if err != nil {
 		return errors.Join(err, os.Remove(f.Name()))
 	}
+	return syncDirectory(dir)
+}
+
+// syncDirectory makes the names of a directory's files last.
+func syncDirectory(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
 		return err
