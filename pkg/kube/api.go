@@ -35,8 +35,10 @@ type API struct {
 	log     *slog.Logger
 	clients clients
 	reach   *reach
-	flights flights
-	events  events
+	// protection is what the API server does for the nodes of this cluster against each other.
+	protection *protection
+	flights    flights
+	events     events
 
 	nodes      *follower[*corev1.Node, cluster.Node]
 	namespaces *follower[*corev1.Namespace, cluster.Namespace]
@@ -64,6 +66,7 @@ func NewAPI(config *rest.Config, self string, log *slog.Logger) (*API, error) {
 	if a.clients, err = newClients(config, a.reach.wrap); err != nil {
 		return nil, err
 	}
+	a.protection = &protection{client: a.clients.admission}
 	core, networking := a.clients.core, a.clients.networking
 	a.nodes = newFollower(a, kind[*corev1.Node, cluster.Node]{core, resourceNodes, &corev1.Node{}, &a.store.nodes, convertNode})
 	a.nodes.kept = func(n *corev1.Node) {
@@ -86,6 +89,7 @@ func (a *API) Run(ctx context.Context) error {
 	ctx = klog.NewContext(ctx, logr.FromSlogHandler(a.log.Handler()))
 	a.events.run(ctx, a.self, serverSink{func() context.Context { return ctx }, a.clients.events})
 	var running sync.WaitGroup
+	running.Go(func() { a.protection.run(ctx, a.notify) })
 	for _, follow := range []func(context.Context){a.nodes.run, a.namespaces.run, a.pods.run, a.policies.run} {
 		running.Go(func() { follow(ctx) })
 	}
@@ -111,7 +115,7 @@ func (a *API) Changes() cluster.Delta {
 
 // Problems returns what could not be understood or read.
 func (a *API) Problems() []cluster.Problem {
-	problems := a.reach.problems()
+	problems := append(a.reach.problems(), a.protection.problems()...)
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for _, found := range a.problems {

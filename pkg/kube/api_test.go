@@ -76,6 +76,7 @@ func TestAPI(t *testing.T) {
 	create(t, admin, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n1"}, Spec: corev1.NodeSpec{PodCIDRs: []string{"10.1.0.0/24"}}})
 	create(t, admin, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop", Labels: map[string]string{"team": "a"}}})
 	create(t, admin, &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "default"}})
+	t.Run("protection", func(t *testing.T) { testAPIProtection(t, server, admin) })
 	t.Run("changes", func(t *testing.T) { testAPIChanges(t, server, admin) })
 	t.Run("refresh", func(t *testing.T) { testAPIRefresh(t, server, admin) })
 	t.Run("refresh in an outage", func(t *testing.T) { testAPIRefreshOutage(t, server, admin) })

@@ -3,6 +3,7 @@ package kube
 import (
 	"fmt"
 
+	admissionv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
@@ -30,6 +31,7 @@ type clients struct {
 	core       *rest.RESTClient
 	networking *rest.RESTClient
 	discovery  *rest.RESTClient
+	admission  *rest.RESTClient
 	events     *rest.RESTClient
 }
 
@@ -59,6 +61,7 @@ func newClients(config *rest.Config, wrap transport.WrapperFunc) (clients, error
 		{&c.core, "/api", corev1.SchemeGroupVersion, requestsPerSecond, requestsAtOnce},
 		{&c.networking, "/apis", networkingv1.SchemeGroupVersion, requestsPerSecond, requestsAtOnce},
 		{&c.discovery, "/apis", discoveryv1.SchemeGroupVersion, requestsPerSecond, requestsAtOnce},
+		{&c.admission, "/apis", admissionv1.SchemeGroupVersion, requestsPerSecond, requestsAtOnce},
 		{&c.events, "/api", corev1.SchemeGroupVersion, eventsPerSecond, eventsAtOnce},
 	} {
 		config.APIPath, config.GroupVersion = group.path, &group.version
@@ -72,7 +75,9 @@ func newClients(config *rest.Config, wrap transport.WrapperFunc) (clients, error
 
 func newScheme() (*runtime.Scheme, error) {
 	scheme := runtime.NewScheme()
-	for _, add := range []func(*runtime.Scheme) error{corev1.AddToScheme, networkingv1.AddToScheme, discoveryv1.AddToScheme} {
+	for _, add := range []func(*runtime.Scheme) error{
+		corev1.AddToScheme, networkingv1.AddToScheme, discoveryv1.AddToScheme, admissionv1.AddToScheme,
+	} {
 		if err := add(scheme); err != nil {
 			return nil, fmt.Errorf("registering the API types: %w", err)
 		}

@@ -1,10 +1,13 @@
 package kube_test
 
 import (
+	"context"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	authorizationv1 "k8s.io/api/authorization/v1"
@@ -14,6 +17,8 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
+
+	"github.com/warren-cni/warren/pkg/kube"
 )
 
 // testKubelet checks the policy warren-kubelet-keeps-podcidrs, and what NodeRestriction does beside it, with the credential of a
@@ -108,13 +113,13 @@ func testDaemon(t *testing.T, f fixture, daemon *rest.Config) {
 	own := client(t, daemon)
 	unbound := client(t, f.server.Bearer(f.token(t, "")))
 	const taken = `{"metadata":{"annotations":{"warren.cni/wireguard-public-key":null}}}`
-	for what, patch := range map[string]change{
-		"publishing the own key":  merge(ownKey),
-		"taking the own key back": merge(taken),
-		"applying the own key":    {types.ApplyPatchType, `{"apiVersion":"v1","kind":"Node","metadata":{"name":"n1","annotations":{"warren.cni/mtu":"1500"}}}`},
+	for _, patch := range []change{
+		merge(ownKey),
+		merge(taken),
+		{types.ApplyPatchType, `{"apiVersion":"v1","kind":"Node","metadata":{"name":"n1","annotations":{"warren.cni/mtu":"1500"}}}`},
 	} {
 		if err := patch.send(t, own, "n1"); err != nil {
-			t.Errorf("%s: %v", what, err)
+			t.Errorf("publishing %s: %v", patch.text, err)
 		}
 	}
 	const onlyOwn, onlyOurs, onlyAnnotations = "may only change the Node", "may only change annotations that begin", "may change annotations only"
@@ -236,6 +241,46 @@ func testEvents(t *testing.T, own kubernetes.Interface) {
 	expectForbidden(t, "giving an Event to another node", patch("own", `{"source":{"host":"n2"}}`), message)
 	expectForbidden(t, "rewriting another's Event", patch("of-n2", `{"message":"all is well"}`), message)
 	expectForbidden(t, "taking over another's Event", patch("of-n2", `{"source":{"host":"n1"}}`), message)
+}
+
+// testProtection checks that the daemon misses a policy that is not there, and no other: that it may read them, and knows their names.
+func testProtection(t *testing.T, daemon *rest.Config, f fixture) {
+	bindings := f.admin.AdmissionregistrationV1().ValidatingAdmissionPolicyBindings()
+	for _, name := range []string{"warren-kubelet-keeps-podcidrs", "warren-publishes-own-key", "warren-writes-own-events"} {
+		binding, err := bindings.Get(t.Context(), name, metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err = bindings.Delete(t.Context(), name, metav1.DeleteOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		source, err := kube.NewAPI(daemon, "n1", slog.New(slog.DiscardHandler))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan error, 1)
+		go func() { ended <- source.Run(ctx) }()
+		problems := source.Problems()
+		for ; len(problems) == 0 && ctx.Err() == nil; problems = source.Problems() {
+			select {
+			case <-source.Changed():
+			case <-ctx.Done():
+			}
+		}
+		if len(problems) != 1 || problems[0].Code != "AdmissionPolicyMissing" || problems[0].Object != "ValidatingAdmissionPolicy "+name {
+			t.Errorf("without the binding of %s: %v", name, problems)
+		}
+		cancel()
+		if err = <-ended; err != nil {
+			t.Error(err)
+		}
+		binding.ResourceVersion = ""
+		if _, err = bindings.Create(t.Context(), binding, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 func expectForbidden(t *testing.T, what string, err error, message string) {

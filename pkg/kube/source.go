@@ -21,6 +21,7 @@ const (
 	codeFile        = "FileInvalid"
 	codeDuplicate   = "ObjectDuplicate"
 	codeUnreachable = "APIUnreachable"
+	codeUnconfined  = "AdmissionPolicyMissing"
 )
 
 // errKind says that an object is of another kind than the one that was asked for.
