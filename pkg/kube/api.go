@@ -143,16 +143,23 @@ func (a *API) setProblems(name object, problems []cluster.Problem) bool {
 	return changed
 }
 
-// Publish sets annotations on the own Node where they differ.
+// Publish sets annotations on the own Node where they differ; an empty value removes one.
 func (a *API) Publish(ctx context.Context, annotations map[string]string) error {
 	a.mu.Lock()
 	_, known := a.store.nodes.objects[cluster.Key{Name: a.self}]
-	done := known && containsAll(a.published, annotations)
+	done := known && carries(a.published, annotations)
 	a.mu.Unlock()
 	if done {
 		return nil
 	}
-	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{"annotations": annotations}})
+	values := make(map[string]any, len(annotations))
+	for name, value := range annotations {
+		values[name] = value
+		if value == "" {
+			values[name] = nil // which removes it (RFC 7396)
+		}
+	}
+	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{"annotations": values}})
 	if err != nil {
 		return fmt.Errorf("encoding the annotations of node %s: %w", a.self, err)
 	}
@@ -163,10 +170,10 @@ func (a *API) Publish(ctx context.Context, annotations map[string]string) error 
 	return nil
 }
 
-// containsAll is true where every wanted annotation is there.
-func containsAll(have, want map[string]string) bool {
+// carries is true where every wanted annotation is there, and none that is unwanted.
+func carries(have, want map[string]string) bool {
 	for name, value := range want {
-		if current, ok := have[name]; !ok || current != value {
+		if current, ok := have[name]; current != value || ok != (value != "") {
 			return false
 		}
 	}

@@ -134,12 +134,38 @@ func testAPIPublish(t *testing.T, server *apiserver.Server, admin kubernetes.Int
 		node, _ := s.Node("n1")
 		return node.WireGuard != nil && node.WireGuard.Port == 51820
 	})
-	before := getNode(t, admin, "n1")
+	before := getNode(t, admin)
 	if err := r.Publish(t.Context(), annotations); err != nil {
 		t.Fatal(err)
 	}
-	if after := getNode(t, admin, "n1"); after.ResourceVersion != before.ResourceVersion {
+	if after := getNode(t, admin); after.ResourceVersion != before.ResourceVersion {
 		t.Error("publishing the same again wrote the Node")
+	}
+	// An empty value removes an annotation, in one write with others; that others' annotations stay is the server's promise.
+	if err := r.Publish(t.Context(), map[string]string{AnnotationNextPublicKey: annotations[AnnotationPublicKey], AnnotationMTU: "1400"}); err != nil {
+		t.Fatal(err)
+	}
+	r.wait("the next key", func(s cluster.Snapshot, _ []cluster.Problem) bool {
+		node, _ := s.Node("n1")
+		return node.WireGuard != nil && node.WireGuard.Next != nil && node.WireGuard.MTU == 1400
+	})
+	removal := map[string]string{AnnotationNextPublicKey: "", AnnotationNextKeyProof: "", AnnotationMTU: "1500"}
+	if err := r.Publish(t.Context(), removal); err != nil {
+		t.Fatal(err)
+	}
+	r.wait("the next key gone", func(s cluster.Snapshot, _ []cluster.Problem) bool {
+		node, _ := s.Node("n1")
+		return node.WireGuard != nil && node.WireGuard.Next == nil && node.WireGuard.MTU == 1500
+	})
+	before = getNode(t, admin)
+	if _, there := before.Annotations[AnnotationNextPublicKey]; there {
+		t.Error("the annotation is still there")
+	}
+	if err := r.Publish(t.Context(), removal); err != nil {
+		t.Fatal(err)
+	}
+	if after := getNode(t, admin); after.ResourceVersion != before.ResourceVersion {
+		t.Error("removing what is not there wrote the Node")
 	}
 	annotations[AnnotationPublicKey] = "garbage"
 	if err := r.Publish(t.Context(), annotations); err != nil {
@@ -305,9 +331,10 @@ func deletePod(t *testing.T, admin kubernetes.Interface, name string) {
 	}
 }
 
-func getNode(t *testing.T, admin kubernetes.Interface, name string) *corev1.Node {
+// getNode reads node n1.
+func getNode(t *testing.T, admin kubernetes.Interface) *corev1.Node {
 	t.Helper()
-	node, err := admin.CoreV1().Nodes().Get(t.Context(), name, metav1.GetOptions{})
+	node, err := admin.CoreV1().Nodes().Get(t.Context(), "n1", metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}

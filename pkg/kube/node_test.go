@@ -2,6 +2,7 @@ package kube
 
 import (
 	"encoding/base64"
+	"maps"
 	"net/netip"
 	"strings"
 	"testing"
@@ -61,13 +62,15 @@ func TestConvertNodeWireGuard(t *testing.T) {
 		"valid":           {annotations: map[string]string{AnnotationPublicKey: keyText, AnnotationPort: "51820"}, want: &cluster.WireGuard{NodeKey: cluster.NodeKey{PublicKey: key}, Port: 51820}},
 		"no base64":       {annotations: map[string]string{AnnotationPublicKey: "garbage!", AnnotationPort: "51820"}, fields: []string{badKey}},
 		"31 bytes":        {annotations: map[string]string{AnnotationPublicKey: base64.StdEncoding.EncodeToString(key[1:]), AnnotationPort: "51820"}, fields: []string{badKey}},
-		"a line break":    {annotations: map[string]string{AnnotationPublicKey: keyText[:20] + "\n" + keyText[20:], AnnotationPort: "1"}, want: &cluster.WireGuard{NodeKey: cluster.NodeKey{PublicKey: key}, Port: 1}},
+		"a line break":    {annotations: map[string]string{AnnotationPublicKey: keyText[:20] + "\n" + keyText[20:], AnnotationPort: "1"}, fields: []string{badKey}},
 		"all zeros":       {annotations: map[string]string{AnnotationPublicKey: zeros, AnnotationPort: "51820"}, fields: []string{badKey}},
 		"no key":          {annotations: map[string]string{AnnotationPort: "51820"}, fields: []string{badKey}},
 		"no port":         {annotations: map[string]string{AnnotationPublicKey: keyText}, fields: []string{badPort}},
 		"port 0":          {annotations: map[string]string{AnnotationPublicKey: keyText, AnnotationPort: "0"}, fields: []string{badPort}},
 		"port 65536":      {annotations: map[string]string{AnnotationPublicKey: keyText, AnnotationPort: "65536"}, fields: []string{badPort}},
 		"huge port":       {annotations: map[string]string{AnnotationPublicKey: keyText, AnnotationPort: strings.Repeat("9", 200_000)}, fields: []string{badPort}},
+		"port with zeros": {annotations: map[string]string{AnnotationPublicKey: keyText, AnnotationPort: "051820"}, fields: []string{badPort}},
+		"operator only":   {annotations: map[string]string{AnnotationEndpoint: "garbage", AnnotationBehindNAT: "true"}},
 		"port with space": {annotations: map[string]string{AnnotationPublicKey: keyText, AnnotationPort: " 1"}, fields: []string{badPort}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -83,5 +86,149 @@ func TestConvertNodeWireGuard(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestConvertNodeTunnel shows what each annotation beside key and port gives, and that a bad one costs what depends on it and no more.
+func TestConvertNodeTunnel(t *testing.T) {
+	key := [32]byte{1, 2, 3}
+	next, proofOf, nextProof := [32]byte{4}, [64]byte{5}, [64]byte{6}
+	text := func(b []byte) string { return base64.StdEncoding.EncodeToString(b) }
+	for name, test := range map[string]struct {
+		annotations map[string]string
+		want        func(*cluster.WireGuard)
+		field       string
+	}{
+		"proof": {
+			annotations: map[string]string{AnnotationKeyProof: text(proofOf[:])},
+			want:        func(w *cluster.WireGuard) { w.Proof = proofOf },
+		},
+		"short proof": {annotations: map[string]string{AnnotationKeyProof: text(proofOf[:63])}, field: AnnotationKeyProof},
+		"no base64":   {annotations: map[string]string{AnnotationKeyProof: "garbage"}, field: AnnotationKeyProof},
+		"next key": {
+			annotations: map[string]string{AnnotationNextPublicKey: text(next[:]), AnnotationNextKeyProof: text(nextProof[:])},
+			want:        func(w *cluster.WireGuard) { w.Next = &cluster.NodeKey{PublicKey: next, Proof: nextProof} },
+		},
+		"next key without proof": {
+			annotations: map[string]string{AnnotationNextPublicKey: text(next[:])},
+			want:        func(w *cluster.WireGuard) { w.Next = &cluster.NodeKey{PublicKey: next} },
+		},
+		"bad next proof": {
+			annotations: map[string]string{AnnotationNextPublicKey: text(next[:]), AnnotationNextKeyProof: "x"},
+			want:        func(w *cluster.WireGuard) { w.Next = &cluster.NodeKey{PublicKey: next} },
+			field:       AnnotationNextKeyProof,
+		},
+		"bad next key": {
+			annotations: map[string]string{AnnotationNextPublicKey: text(next[:9]), AnnotationNextKeyProof: text(nextProof[:])},
+			field:       AnnotationNextPublicKey,
+		},
+		"MTU":           {annotations: map[string]string{AnnotationMTU: "9001"}, want: func(w *cluster.WireGuard) { w.MTU = 9001 }},
+		"MTU of 0":      {annotations: map[string]string{AnnotationMTU: "0"}, field: AnnotationMTU},
+		"negative MTU":  {annotations: map[string]string{AnnotationMTU: "-1"}, field: AnnotationMTU},
+		"endless MTU":   {annotations: map[string]string{AnnotationMTU: strings.Repeat("9", 200_000)}, field: AnnotationMTU},
+		"MTU with plus": {annotations: map[string]string{AnnotationMTU: "+1500"}, field: AnnotationMTU},
+		"address": {
+			annotations: map[string]string{AnnotationEndpoint: "203.0.113.7"},
+			want:        func(w *cluster.WireGuard) { w.Endpoint = netip.AddrPortFrom(addr("203.0.113.7"), 0) },
+		},
+		"address and port": {
+			annotations: map[string]string{AnnotationEndpoint: "203.0.113.7:4500"},
+			want:        func(w *cluster.WireGuard) { w.Endpoint = netip.MustParseAddrPort("203.0.113.7:4500") },
+		},
+		"port alone": {
+			annotations: map[string]string{AnnotationEndpoint: ":4500"},
+			want:        func(w *cluster.WireGuard) { w.Endpoint = netip.AddrPortFrom(netip.Addr{}, 4500) },
+		},
+		"IPv6": {
+			annotations: map[string]string{AnnotationEndpoint: "2001:db8::7"},
+			want:        func(w *cluster.WireGuard) { w.Endpoint = netip.AddrPortFrom(addr("2001:db8::7"), 0) },
+		},
+		"IPv6 and port": {
+			annotations: map[string]string{AnnotationEndpoint: "[2001:db8::7]:4500"},
+			want:        func(w *cluster.WireGuard) { w.Endpoint = netip.MustParseAddrPort("[2001:db8::7]:4500") },
+		},
+		"IPv4 in IPv6": {
+			annotations: map[string]string{AnnotationEndpoint: "[::ffff:203.0.113.7]:4500"},
+			want:        func(w *cluster.WireGuard) { w.Endpoint = netip.MustParseAddrPort("203.0.113.7:4500") },
+		},
+		"endpoint by name":    {annotations: map[string]string{AnnotationEndpoint: "vpn.example.org:4500"}, want: wait, field: AnnotationEndpoint},
+		"empty endpoint":      {annotations: map[string]string{AnnotationEndpoint: ""}, want: wait, field: AnnotationEndpoint},
+		"endpoint on port 0":  {annotations: map[string]string{AnnotationEndpoint: "203.0.113.7:0"}, want: wait, field: AnnotationEndpoint},
+		"port 0":              {annotations: map[string]string{AnnotationEndpoint: ":0"}, want: wait, field: AnnotationEndpoint},
+		"endpoint with zone":  {annotations: map[string]string{AnnotationEndpoint: "[fe80::1%eth0]:4500"}, want: wait, field: AnnotationEndpoint},
+		"endless endpoint":    {annotations: map[string]string{AnnotationEndpoint: strings.Repeat("x", 200_000)}, want: wait, field: AnnotationEndpoint},
+		"behind NAT":          {annotations: map[string]string{AnnotationBehindNAT: "true"}, want: wait},
+		"not behind NAT":      {annotations: map[string]string{AnnotationBehindNAT: "false"}},
+		"behind NAT or so":    {annotations: map[string]string{AnnotationBehindNAT: "yes"}, field: AnnotationBehindNAT},
+		"others' annotations": {annotations: map[string]string{"example.org/endpoint": "203.0.113.7", annotationPrefix + "unknown": "x"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			test.annotations[AnnotationPublicKey], test.annotations[AnnotationPort] = text(key[:]), "51820"
+			node, problems := convertNode(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n1", Annotations: test.annotations}})
+			want := &cluster.WireGuard{NodeKey: cluster.NodeKey{PublicKey: key}, Port: 51820}
+			if test.want != nil {
+				test.want(want)
+			}
+			checkEqual(t, "WireGuard", want, node.WireGuard)
+			var fields []string
+			if test.field != "" {
+				fields = []string{"metadata.annotations[" + test.field + "]"}
+			}
+			checkEqual(t, "fields of the problems", fields, fieldsOf(problems))
+			for _, p := range problems {
+				if len(p.Message) > 500 || p.Object != "Node n1" || p.Code != codeNode || p.Remedy == "" {
+					t.Errorf("problem %v: want a short one that names Node n1 and says what to do", p)
+				}
+			}
+		})
+	}
+}
+
+// wait is what follows from an endpoint that is not known: the node has to send first.
+func wait(w *cluster.WireGuard) { w.BehindNAT = true }
+
+// TestAnnotationsHaveOneSpelling shows that the daemon sees each change of what its own Node publishes, so that it can put it right:
+// any change of a byte and any deletion is a change of the Node.
+func TestAnnotationsHaveOneSpelling(t *testing.T) {
+	bytesOf := func(n, first int) string {
+		raw := make([]byte, n)
+		for i := range raw {
+			raw[i] = byte(first + i)
+		}
+		return base64.StdEncoding.EncodeToString(raw)
+	}
+	published := map[string]string{
+		AnnotationPublicKey: bytesOf(32, 1), AnnotationPort: "51820", AnnotationKeyProof: bytesOf(64, 2), AnnotationMTU: "1500",
+		AnnotationNextPublicKey: bytesOf(32, 3), AnnotationNextKeyProof: bytesOf(64, 4),
+	}
+	convert := func(annotations map[string]string) cluster.Node {
+		node, _ := convertNode(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n1", Annotations: annotations}})
+		return node
+	}
+	before, again := convert(published), convert(maps.Clone(published))
+	if !equalDeeply(&before, &again) {
+		t.Fatal("the same annotations give another Node: this test shows nothing")
+	}
+	for name, value := range published {
+		changes := []string{"", value + "\n", " " + value, value + "=", "0" + value}
+		for i := range value {
+			for _, c := range "\nAB/+01 =" {
+				changes = append(changes, value[:i]+string(c)+value[i+1:], value[:i]+string(c)+value[i:])
+			}
+		}
+		for _, changed := range changes {
+			annotations := maps.Clone(published)
+			if annotations[name] = changed; changed == value {
+				continue
+			}
+			if after := convert(annotations); equalDeeply(&before, &after) {
+				t.Errorf("%s changed from %q to %q is not seen", name, value, changed)
+			}
+		}
+		annotations := maps.Clone(published)
+		delete(annotations, name)
+		if after := convert(annotations); equalDeeply(&before, &after) {
+			t.Errorf("%s deleted is not seen", name)
+		}
 	}
 }

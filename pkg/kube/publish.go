@@ -20,10 +20,10 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// Publish writes the annotations into the file that holds the own Node. The other documents of the file stay as they are,
+// Publish writes the annotations into the file that holds the own Node; an empty value removes one. The other documents of the file stay as they are,
 // byte by byte; comments inside the Node's own document are lost.
 func (d *Directory) Publish(_ context.Context, annotations map[string]string) error {
-	if _, node := d.ownNode(); node != nil && containsAll(node.Annotations, annotations) {
+	if _, node := d.ownNode(); node != nil && carries(node.Annotations, annotations) {
 		return nil
 	}
 	unlock, err := lockDirectory(d.path)
@@ -88,7 +88,7 @@ func lockDirectory(path string) (unlock func() error, err error) {
 	return dir.Close, nil
 }
 
-// annotateNode sets the annotations of that Node in a file's documents, and reports whether anything changed.
+// annotateNode sets and removes the annotations of that Node in a file's documents, and reports whether anything changed.
 func annotateNode(data []byte, name string, annotations map[string]string) ([]byte, bool, error) {
 	var out bytes.Buffer
 	changed := false
@@ -138,7 +138,11 @@ func annotate(object map[string]any, name string, annotations map[string]string)
 		metadata["annotations"] = have
 	}
 	for key, value := range annotations {
-		if have[key] != value {
+		switch _, present := have[key]; {
+		case value == "" && present:
+			delete(have, key)
+			changed = true
+		case value != "" && have[key] != value:
 			have[key] = value
 			changed = true
 		}

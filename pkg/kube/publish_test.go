@@ -69,6 +69,30 @@ func TestPublishWritesOnlyDifferences(t *testing.T) {
 	}
 }
 
+// TestPublishRemoves checks that an empty value removes an annotation, and that one which is not there is no reason to write.
+func TestPublishRemoves(t *testing.T) {
+	d := newDirectory(t, map[string]string{"n1.yaml": nodeYAML})
+	if err := d.Publish(t.Context(), map[string]string{AnnotationPort: "51820", AnnotationNextPublicKey: "x", "warren.cni/other": "y"}); err != nil {
+		t.Fatal(err)
+	}
+	change := map[string]string{AnnotationPort: "51821", AnnotationNextPublicKey: "", AnnotationNextKeyProof: ""}
+	if err := d.Publish(t.Context(), change); err != nil {
+		t.Fatal(err)
+	}
+	_, node := d.ownNode()
+	checkEqual(t, "annotations", map[string]string{AnnotationPort: "51821", "warren.cni/other": "y"}, node.Annotations)
+	before, err := os.Stat(filepath.Join(d.dir, "n1.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err = d.Publish(t.Context(), change); err != nil {
+		t.Fatal(err)
+	}
+	if after, err := os.Stat(filepath.Join(d.dir, "n1.yaml")); err != nil || !os.SameFile(before, after) {
+		t.Errorf("removing what is not there wrote the file again (%v)", err)
+	}
+}
+
 func TestPublishInJSONAndLists(t *testing.T) {
 	for name, text := range map[string]string{
 		"n1.json":   `{"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1", "generation": 9007199254740993}}`,
