@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -71,6 +72,19 @@ func (p *Process) signal(signal syscall.Signal) error {
 
 // PID is the process's id.
 func (p *Process) PID() int { return p.process.Pid }
+
+// Child is the id of the process that this one started, of which there must be one.
+func (p *Process) Child(ctx context.Context) (int, error) {
+	children, err := execute(ctx, "", "pgrep", "-P", strconv.Itoa(p.PID()))
+	if err != nil {
+		return 0, fmt.Errorf("looking for the child of process %d: %w", p.PID(), err)
+	}
+	child, err := strconv.Atoi(strings.TrimSpace(children))
+	if err != nil {
+		return 0, fmt.Errorf("process %d has more children than one: %w", p.PID(), err)
+	}
+	return child, nil
+}
 
 // Log returns the last lines that the process (and earlier ones of its name) wrote.
 func (p *Process) Log(lines int) string {

@@ -45,13 +45,24 @@ func TestMain(m *testing.M) {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	log := slog.New(slog.NewTextHandler(os.Stdout, nil))
-	err := wgdevice.RunTunnel(ctx, wgdevice.Options{Log: log, Mode: wgdevice.Mode(os.Getenv(tunnelVariable))})
+	err := runTunnel(ctx, log, wgdevice.Mode(os.Getenv(tunnelVariable)))
 	stop()
 	if err != nil {
 		log.Error("tunnel ended", "error", err)
 		os.Exit(1)
 	}
 	os.Exit(0)
+}
+
+// runTunnel runs the tunnel itself, or what decides whether one is needed and then runs it.
+func runTunnel(ctx context.Context, log *slog.Logger, mode wgdevice.Mode) error {
+	if mode == wgdevice.ModeUserspace {
+		return wgdevice.RunTunnel(ctx, log)
+	}
+	if err := os.Setenv(tunnelVariable, string(wgdevice.ModeUserspace)); err != nil {
+		return err
+	}
+	return wgdevice.SuperviseTunnel(ctx, wgdevice.Options{Log: log, Mode: mode}, []string{"/proc/self/exe"})
 }
 
 // testMode returns the implementation under test.

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/conn"
@@ -18,54 +19,75 @@ import (
 	"github.com/warren-cni/warren/pkg/mesh"
 )
 
-// RunTunnel runs WireGuard in this process, behind the TUN device warren0, until the context ends. Where mode is
-// ModeKernel, or ModeAuto and the kernel has WireGuard, there is nothing to run and it only waits.
+// busyCheck is how often a tunnel that waits for another one asks whether the device is free.
+const busyCheck = 10 * time.Millisecond
+
+// RunTunnel runs WireGuard in this process, behind the TUN device warren0, until the context ends or the device is deleted,
+// which is an error. Where another tunnel has the device, or one that is just dying, it waits for it.
 //
 // The device is persistent: it stays when the process ends, with its addresses and routes, so that traffic is dropped and
 // does not fall to the default route. The next RunTunnel takes it over, and the daemon's next Apply configures it again.
 // It must run in the network namespace of the process, because its sockets are opened by many threads.
-func RunTunnel(ctx context.Context, o Options) error {
-	k, err := openKernel()
-	if err != nil {
+func RunTunnel(ctx context.Context, log *slog.Logger) error {
+	if err := HideMemory(); err != nil {
 		return err
 	}
-	defer k.Close()
-	mode, err := New(o).resolve(k)
-	if err != nil {
-		return err
-	}
-	if mode == ModeKernel {
-		o.Log.Info("the kernel runs WireGuard: nothing to do here")
-		<-ctx.Done()
+	tunnel, err := openTUN(ctx, log)
+	if ctx.Err() != nil && tunnel == nil {
 		return nil
 	}
-
-	mtu := device.DefaultMTU
-	link, err := k.link()
-	if err != nil {
-		return err
-	}
-	if link != nil {
-		mtu = link.Attrs().MTU // opening the device sets its MTU, and what the daemon chose is to stay
-	}
-	tunnel, err := openTUN(mtu)
 	if err != nil {
 		return fmt.Errorf("opening the TUN device %s: %w", mesh.Link, err)
 	}
-	wg := device.NewDevice(tunnel, conn.NewDefaultBind(), wireguardLog(ctx, o.Log))
+	wg := device.NewDevice(tunnel, conn.NewDefaultBind(), wireguardLog(ctx, log))
 	defer wg.Close()
-	return serveTunnel(ctx, wg, o.Log)
+	return serveTunnel(ctx, wg, log)
 }
 
-// openTUN makes warren0, or attaches to it where it is there already, and lets it outlive the process.
-func openTUN(mtu int) (tun.Device, error) {
+// HideMemory keeps the memory of this process, which holds the private key, out of core dumps and from other programs of its
+// user.
+func HideMemory() error {
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return fmt.Errorf("forbidding core dumps: %w", err)
+	}
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("hiding the memory of the process: %w", err)
+	}
+	return nil
+}
+
+// openTUN makes warren0, or attaches to it where it is there already, and lets it outlive the process. While another process is
+// attached it waits.
+func openTUN(ctx context.Context, log *slog.Logger) (tun.Device, error) {
+	again := time.NewTicker(busyCheck)
+	defer again.Stop()
+	for told := false; ; told = true {
+		tunnel, err := attachTUN()
+		if !errors.Is(err, unix.EBUSY) {
+			return tunnel, err
+		}
+		if !told {
+			log.Info("another tunnel runs: waiting until it ends", "link", mesh.Link)
+		}
+		select {
+		case <-again.C:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// attachTUN is openTUN without the waiting.
+func attachTUN() (tun.Device, error) {
+	mtu, err := linkMTU()
+	if err != nil {
+		return nil, err
+	}
 	tunnel, err := tun.CreateTUN(mesh.Link, mtu)
-	switch {
-	case errors.Is(err, unix.EBUSY):
-		return nil, fmt.Errorf("%w: another tunnel runs on it", err)
-	case errors.Is(err, unix.EPERM):
+	if errors.Is(err, unix.EPERM) {
 		return nil, fmt.Errorf("%w: it needs CAP_NET_ADMIN and access to /dev/net/tun", err)
-	case err != nil:
+	}
+	if err != nil {
 		return nil, err
 	}
 	raw, err := tunnel.File().SyscallConn()
@@ -77,6 +99,20 @@ func openTUN(mtu int) (tun.Device, error) {
 		return nil, errors.Join(fmt.Errorf("making it persistent: %w", err), tunnel.Close())
 	}
 	return tunnel, nil
+}
+
+// linkMTU returns the MTU of the link as it stands: opening the device sets one, and what the daemon chose is to stay.
+func linkMTU() (int, error) {
+	k, err := openKernel()
+	if err != nil {
+		return 0, err
+	}
+	defer k.Close()
+	link, err := k.link()
+	if err != nil || link == nil {
+		return device.DefaultMTU, err
+	}
+	return link.Attrs().MTU, nil
 }
 
 // serveTunnel answers on the socket through which wgctrl configures the device.

@@ -1,0 +1,124 @@
+package main
+
+import (
+	"fmt"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/warren-cni/warren/pkg/lab"
+	"github.com/warren-cni/warren/pkg/lab/soak"
+	"github.com/warren-cni/warren/pkg/lab/tagged"
+)
+
+// The process of the tunnel is killed on one node and then on the other, while one pod sends and the other one never does: the
+// tunnel is back within 2 s whichever end had it, although nothing but the supervisor and the daemon does anything about it, and
+// nothing is in clear meanwhile.
+func TestProofTunnelSurvivesItself(t *testing.T) {
+	t.Parallel()
+	s := running(t, "wptun", 2)
+	from, to := s.pod(0, "from"), s.pod(1, "to")
+	s.reaches(from, to)
+	arrived := s.counter(to.Netns())
+	gun := s.fire(from, tagged.Fire{Tag: tagFar, Targets: to.Addresses, Port: port, Every: time.Millisecond, Salvo: 1})
+	s.arrives(arrived, 100, nil)
+	capture, err := s.Capture(marker)
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	kills := max(3, soak.Trials(20))
+	for kill := range kills {
+		s.killChild(s.tunnels[kill%2])
+		s.arrives(arrived, 100, nil)
+	}
+	gap := arrived.Gap(nil)
+	if gap > backWithin {
+		t.Errorf("a kill of the tunnel's process interrupted the way for %v", gap)
+	}
+	if err := inFamilies(arrived, tagFar); err != nil {
+		t.Error(err)
+	}
+	counts, err := capture.Stop()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if counts.Pods > 0 || counts.WireGuard == 0 {
+		t.Errorf("the wire shows %v: %q", counts, counts.Examples)
+	}
+	summary(t, "%d kills of the tunnel's process: no gap above %v in %d packets sent, %d in clear", kills, gap, gun.Sent(), counts.Pods)
+
+	s.withoutSupervisor(arrived)
+	s.withoutEncryption()
+	gun.Cease()
+}
+
+// killChild kills the process that a process of the lab runs, and waits until there is another.
+func (s *stage) killChild(p *lab.Process) {
+	s.t.Helper()
+	process := s.childOf(p)
+	if err := syscall.Kill(process, syscall.SIGKILL); err != nil {
+		s.t.Fatal(err)
+	}
+	s.eventually(func() error {
+		if now, err := p.Child(s.t.Context()); err != nil || now == process {
+			return fmt.Errorf("process %d of the tunnel is not replaced: %w", process, err)
+		}
+		return nil
+	})
+}
+
+// childOf returns the process that a process of the lab runs.
+func (s *stage) childOf(p *lab.Process) int {
+	s.t.Helper()
+	child, err := p.Child(s.t.Context())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return child
+}
+
+// withoutSupervisor is the control of the gap: where nobody starts the process again, nothing arrives.
+func (s *stage) withoutSupervisor(arrived *tagged.Counter) {
+	s.t.Helper()
+	process := s.childOf(s.tunnels[0])
+	for _, signal := range []struct {
+		pid  int
+		what syscall.Signal
+	}{{s.tunnels[0].PID(), syscall.SIGSTOP}, {process, syscall.SIGKILL}} {
+		if err := syscall.Kill(signal.pid, signal.what); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+	s.pause(backWithin + time.Second)
+	if err := syscall.Kill(s.tunnels[0].PID(), syscall.SIGCONT); err != nil {
+		s.t.Fatal(err)
+	}
+	s.arrives(arrived, 100, nil)
+	if gap := arrived.Gap(nil); gap <= backWithin {
+		s.t.Errorf("with nobody to start the tunnel again the longest gap is %v", gap)
+	}
+}
+
+// withoutEncryption is the control of the capture: the same packets are in clear then.
+func (s *stage) withoutEncryption() {
+	s.t.Helper()
+	for i, daemon := range s.daemons {
+		if err := daemon.Stop(); err != nil {
+			s.t.Fatal(err)
+		}
+		s.startDaemon(i, []string{"WARREN_ENCRYPTION=off"})
+	}
+	s.eventually(func() error {
+		capture, err := s.Capture(marker)
+		if err != nil {
+			return err
+		}
+		s.pause(closedPatience)
+		counts, err := capture.Stop()
+		if err == nil && counts.Pods == 0 {
+			err = fmt.Errorf("the wire shows %v", counts)
+		}
+		return err
+	})
+}
