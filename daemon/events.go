@@ -13,17 +13,18 @@ import (
 
 // Kinds of the objects that Events are about.
 const (
-	kindPolicy = "NetworkPolicy"
-	kindPod    = "Pod"
-	kindNode   = "Node"
+	kindPolicy    = "NetworkPolicy"
+	kindNamespace = "Namespace"
+	kindPod       = "Pod"
+	kindNode      = "Node"
 )
 
-// announcer writes Events about problems of policies and of the own Node, each by one node. It works beside the loop, because to find
+// announcer writes Events about problems of policies, Namespaces and Nodes, each by one node. It works beside the loop, because to find
 // out which node reports a policy is to look at all pods.
 type announcer struct {
 	self string
-	// reporter is the node that shall report a policy which no node can enforce.
-	reporter func(policy cluster.Key) string
+	// reporter is the node that shall report what all nodes see of an object.
+	reporter func(of kube.Reference) string
 	event    func(context.Context, kube.Event)
 	wake     chan struct{}
 
@@ -70,26 +71,47 @@ func (a *announcer) run(ctx context.Context) {
 func (a *announcer) objects(p cluster.Problem) []kube.Reference {
 	kind, names, _ := strings.Cut(p.Object, " ")
 	var objects []kube.Reference
-	switch {
-	case kind == kindNode && names == a.self:
-		objects = append(objects, kube.Reference{Kind: kind, Name: names})
-	case kind == kindPolicy:
-		for key := range strings.SplitSeq(names, ", ") {
-			namespace, name, _ := strings.Cut(key, "/")
-			// What this node's kernel refused no other node knows of.
-			if p.Code == codeNotApplied || a.reporter(cluster.Key{Namespace: namespace, Name: name}) == a.self {
-				objects = append(objects, kube.Reference{Kind: kind, Namespace: namespace, Name: name})
-			}
+	for key := range strings.SplitSeq(names, ", ") {
+		object := kube.Reference{Kind: kind, Name: key}
+		switch kind {
+		case kindPolicy:
+			object.Namespace, object.Name, _ = strings.Cut(key, "/")
+		case kindNamespace, kindNode:
+		default:
+			return nil
+		}
+		if a.reports(p, object) {
+			objects = append(objects, object)
 		}
 	}
 	return objects
 }
 
-// problemText is a problem as the message of an Event about its object.
+// reports says whether this node announces a problem of an object.
+func (a *announcer) reports(p cluster.Problem, object kube.Reference) bool {
+	switch {
+	case p.Owner != "": // the Node that was refused may be hostile, and the one whose thing it claims is concerned
+		return p.Owner == a.self
+	case object.Kind == kindNode && (p.Field == "" || strings.HasPrefix(p.Code, codeNodeLacks)):
+		return object.Name == a.self
+	case p.Code == codeNotApplied: // what this node's kernel refused no other node knows of
+		return true
+	default:
+		return a.reporter(object) == a.self
+	}
+}
+
+// codeNodeLacks begins the codes of what a Node does not have, as each new one for a moment: no other node makes an Event of that.
+const codeNodeLacks = "NodeWithout"
+
+// problemText is a problem as the message of an Event about its object. Where another Node is concerned it names both.
 func problemText(p cluster.Problem) string {
 	text := p.Message + "; " + p.Remedy
 	if p.Field != "" {
-		return p.Field + ": " + text
+		text = p.Field + ": " + text
+	}
+	if p.Owner != "" {
+		text = p.Object + ": " + text
 	}
 	return text
 }

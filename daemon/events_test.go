@@ -18,8 +18,11 @@ func TestProblemsAreAnnounced(t *testing.T) {
 		var got []string
 		news := &announcer{
 			self: "n1", wake: make(chan struct{}, 1),
-			reporter: func(policy cluster.Key) string {
-				return map[string]string{"shop/ours": "n1", "shop/theirs": "n2"}[policy.String()]
+			reporter: func(of kube.Reference) string {
+				return map[string]string{
+					"NetworkPolicy shop/ours": "n1", "NetworkPolicy shop/theirs": "n2", "Namespace /shop": "n1", "Namespace /bar": "n2",
+					"Node /n2": "n1", "Node /n1": "n2",
+				}[of.Kind+" "+of.Namespace+"/"+of.Name]
 			},
 			event: func(_ context.Context, e kube.Event) {
 				got = append(got, string(e.Type)+" "+e.Reason+" "+e.Object.Kind+" "+e.Object.Namespace+"/"+e.Object.Name+": "+e.Message)
@@ -32,13 +35,27 @@ func TestProblemsAreAnnounced(t *testing.T) {
 		problem := func(code, object, field string) cluster.Problem {
 			return cluster.Problem{Code: code, Object: object, Field: field, Message: "it is wrong", Remedy: "mend it"}
 		}
+		claimed := func(object, owner string) cluster.Problem {
+			p := problem("PodCIDROverlap", object, "spec.podCIDRs[0]")
+			p.Owner = owner
+			return p
+		}
 		all := []cluster.Problem{
 			problem("PolicyInvalid", "NetworkPolicy shop/ours", "spec.ingress[0]"),
 			problem("PolicyInvalid", "NetworkPolicy shop/theirs", ""),
 			problem("PolicyInvalid", "NetworkPolicy shop/gone", ""),
 			problem(codeNotApplied, "NetworkPolicy shop/theirs, shop/ours", ""),
 			problem("MeshApplyFailed", "Node n1", ""),
-			problem("NodeInvalid", "Node n2", ""),
+			problem("NodeInvalid", "Node n2", "metadata.annotations"),
+			problem("NodeInvalid", "Node n1", "metadata.annotations"),
+			problem("NodeWithoutKey", "Node n2", "metadata.annotations"),
+			problem("NodeWithoutPodCIDR", "Node n1", "spec.podCIDRs"),
+			claimed("Node n2", "n1"),
+			claimed("Node n2", "n3"),
+			claimed("Node n1", "n2"),
+			problem("NamespaceInvalid", "Namespace shop", "metadata.annotations"),
+			problem("NamespaceInvalid", "Namespace bar", "metadata.annotations"),
+			problem("AdmissionPolicyMissing", "ValidatingAdmissionPolicy warren-publishes-own-key", ""),
 			problem("FileInvalid", "/objects/pod.yaml", ""),
 		}
 		want := []string{
@@ -46,6 +63,10 @@ func TestProblemsAreAnnounced(t *testing.T) {
 			"Warning PolicyNotApplied NetworkPolicy shop/theirs: it is wrong; mend it",
 			"Warning PolicyNotApplied NetworkPolicy shop/ours: it is wrong; mend it",
 			"Warning MeshApplyFailed Node /n1: it is wrong; mend it",
+			"Warning NodeInvalid Node /n2: metadata.annotations: it is wrong; mend it",
+			"Warning NodeWithoutPodCIDR Node /n1: spec.podCIDRs: it is wrong; mend it",
+			"Warning PodCIDROverlap Node /n2: Node n2: spec.podCIDRs[0]: it is wrong; mend it",
+			"Warning NamespaceInvalid Namespace /shop: metadata.annotations: it is wrong; mend it",
 		}
 		expect := func(what string, before, now []cluster.Problem, want []string) {
 			t.Helper()

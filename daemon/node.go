@@ -33,7 +33,7 @@ type source interface {
 	Refresh(ctx context.Context, namespace, name, uid string) error
 	Publish(ctx context.Context, annotations map[string]string) error
 	Event(ctx context.Context, event kube.Event)
-	Reporter(policy cluster.Key) string
+	Reporter(of kube.Reference) string
 }
 
 // filter is the packet filter of the kernel.

@@ -40,7 +40,7 @@ func (s *told) WaitForSync(context.Context) error                { return nil }
 func (s *told) Problems() []cluster.Problem                      { return nil }
 func (s *told) Publish(context.Context, map[string]string) error { return nil }
 func (s *told) Event(context.Context, kube.Event)                {}
-func (s *told) Reporter(cluster.Key) string                      { return "" }
+func (s *told) Reporter(kube.Reference) string                   { return "" }
 
 func (s *told) Refresh(context.Context, string, string, string) error {
 	s.mu.Lock()

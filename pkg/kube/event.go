@@ -13,8 +13,6 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/record"
 	"k8s.io/klog/v2"
-
-	"github.com/warren-cni/warren/pkg/cluster"
 )
 
 // component is what the Events of this program say that they come from.
@@ -70,19 +68,20 @@ func (d *Directory) Event(_ context.Context, e Event) {
 	d.events.write(e)
 }
 
-// Reporter returns the node that shall write an Event about a policy, so that only one does: the first by name among those with
-// a pod that the policy selects, or else among all. It is empty where there is no such policy or no node.
-func (a *API) Reporter(policy cluster.Key) string {
+// Reporter returns the node that shall write an Event about an object, so that only one does. Of a policy that is the first by name
+// among the nodes with a pod that the policy selects, or else among all; of a Namespace the same with its pods; of a Node the
+// first that is another, if there is one. It is empty where there is no such object or no node.
+func (a *API) Reporter(of Reference) string {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.store.reporter(policy)
+	return a.store.reporter(of)
 }
 
-// Reporter returns the node that shall write an Event about a policy, as that of an API does.
-func (d *Directory) Reporter(policy cluster.Key) string {
+// Reporter returns the node that shall write an Event about an object, as that of an API does.
+func (d *Directory) Reporter(of Reference) string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.store.reporter(policy)
+	return d.store.reporter(of)
 }
 
 // events hands Events to a sink, in the background.

@@ -13,7 +13,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 
-	"github.com/warren-cni/warren/pkg/cluster"
 	"github.com/warren-cni/warren/pkg/internal/apiserver"
 )
 
@@ -118,10 +117,13 @@ func TestReporter(t *testing.T) {
 		return strings.NewReplacer("api-1", name, "nodeName: n1", "nodeName: "+node+more).Replace(podYAML) + "---\n"
 	}
 	nodes := nodeYAML + "---\n" + strings.Replace(nodeYAML, "n1", "n0", 1) + "---\n"
-	deny := cluster.Key{Namespace: "shop", Name: "deny"}
+	deny := Reference{Kind: "NetworkPolicy", Namespace: "shop", Name: "deny"}
+	ofNode := func(name string) Reference { return Reference{Kind: "Node", Name: name} }
+	const shopYAML = "{apiVersion: v1, kind: Namespace, metadata: {name: shop}}\n---\n"
+	shop := Reference{Kind: "Namespace", Name: "shop"}
 	for name, test := range map[string]struct {
 		objects string
-		policy  cluster.Key
+		object  Reference
 		want    string
 	}{
 		"the first node with a selected pod": {nodes + pod("a", "n3", "") + pod("b", "n2", "") + policyYAML, deny, "n2"},
@@ -133,13 +135,20 @@ func TestReporter(t *testing.T) {
 		"a pod without a node":  {nodes + strings.Replace(pod("a", "n3", ""), "nodeName: n3, ", "", 1) + policyYAML, deny, "n0"},
 		"a policy that is gone": {nodes + pod("a", "n3", ""), deny, ""},
 		"no node":               {policyYAML, deny, ""},
+		"a node":                {nodes, ofNode("n1"), "n0"},
+		"the first node":        {nodes + pod("a", "n0", ""), ofNode("n0"), "n1"},
+		"the only node":         {nodeYAML, ofNode("n1"), "n1"},
+		"a node that is gone":   {nodes, ofNode("n9"), ""},
+		"a namespace":           {nodes + shopYAML + pod("a", "n3", "") + pod("b", "n2", ""), shop, "n2"},
+		"a namespace alone":     {nodes + shopYAML, shop, "n0"},
+		"another kind":          {nodes, Reference{Kind: "Service", Namespace: "shop", Name: "web"}, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := newDirectory(t, map[string]string{"a.yaml": test.objects})
 			if problems := d.Problems(); len(problems) > 0 {
 				t.Fatal(problems)
 			}
-			if got := d.Reporter(test.policy); got != test.want {
+			if got := d.Reporter(test.object); got != test.want {
 				t.Errorf("got %q, want %q", got, test.want)
 			}
 		})

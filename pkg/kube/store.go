@@ -64,8 +64,13 @@ func equalPods(a, b *cluster.Pod) bool {
 		maps.Equal(a.Labels, b.Labels) && slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.Ports, b.Ports)
 }
 
-// kindPolicy is the kind of object that has a reporter, and is not of the core API.
-const kindPolicy = "NetworkPolicy"
+// Kinds of the objects that Events are about. A policy is not of the core API.
+const (
+	kindPolicy    = "NetworkPolicy"
+	kindNamespace = "Namespace"
+	kindPod       = "Pod"
+	kindNode      = "Node"
+)
 
 // uid returns the uid of an object, if it is there and has one.
 func (s *store) uid(r Reference) string {
@@ -73,18 +78,18 @@ func (s *store) uid(r Reference) string {
 	if policy, ok := s.policies.objects[k]; ok && r.Kind == kindPolicy {
 		return policy.UID
 	}
-	if pod, ok := s.pods.objects[k]; ok && r.Kind == "Pod" {
+	if pod, ok := s.pods.objects[k]; ok && r.Kind == kindPod {
 		return pod.UID
 	}
-	if node, ok := s.nodes.objects[k]; ok && r.Kind == "Node" {
+	if node, ok := s.nodes.objects[k]; ok && r.Kind == kindNode {
 		return node.UID
 	}
 	return ""
 }
 
-// reporter returns the first node by name with a pod that the policy selects, or the first node of all.
-func (s *store) reporter(k cluster.Key) string {
-	policy, ok := s.policies.objects[k]
+// reporter returns the first node by name among those with a pod that the object concerns, or else among all but the object.
+func (s *store) reporter(of Reference) string {
+	concerns, ok := s.concerned(of)
 	if !ok {
 		return ""
 	}
@@ -95,7 +100,7 @@ func (s *store) reporter(k cluster.Key) string {
 		}
 	}
 	for _, pod := range s.pods.objects {
-		if pod.Namespace == k.Namespace && !pod.HostNetwork && !pod.Finished && policy.Pods.Matches(pod.Labels) {
+		if concerns(pod) && !pod.HostNetwork && !pod.Finished {
 			consider(pod.Node)
 		}
 	}
@@ -103,7 +108,30 @@ func (s *store) reporter(k cluster.Key) string {
 		return first
 	}
 	for _, node := range s.nodes.objects {
-		consider(node.Name)
+		if of.Kind != kindNode || of.Name != node.Name {
+			consider(node.Name)
+		}
+	}
+	if first == "" && of.Kind == kindNode {
+		return of.Name // it is alone
 	}
 	return first
+}
+
+// concerned returns what tells the pods that an object concerns; it is false where there is no such object.
+func (s *store) concerned(of Reference) (concerns func(*cluster.Pod) bool, ok bool) {
+	k := cluster.Key{Namespace: of.Namespace, Name: of.Name}
+	switch of.Kind {
+	case kindPolicy:
+		policy, found := s.policies.objects[k]
+		return func(p *cluster.Pod) bool { return p.Namespace == of.Namespace && policy.Pods.Matches(p.Labels) }, found
+	case kindNamespace:
+		_, ok = s.namespaces.objects[k]
+		return func(p *cluster.Pod) bool { return p.Namespace == of.Name }, ok
+	case kindNode:
+		_, ok = s.nodes.objects[k]
+		return func(*cluster.Pod) bool { return false }, ok
+	default:
+		return nil, false
+	}
 }
