@@ -36,6 +36,9 @@ const (
 // wireGuardPort is the default of warrend, which the labs leave.
 const wireGuardPort = 51820
 
+// ethernetMTU is that of an uplink of which nothing else is said.
+const ethernetMTU = 1500
+
 // maxNodes keeps host numbers and podCIDRs within a byte.
 const maxNodes = 9
 
@@ -53,6 +56,10 @@ type Options struct {
 	Plugins []string
 	// IPv4Only makes a cluster whose pods have IPv4 alone; the nodes still have both families.
 	IPv4Only bool
+	// KnownNodesOnly keeps the cluster CIDR from the daemons, which then guard only the podCIDRs that they know.
+	KnownNodesOnly bool
+	// UplinkMTUs are the nodes' in their order; the last one is that of the nodes behind it, too, and without any all have 1500.
+	UplinkMTUs []int
 }
 
 // Lab is a cluster on this machine.
@@ -145,14 +152,29 @@ func (l *Lab) Capture(marker [MarkerSize]byte) (*Capture, error) {
 	var capture *wire.Capture
 	err := l.wire.Do(func(ns.NetNS) error {
 		var err error
-		capture, err = wire.Start("wire", wire.Watch{Marker: marker[:], Pods: l.ClusterCIDRs(), Port: wireGuardPort})
+		capture, err = wire.Start(WireLink, wire.Watch{Marker: marker[:], Pods: l.ClusterCIDRs(), Port: wireGuardPort})
 		return err
 	})
 	return capture, err
 }
 
+// Wire is the network namespace of the wire, which is a bridge called WireLink there, with the addresses to which the nodes'
+// default routes lead: a host beside the nodes that is none of them.
+func (l *Lab) Wire() ns.NetNS { return l.wire }
+
+// WireLink is the bridge in the namespace of the wire.
+const WireLink = "wire"
+
 // wireName is the network namespace of the wire.
 func (l *Lab) wireName() string { return l.options.Name + "-wire" }
+
+// uplinkMTU is the MTU of a node's uplink, by the node's number.
+func (l *Lab) uplinkMTU(number byte) int {
+	if len(l.options.UplinkMTUs) == 0 {
+		return ethernetMTU
+	}
+	return l.options.UplinkMTUs[min(int(number), len(l.options.UplinkMTUs))-1]
+}
 
 // host returns the address with that number in a network, with the network's length.
 func host(network string, number byte) netip.Prefix {

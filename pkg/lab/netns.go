@@ -6,11 +6,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
 
 	"github.com/containernetworking/plugins/pkg/ns"
+	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/wgctrl"
 )
 
 // namespaces is where `ip netns` keeps its namespaces.
@@ -43,6 +46,33 @@ func deleteNamespace(ctx context.Context, name string) error {
 func batch(ctx context.Context, namespace, lines string) error {
 	_, err := execute(ctx, lines+"\n", "ip", "-netns", namespace, "-batch", "-")
 	return err
+}
+
+// WireGuard runs a function with a client that finds the node's device, in the kernel or in user space.
+func (n *Node) WireGuard(do func(*wgctrl.Client) error) error {
+	result := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread has a mount namespace of its own and ends with the goroutine
+		result <- n.withClient(do)
+	}()
+	return <-result
+}
+
+// withClient is WireGuard in a thread that is thrown away.
+func (n *Node) withClient(do func(*wgctrl.Client) error) error {
+	err := errors.Join(
+		n.netns.Set(),
+		unix.Unshare(unix.CLONE_FS|unix.CLONE_NEWNS),
+		unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
+		unix.Mount(filepath.Join(n.dir, "wireguard"), wireguardSockets, "", unix.MS_BIND, ""))
+	if err != nil {
+		return fmt.Errorf("entering the namespaces of %s: %w", n.Name, err)
+	}
+	client, err := wgctrl.New()
+	if err != nil {
+		return fmt.Errorf("looking for the WireGuard device of %s: %w", n.Name, err)
+	}
+	return errors.Join(do(client), client.Close())
 }
 
 // sweep ends the processes in the network namespaces of the lab called name, and removes the namespaces.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -28,6 +29,8 @@ type Node struct {
 	// PodCIDRs and Addresses are those of the Node object, IPv4 first.
 	PodCIDRs  []netip.Prefix
 	Addresses []netip.Addr
+	// MAC is that of the node's uplink.
+	MAC net.HardwareAddr
 
 	lab       *Lab
 	namespace string
@@ -43,6 +46,7 @@ func (l *Lab) addNode(ctx context.Context, number byte) (*Node, error) {
 		Name:      fmt.Sprintf("node-%d", number),
 		Addresses: []netip.Addr{address4.Addr(), address6.Addr()},
 		PodCIDRs:  []netip.Prefix{netip.MustParsePrefix(fmt.Sprintf("10.244.%d.0/24", number))},
+		MAC:       net.HardwareAddr{2, 0, 0, 0, 0, number},
 		lab:       l,
 		namespace: fmt.Sprintf("%s-%d", l.options.Name, number),
 	}
@@ -60,7 +64,7 @@ func (l *Lab) addNode(ctx context.Context, number byte) (*Node, error) {
 		return nil, err
 	}
 	err = batch(ctx, n.namespace, fmt.Sprintf(`link set lo up
-link add eth0 mtu 1500 type veth peer name %[1]s netns %[2]s
+link add eth0 mtu %[8]d address %[9]s type veth peer name %[1]s mtu %[8]d netns %[2]s
 link set eth0 addrgenmode none
 link set eth0 up
 addr add %[3]s dev eth0
@@ -68,7 +72,7 @@ addr add %[4]s dev eth0 nodad
 addr add fe80::%[7]d/64 dev eth0 nodad
 route add default via %[5]s
 route add default via %[6]s`, n.Name, l.wireName(), address4, address6,
-		host(nodeNetwork4, gatewayHost).Addr(), host(nodeNetwork6, gatewayHost).Addr(), number))
+		host(nodeNetwork4, gatewayHost).Addr(), host(nodeNetwork6, gatewayHost).Addr(), number, l.uplinkMTU(number), n.MAC))
 	if err == nil {
 		err = batch(ctx, l.wireName(), "link set "+n.Name+" addrgenmode none\nlink set "+n.Name+" master wire up")
 	}
@@ -111,6 +115,9 @@ func (n *Node) StartTunnel(ctx context.Context) (*Process, error) {
 func (n *Node) StartDaemon(ctx context.Context, env []string, flags ...string) (*Process, error) {
 	args := []string{n.lab.options.Warrend, "run", "--node-name", n.Name, "--objects", n.lab.Objects, "--metrics-address", ""}
 	for _, prefix := range n.lab.ClusterCIDRs() {
+		if n.lab.options.KnownNodesOnly {
+			break
+		}
 		args = append(args, "--cluster-cidr", prefix.String())
 	}
 	return n.start(ctx, "warrend", env, append(append(args, n.paths()...), flags...))

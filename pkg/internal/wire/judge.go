@@ -27,6 +27,8 @@ type Counts struct {
 	Marked int
 	// Pods are packets whose IP header names a pod's address.
 	Pods int
+	// InClear are those of both kinds, IPv4 and IPv6.
+	InClear [2]int
 	// WireGuard are UDP packets from or to WireGuard's port that have the form of its messages.
 	WireGuard int
 	// WireGuardBytes are the bytes of their frames: a frame may be many packets that the kernel has not cut yet.
@@ -116,6 +118,11 @@ func (c *Counts) add(frame []byte, w Watch) {
 		c.Pods++
 	}
 	if pod || marked {
+		family := 0
+		if h.source.Is6() {
+			family = 1
+		}
+		c.InClear[family]++
 		c.example(fmt.Sprintf("%s -> %s, protocol %d, %d bytes, marker %v", h.source, h.destination, h.protocol, len(frame), marked))
 	}
 }

@@ -35,6 +35,10 @@ type Shot struct {
 	Src, Dst netip.Addr
 	// Port is the destination's, of TCP and UDP.
 	Port uint16
+	// Payload follows the tag; an even number of bytes, of which a SYN, too, may have some.
+	Payload []byte
+	// Stray makes it a packet that belongs to nothing and begins nothing, of TCP (a lone RST) and ICMP (an echo reply).
+	Stray bool
 }
 
 const (
@@ -104,6 +108,9 @@ func (s Shot) segment(serial uint16) (number byte, segment []byte) {
 	case TCP:
 		number, sum, segment = unix.IPPROTO_TCP, 16, make([]byte, 20, 20+tagSize)
 		segment[12], segment[13], segment[14] = 5<<4, 2, 0x20 // five words, SYN, a window
+		if s.Stray {
+			segment[13] = 4 // RST
+		}
 		binary.BigEndian.PutUint16(segment, source)
 		binary.BigEndian.PutUint16(segment[2:], s.Port)
 		binary.BigEndian.PutUint32(segment[4:], uint32(serial)<<16)
@@ -111,16 +118,21 @@ func (s Shot) segment(serial uint16) (number byte, segment []byte) {
 		number, sum, segment = unix.IPPROTO_UDP, 6, make([]byte, 8, 8+tagSize)
 		binary.BigEndian.PutUint16(segment, source)
 		binary.BigEndian.PutUint16(segment[2:], s.Port)
-		binary.BigEndian.PutUint16(segment[4:], 8+tagSize)
+		binary.BigEndian.PutUint16(segment[4:], uint16(8+tagSize+len(s.Payload))) //nolint:gosec // a datagram
 	case ICMP:
 		number, sum, segment = unix.IPPROTO_ICMP, 2, make([]byte, 8, 8+tagSize)
 		segment[0] = 8
 		if s.Src.Is6() {
 			number, segment[0] = protoICMP6, 128
 		}
+		if s.Stray && s.Src.Is6() {
+			segment[0] = 129
+		} else if s.Stray {
+			segment[0] = 0
+		}
 		binary.BigEndian.PutUint16(segment[4:], serial)
 	}
-	segment = binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint32(segment, magic), s.Tag)
+	segment = append(binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint32(segment, magic), s.Tag), s.Payload...)
 	covered := segment
 	if number != unix.IPPROTO_ICMP {
 		covered = append(s.pseudo(number, len(segment)), segment...)
@@ -132,7 +144,7 @@ func (s Shot) segment(serial uint16) (number byte, segment []byte) {
 // pseudo is the header that the checksums of all but ICMP over IPv4 cover; one for IPv6 sums up as one for IPv4 does.
 func (s Shot) pseudo(number byte, length int) []byte {
 	ends := append(s.Src.AsSlice(), s.Dst.AsSlice()...)
-	return append(ends, 0, number, 0, byte(length)) //nolint:gosec // a few bytes
+	return append(ends, 0, number, byte(length>>8), byte(length)) //nolint:gosec // the bytes of a length
 }
 
 // checksum is the Internet checksum (RFC 1071) of an even number of bytes.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"sync/atomic"
 	"time"
@@ -14,11 +15,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// device is a pod's link.
-const device = "eth0"
+// podLink is a pod's link.
+const podLink = "eth0"
 
 // Sender sends packets by the link of a pod, past the pod's own routing and filters. Use it from one goroutine.
 type Sender struct {
+	link   string
 	fd     int
 	handle netlinksafe.Handle
 	serial uint16
@@ -28,8 +30,13 @@ type Sender struct {
 // NewSender makes a sender for the network namespace of a pod, which need not have its link yet. Every packet goes to the
 // host's end of the link.
 func NewSender(space ns.NetNS) (*Sender, error) {
-	s := &Sender{}
-	s.to.Addr, s.to.Halen = [8]byte{0xee, 0xee, 0xee, 0xee, 0xee, 0xee}, 6 // as of all pods' links
+	return NewSenderBy(space, podLink, net.HardwareAddr{0xee, 0xee, 0xee, 0xee, 0xee, 0xee}) // as of all pods' links
+}
+
+// NewSenderBy makes a sender for any namespace, whose packets go by a link of it to a MAC address.
+func NewSenderBy(space ns.NetNS, link string, to net.HardwareAddr) (*Sender, error) {
+	s := &Sender{link: link}
+	s.to.Halen = uint8(copy(s.to.Addr[:], to)) //nolint:gosec // at most 8
 	err := space.Do(func(ns.NetNS) (err error) {
 		if s.handle, err = netlinksafe.NewHandle(unix.NETLINK_ROUTE); err != nil {
 			return err
@@ -51,7 +58,7 @@ func (s *Sender) Close() error {
 
 // Addresses returns the addresses that the pod's link has now, none while there is no link.
 func (s *Sender) Addresses() []netip.Addr {
-	link, err := s.handle.LinkByName(device)
+	link, err := s.handle.LinkByName(s.link)
 	if err != nil {
 		return nil
 	}
@@ -108,6 +115,8 @@ type Fire struct {
 	Salvo int
 	// Steady sends each packet a second time, from a port or with an identifier that is always the same: as part of a connection.
 	Steady bool
+	// Payload is that of each packet.
+	Payload []byte
 }
 
 // Gun is a sender that fires until it is told to cease.
@@ -148,7 +157,7 @@ func (s *Sender) run(ctx context.Context, f Fire, sent *atomic.Int64) {
 	var shots []Shot
 	for _, target := range f.Targets {
 		for _, protocol := range Protocols() {
-			shots = append(shots, Shot{Tag: f.Tag, Protocol: protocol, Dst: target, Port: f.Port})
+			shots = append(shots, Shot{Tag: f.Tag, Protocol: protocol, Dst: target, Port: f.Port, Payload: f.Payload})
 		}
 	}
 	if f.Salvo == 0 {

@@ -1,6 +1,7 @@
 package tagged
 
 import (
+	"bytes"
 	"net/netip"
 	"testing"
 	"time"
@@ -25,6 +26,23 @@ func TestPacketsAreRecognised(t *testing.T) {
 					t.Errorf("an answer to %+v counts", shot)
 				}
 			}
+		}
+	}
+}
+
+// A payload changes nothing of how a packet is counted, and what belongs to no connection counts nowhere if it is an answer.
+func TestPayloadAndStray(t *testing.T) {
+	payload := []byte("0123456789abcdef")
+	for _, protocol := range Protocols() {
+		shot := Shot{
+			Tag: 7, Protocol: protocol, Src: netip.MustParseAddr("10.0.0.1"), Dst: netip.MustParseAddr("10.0.0.2"), Port: 80, Payload: payload,
+		}
+		if _, ok := parse(shot.Packet(5)); !ok || !bytes.HasSuffix(shot.Packet(5), payload) {
+			t.Errorf("%s with a payload: %x", protocol, shot.Packet(5))
+		}
+		shot.Stray = true
+		if _, ok := parse(shot.Packet(5)); ok && protocol == ICMP {
+			t.Errorf("a lone answer counts: %x", shot.Packet(5))
 		}
 	}
 }
