@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"time"
 
@@ -51,7 +52,7 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 	n := &node{
 		options: o, log: log, clock: time.Now,
 		source: objects, tunnel: wgdevice.New(wgdevice.Options{Log: log, Mode: mode}), leases: leases, key: key,
-		uplinkMTU: wgdevice.UplinkMTU,
+		uplinkMTU: func(own netip.Addr) (int, error) { return wgdevice.UplinkMTU(own, nil) },
 		stepped:   make(chan struct{}), planner: newPlanner(o.planning),
 	}
 	n.cuts = newCutter(n.planner.allows, log)

@@ -5,70 +5,158 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"time"
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/warren-cni/warren/pkg/mesh"
 )
 
-// deviceDelta returns the smallest configuration that turns the actual device into the wanted one. It never replaces the
-// whole list of peers, so that the sessions of peers that stay are not touched. Peers that go, and peers that lose a prefix,
-// come before the peer that gets it: at no moment has a prefix an owner who is not to have it.
-func deviceDelta(want mesh.Config, key Key, actual *wgtypes.Device) wgtypes.Config {
-	var delta wgtypes.Config
-	if private := key.private(); actual.PrivateKey != private {
-		delta.PrivateKey = &private
-	}
-	if port := int(want.ListenPort); actual.ListenPort != port {
-		delta.ListenPort = &port
-	}
+const (
+	// keepalive lets a peer begin its handshake when it is made rather than with the first packet, and keeps the way open
+	// through NAT.
+	keepalive = 25 * time.Second
+	// keepaliveNext is that of a key which its node does not use yet: the handshake is to come soon after it does.
+	keepaliveNext = time.Second
+	// sessionLife is for how long a handshake is good (REJECT_AFTER_TIME in WireGuard's paper, section 6.1).
+	sessionLife = 3 * time.Minute
+	// silence is how long a peer that lives is never silent: it sends a keepalive every 25 s.
+	silence = 30 * time.Second
+)
 
-	have := make(map[wgtypes.Key]wgtypes.Peer, len(actual.Peers))
-	for _, p := range actual.Peers {
-		have[p.PublicKey] = p
-	}
-	var losing, gaining, removed []wgtypes.PeerConfig
-	for _, p := range want.Peers {
-		old, known := have[p.PublicKey]
-		delete(have, p.PublicKey)
-		change, differs := peerDelta(p, old)
-		switch {
-		case known && !differs:
-		case slices.ContainsFunc(allowedOf(old), func(had netip.Prefix) bool { return !slices.Contains(p.AllowedIPs, had) }):
-			losing = append(losing, change)
-		default:
-			gaining = append(gaining, change)
-		}
-	}
-	for publicKey := range have {
-		removed = append(removed, wgtypes.PeerConfig{PublicKey: publicKey, Remove: true, UpdateOnly: true})
-	}
-	slices.SortFunc(removed, func(a, b wgtypes.PeerConfig) int { return slices.Compare(a.PublicKey[:], b.PublicKey[:]) })
-	delta.Peers = slices.Concat(removed, losing, gaining)
-	return delta
+// step is a change of one peer of the device.
+type step struct {
+	config wgtypes.PeerConfig
+	// after is what the peer is then, nothing for one that is removed.
+	after peerState
 }
 
-// peerDelta returns what changes in a peer, and whether anything does.
-func peerDelta(want mesh.Peer, actual wgtypes.Peer) (wgtypes.PeerConfig, bool) {
-	change := wgtypes.PeerConfig{PublicKey: want.PublicKey}
-	differs := false
-	if endpointOf(actual) != want.Endpoint {
-		change.Endpoint = net.UDPAddrFromAddrPort(want.Endpoint)
-		differs = true
-	}
-	wanted := slices.SortedFunc(slices.Values(want.AllowedIPs), comparePrefixes)
-	if !slices.Equal(allowedOf(actual), wanted) {
-		change.ReplaceAllowedIPs = true
-		for _, p := range wanted {
-			change.AllowedIPs = append(change.AllowedIPs, *ipNet(p))
+// delta returns the smallest change that makes the device's peers those that are wanted. Of those that are there already, all in
+// had go that are not wanted. Peers that go, and peers that lose a prefix, come before the peer that gets it: at no moment has
+// a prefix an owner who is not to have it. Only where a node has changed its key does the old one go last, because WireGuard
+// moves the prefixes between the two without a gap.
+func (m *memory) delta(want []mesh.Peer, had []wgtypes.Key, now time.Time) []step {
+	wanted := make(map[wgtypes.Key]bool, len(want))
+	successor := map[wgtypes.Key]bool{}
+	var removed, losing, gaining, superseded []step
+	for i := range want {
+		p := &want[i]
+		for _, s := range m.steps(p, now) {
+			wanted[s.config.PublicKey] = true
+			before, exists := m.peers[s.config.PublicKey]
+			switch {
+			case exists && s.isEmpty():
+			case slices.ContainsFunc(before.allowed, func(had netip.Prefix) bool { return !slices.Contains(s.after.allowed, had) }):
+				losing = append(losing, s)
+			default:
+				gaining = append(gaining, s)
+			}
 		}
-		differs = true
+		for _, key := range append(keysOf(m.planned[p.Node]), keysOf(*p)...) {
+			successor[key] = true
+		}
 	}
-	return change, differs
+	for _, key := range had {
+		if _, exists := m.peers[key]; !exists || wanted[key] {
+			continue
+		}
+		s := step{config: wgtypes.PeerConfig{PublicKey: key, Remove: true, UpdateOnly: true}}
+		if successor[key] {
+			superseded = append(superseded, s)
+		} else {
+			removed = append(removed, s)
+		}
+	}
+	return slices.Concat(removed, losing, gaining, superseded)
+}
+
+// steps returns the device's peers of one node, as they have to be.
+func (m *memory) steps(p *mesh.Peer, now time.Time) []step {
+	none := wgtypes.Key{}
+	owner, next := wgtypes.Key(p.PublicKey), wgtypes.Key(p.Next)
+	if next == none {
+		return []step{m.step(p, owner, keepalive, now)}
+	}
+	// Who has shaken hands with the next key has it, and uses no other from then on.
+	if !m.peers[next].handshake.IsZero() {
+		return []step{m.step(p, next, keepaliveNext, now)}
+	}
+	waiting := *p
+	waiting.AllowedIPs, waiting.NodeAddresses = nil, nil
+	return []step{m.step(p, owner, keepalive, now), m.step(&waiting, next, keepaliveNext, now)}
+}
+
+// step returns one of the device's peers of a node, as it has to be.
+func (m *memory) step(p *mesh.Peer, key wgtypes.Key, interval time.Duration, now time.Time) step {
+	before, exists := m.peers[key]
+	// One that somebody took away is left to the next Apply, which makes it whole.
+	s := step{config: wgtypes.PeerConfig{PublicKey: key, UpdateOnly: exists}, after: before}
+	if m.moves(p, before, now) {
+		s.config.Endpoint = net.UDPAddrFromAddrPort(p.Endpoint)
+		s.after.endpoint, s.after.heard = p.Endpoint, now
+		if before.endpoint.Addr() != p.Endpoint.Addr() {
+			s.after.at = now
+		}
+	}
+	if before.keepalive != interval {
+		s.config.PersistentKeepaliveInterval, s.after.keepalive = &interval, interval
+	}
+	s.after.allowed = slices.Concat(p.AllowedIPs, usable(p, s.after, now))
+	slices.SortFunc(s.after.allowed, comparePrefixes)
+	if !slices.Equal(before.allowed, s.after.allowed) {
+		s.config.ReplaceAllowedIPs = true
+		for _, a := range s.after.allowed {
+			s.config.AllowedIPs = append(s.config.AllowedIPs, *ipNet(a))
+		}
+	}
+	return s
+}
+
+// isEmpty says whether nothing changes in a peer that is there.
+func (s *step) isEmpty() bool {
+	return s.config.Endpoint == nil && s.config.PersistentKeepaliveInterval == nil && !s.config.ReplaceAllowedIPs
+}
+
+// moves says whether a peer has to be given its planned endpoint. WireGuard answers to where a peer's last authentic packet came
+// from, which may rightly be elsewhere: a node with several addresses, or behind a translation that nobody told of. So what
+// it learnt stays while the peer is heard. Who carries a packet of the peer's in its place can turn the answers to himself
+// (he reads none of them, and had them in hand anyway), but when he stops to carry them, the peer falls silent and is asked where
+// the plan has it.
+func (m *memory) moves(p *mesh.Peer, s peerState, now time.Time) bool {
+	switch {
+	case !p.Endpoint.IsValid(), s.endpoint == p.Endpoint:
+		return false
+	case !s.endpoint.IsValid(), m.planned[p.Node].Endpoint != p.Endpoint:
+		return true
+	default:
+		return now.Sub(s.heard) >= silence
+	}
+}
+
+// usable returns those of a node's own addresses that its pods' peers may reach through the tunnel. A handshake has to have been
+// seen while the peer was at that very address, because the Node says itself what its address is, and packets for one where
+// nobody answers would be lost; before that they go as they would without the tunnel. An address that is in use stays while
+// the peer is there.
+func usable(p *mesh.Peer, s peerState, now time.Time) []netip.Prefix {
+	var hosts []netip.Prefix
+	for _, a := range p.NodeAddresses {
+		host := netip.PrefixFrom(a, a.BitLen())
+		age := now.Sub(s.handshake)
+		shaken := s.handshake.After(s.at) && age >= 0 && age < sessionLife
+		if s.endpoint.Addr() == a && (shaken || slices.Contains(s.allowed, host)) {
+			hosts = append(hosts, host)
+		}
+	}
+	return hosts
+}
+
+// keysOf returns the keys of a node.
+func keysOf(p mesh.Peer) []wgtypes.Key {
+	return []wgtypes.Key{p.PublicKey, p.Next}
 }
 
 // endpointOf returns a peer's endpoint, or the zero AddrPort.
-func endpointOf(p wgtypes.Peer) netip.AddrPort {
+func endpointOf(p *wgtypes.Peer) netip.AddrPort {
 	if p.Endpoint == nil {
 		return netip.AddrPort{}
 	}
@@ -77,7 +165,7 @@ func endpointOf(p wgtypes.Peer) netip.AddrPort {
 }
 
 // allowedOf returns a peer's allowed IPs, sorted.
-func allowedOf(p wgtypes.Peer) []netip.Prefix {
+func allowedOf(p *wgtypes.Peer) []netip.Prefix {
 	var allowed []netip.Prefix
 	for i := range p.AllowedIPs {
 		allowed = append(allowed, prefixOf(&p.AllowedIPs[i]))

@@ -1,88 +1,298 @@
 package wgdevice
 
 import (
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"reflect"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/warren-cni/warren/pkg/mesh"
 )
 
 func testPeer(number byte, allowed ...string) mesh.Peer {
-	p := mesh.Peer{PublicKey: [32]byte{number}, Endpoint: netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, number}), 51820)}
+	p := mesh.Peer{Node: string('a' + rune(number)), PublicKey: [32]byte{number}, Endpoint: netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, number}), 51820)}
 	for _, a := range allowed {
 		p.AllowedIPs = append(p.AllowedIPs, netip.MustParsePrefix(a))
 	}
 	return p
 }
 
-func TestDeviceDelta(t *testing.T) {
-	key := newKey(wgtypes.Key{1})
-	want := mesh.Config{ListenPort: 51820, Peers: []mesh.Peer{testPeer(1, "10.1.0.0/24"), testPeer(2, "10.2.0.0/24", "fd02::/64")}}
-	fresh := deviceDelta(want, key, &wgtypes.Device{})
-	if fresh.PrivateKey == nil || *fresh.ListenPort != 51820 || len(fresh.Peers) != 2 || fresh.ReplacePeers {
-		t.Errorf("fresh device: %+v", fresh)
+// steps returns what turns a device's peers into those that are wanted.
+func steps(m *memory, device *wgtypes.Device, now time.Time, want ...mesh.Peer) []step {
+	m.see(device, now)
+	return m.delta(want, slices.SortedFunc(maps.Keys(m.peers), func(a, b wgtypes.Key) int { return slices.Compare(a[:], b[:]) }), now)
+}
+
+// change is steps, as WireGuard is told.
+func change(m *memory, device *wgtypes.Device, now time.Time, want ...mesh.Peer) []wgtypes.PeerConfig {
+	var configs []wgtypes.PeerConfig
+	for _, s := range steps(m, device, now, want...) {
+		configs = append(configs, s.config)
 	}
-	device := &wgtypes.Device{}
-	pretend(t, device, fresh)
-	if again := deviceDelta(want, key, device); again.PrivateKey != nil || again.ListenPort != nil || len(again.Peers) > 0 {
-		t.Errorf("second delta: %+v", again)
+	return configs
+}
+
+// settle does the change, and remembers it as an Apply does.
+func settle(t *testing.T, m *memory, device *wgtypes.Device, now time.Time, want ...mesh.Peer) {
+	t.Helper()
+	done := steps(m, device, now, want...)
+	for _, s := range done {
+		pretend(t, device, s.config)
 	}
+	m.did(done)
+	m.planned = plannedOf(want)
+	settled(t, m, device, now, want...)
+}
+
+// settled fails the test unless the device is as wanted, and as it is remembered.
+func settled(t *testing.T, m *memory, device *wgtypes.Device, now time.Time, want ...mesh.Peer) {
+	t.Helper()
+	remembered := maps.Clone(m.peers)
+	if again := change(m, device, now, want...); len(again) > 0 {
+		t.Fatalf("not done after one step: %+v", again)
+	}
+	if diff := cmp.Diff(remembered, m.peers, cmp.AllowUnexported(peerState{}), cmpopts.EquateComparable(netip.AddrPort{}, netip.Prefix{}), cmpopts.EquateEmpty()); diff != "" {
+		t.Fatalf("what is remembered is not what is there (-remembered +there):\n%s", diff)
+	}
+}
+
+func plannedOf(peers []mesh.Peer) map[string]mesh.Peer {
+	planned := map[string]mesh.Peer{}
+	for _, p := range peers {
+		planned[p.Node] = p
+	}
+	return planned
+}
+
+// start is when the tests begin.
+func start() time.Time { return time.Unix(1_000_000, 0) }
+
+func TestDelta(t *testing.T) {
+	one, two := testPeer(1, "10.1.0.0/24"), testPeer(2, "10.2.0.0/24", "fd02::/64")
+	m, device := &memory{}, &wgtypes.Device{}
+	interval := keepalive
+	fresh := change(m, device, start(), one, two)
+	wantFresh := []wgtypes.PeerConfig{
+		{
+			PublicKey: wgtypes.Key{1}, Endpoint: net.UDPAddrFromAddrPort(one.Endpoint), PersistentKeepaliveInterval: &interval,
+			ReplaceAllowedIPs: true, AllowedIPs: ipNets("10.1.0.0/24"),
+		},
+		{
+			PublicKey: wgtypes.Key{2}, Endpoint: net.UDPAddrFromAddrPort(two.Endpoint), PersistentKeepaliveInterval: &interval,
+			ReplaceAllowedIPs: true, AllowedIPs: ipNets("10.2.0.0/24", "fd02::/64"),
+		},
+	}
+	if diff := cmp.Diff(wantFresh, fresh); diff != "" {
+		t.Errorf("fresh device (-want +got):\n%s", diff)
+	}
+	settle(t, m, device, start(), one, two)
 
 	// The kernel may give an IPv4 endpoint in the 16-byte form, and allowed IPs in any order.
 	device.Peers[0].Endpoint.IP = device.Peers[0].Endpoint.IP.To16()
 	slices.Reverse(device.Peers[1].AllowedIPs)
-	if again := deviceDelta(want, key, device); len(again.Peers) > 0 {
+	if again := change(m, device, start(), one, two); len(again) > 0 {
 		t.Errorf("the same in another form: %+v", again)
 	}
 
-	// A changed endpoint leaves the allowed IPs alone, and the other way round.
-	other := want
-	other.Peers = []mesh.Peer{testPeer(1, "10.1.0.0/24"), testPeer(2, "10.2.0.0/24")}
-	other.Peers[0].Endpoint = netip.MustParseAddrPort("[2001:db8::1]:1")
-	delta := deviceDelta(other, key, device)
-	wantPeers := []wgtypes.PeerConfig{
-		{PublicKey: wgtypes.Key{2}, ReplaceAllowedIPs: true, AllowedIPs: []net.IPNet{*ipNet(netip.MustParsePrefix("10.2.0.0/24"))}},
-		{PublicKey: wgtypes.Key{1}, Endpoint: &net.UDPAddr{IP: net.ParseIP("2001:db8::1"), Port: 1}},
+	// A keepalive that somebody took away comes back, and nothing else is touched.
+	device.Peers[0].PersistentKeepaliveInterval = 0
+	wantPeers := []wgtypes.PeerConfig{{PublicKey: wgtypes.Key{1}, UpdateOnly: true, PersistentKeepaliveInterval: &interval}}
+	if diff := cmp.Diff(wantPeers, change(m, device, start(), one, two)); diff != "" {
+		t.Errorf("without a keepalive (-want +got):\n%s", diff)
 	}
-	if diff := cmp.Diff(wantPeers, delta.Peers, cmpopts.EquateEmpty()); diff != "" {
-		t.Errorf("peers (-want +got):\n%s", diff)
+	device.Peers[0].PersistentKeepaliveInterval = keepalive
+
+	// A changed endpoint leaves the allowed IPs alone, and the other way round.
+	one.Endpoint, two.AllowedIPs = netip.MustParseAddrPort("[2001:db8::1]:1"), two.AllowedIPs[:1]
+	wantPeers = []wgtypes.PeerConfig{
+		{PublicKey: wgtypes.Key{2}, UpdateOnly: true, ReplaceAllowedIPs: true, AllowedIPs: ipNets("10.2.0.0/24")},
+		{PublicKey: wgtypes.Key{1}, UpdateOnly: true, Endpoint: &net.UDPAddr{IP: net.ParseIP("2001:db8::1"), Port: 1}},
+	}
+	if diff := cmp.Diff(wantPeers, change(m, device, start(), one, two)); diff != "" {
+		t.Errorf("endpoint and allowed IPs (-want +got):\n%s", diff)
 	}
 }
 
-// TestDeviceDeltaWalk goes from one random mesh to the next on a device that, as WireGuard does, moves a prefix to its last
-// claimant: after each step the device is as wanted, and at no point within a step has a prefix an owner that neither the old nor
-// the new mesh gives it.
-func TestDeviceDeltaWalk(t *testing.T) {
+// TestDeltaEndpoint is a peer that WireGuard found elsewhere than the plan has it.
+func TestDeltaEndpoint(t *testing.T) {
+	planned, learnt := testPeer(1, "10.1.0.0/24"), &net.UDPAddr{IP: net.IPv4(198, 51, 100, 1).To4(), Port: 4711}
+	moved := planned
+	moved.Endpoint = netip.MustParseAddrPort("192.0.2.77:51820")
+	nat := planned
+	nat.Endpoint = netip.AddrPort{}
+	for name, test := range map[string]struct {
+		first, then mesh.Peer
+		after       time.Duration
+		received    int64
+		want        netip.AddrPort // invalid: as learnt
+	}{
+		"stays while the peer is heard":              {planned, planned, time.Hour, 1, netip.AddrPort{}},
+		"stays for a while":                          {planned, planned, silence - 1, 0, netip.AddrPort{}},
+		"is given up when the peer is silent":        {planned, planned, silence, 0, planned.Endpoint},
+		"is given up when the plan changes":          {planned, moved, 0, 1, moved.Endpoint},
+		"stays behind NAT":                           {nat, nat, time.Hour, 0, netip.AddrPort{}},
+		"stays when the peer turns out behind NAT":   {planned, nat, time.Hour, 0, netip.AddrPort{}},
+		"is given up when the peer leaves its NAT":   {nat, planned, 0, 1, planned.Endpoint},
+		"stays for a NAT that was seen a moment ago": {nat, nat, 0, 1, netip.AddrPort{}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m, device := &memory{}, &wgtypes.Device{}
+			settle(t, m, device, start(), test.first)
+			device.Peers[0].Endpoint = learnt
+			m.see(device, start())
+			device.Peers[0].ReceiveBytes = test.received
+			got := change(m, device, start().Add(test.after), test.then)
+			switch {
+			case !test.want.IsValid() && len(got) > 0:
+				t.Errorf("changed: %+v", got)
+			case test.want.IsValid() && (len(got) != 1 || got[0].Endpoint.AddrPort() != test.want):
+				t.Errorf("changed: %+v, want the endpoint %s", got, test.want)
+			}
+		})
+	}
+
+	// A Device that knows no plan puts the endpoint right at once: nobody may have looked for long.
+	device := &wgtypes.Device{}
+	settle(t, &memory{}, device, start(), planned)
+	device.Peers[0].Endpoint = learnt
+	if got := change(&memory{}, device, start(), planned); len(got) != 1 || got[0].Endpoint.AddrPort() != planned.Endpoint {
+		t.Errorf("after a restart: %+v", got)
+	}
+}
+
+// TestDeltaNextKey changes the key of a node.
+func TestDeltaNextKey(t *testing.T) {
+	old, both := testPeer(1, "10.1.0.0/24", "fd01::/64"), testPeer(1, "10.1.0.0/24", "fd01::/64")
+	both.Next = [32]byte{9}
+	last := old
+	last.PublicKey = both.Next
+	m, device := &memory{}, &wgtypes.Device{}
+	settle(t, m, device, start(), old)
+
+	often, seldom := keepaliveNext, keepalive
+	second := []wgtypes.PeerConfig{{
+		PublicKey: both.Next, Endpoint: net.UDPAddrFromAddrPort(old.Endpoint), PersistentKeepaliveInterval: &often,
+	}}
+	if diff := cmp.Diff(second, change(m, device, start(), both)); diff != "" {
+		t.Errorf("a next key (-want +got):\n%s", diff)
+	}
+	settle(t, m, device, start(), both)
+
+	// The old key shakes hands as it always did.
+	device.Peers[0].LastHandshakeTime = start()
+	if got := change(m, device, start(), both); len(got) > 0 {
+		t.Errorf("before the next key is used: %+v", got)
+	}
+	device.Peers[1].LastHandshakeTime = start()
+	takesOver := []wgtypes.PeerConfig{
+		{PublicKey: both.Next, UpdateOnly: true, ReplaceAllowedIPs: true, AllowedIPs: ipNets("10.1.0.0/24", "fd01::/64")},
+		{PublicKey: old.PublicKey, Remove: true, UpdateOnly: true},
+	}
+	if diff := cmp.Diff(takesOver, change(m, device, start(), both)); diff != "" {
+		t.Errorf("the first handshake of the next key (-want +got):\n%s", diff)
+	}
+	settle(t, m, device, start(), both)
+	if diff := cmp.Diff([]wgtypes.PeerConfig{{PublicKey: both.Next, UpdateOnly: true, PersistentKeepaliveInterval: &seldom}}, change(m, device, start(), last)); diff != "" {
+		t.Errorf("the next key is the key (-want +got):\n%s", diff)
+	}
+
+	// A node that missed the handshake comes to the same.
+	m, device = &memory{}, &wgtypes.Device{}
+	settle(t, m, device, start(), both)
+	late := change(m, device, start(), last)
+	if len(late) != 2 || late[0].PublicKey != wgtypes.Key(both.Next) || len(late[0].AllowedIPs) != 2 || !late[1].Remove {
+		t.Errorf("the handshake was missed: %+v", late)
+	}
+	settle(t, m, device, start(), last)
+}
+
+// TestDeltaNodeAddresses is a peer whose own address pods may reach through the tunnel.
+func TestDeltaNodeAddresses(t *testing.T) {
+	address := netip.MustParseAddr("192.0.2.1")
+	peer := testPeer(1, "10.1.0.0/24")
+	peer.NodeAddresses = []netip.Addr{address, netip.MustParseAddr("2001:db8::1")}
+	elsewhere := &net.UDPAddr{IP: net.IPv4(198, 51, 100, 1).To4(), Port: 51820}
+	later := start().Add(time.Minute)
+	for name, test := range map[string]struct {
+		change func(*wgtypes.Peer)
+		want   bool
+	}{
+		"no handshake":                     {func(*wgtypes.Peer) {}, false},
+		"a handshake":                      {func(p *wgtypes.Peer) { p.LastHandshakeTime = later }, true},
+		"a handshake before it was there":  {func(p *wgtypes.Peer) { p.LastHandshakeTime = start().Add(-1) }, false},
+		"an old handshake":                 {func(p *wgtypes.Peer) { p.LastHandshakeTime = later.Add(-sessionLife) }, false},
+		"a handshake in the future":        {func(p *wgtypes.Peer) { p.LastHandshakeTime = later.Add(time.Hour) }, false},
+		"a handshake at another address":   {func(p *wgtypes.Peer) { p.LastHandshakeTime, p.ReceiveBytes, p.Endpoint = later, 9, elsewhere }, false},
+		"from another port of the address": {func(p *wgtypes.Peer) { p.LastHandshakeTime, p.ReceiveBytes, p.Endpoint.Port = later, 9, 4711 }, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m, device := &memory{}, &wgtypes.Device{}
+			settle(t, m, device, start(), peer)
+			if len(device.Peers[0].AllowedIPs) != 1 {
+				t.Fatalf("at once: %v", device.Peers[0].AllowedIPs)
+			}
+			test.change(&device.Peers[0])
+			settle(t, m, device, later, peer)
+			if got := (peerState{allowed: allowedOf(&device.Peers[0])}).hosts(); (len(got) == 1 && got[0].Addr() == address) != test.want {
+				t.Errorf("in use: %v, want %t", got, test.want)
+			}
+			if !test.want {
+				return
+			}
+			// It stays when the peer falls silent, and goes with the plan and with the address.
+			settle(t, m, device, later.Add(time.Hour), peer)
+			if got := m.peers[wgtypes.Key{1}].hosts(); len(got) != 1 {
+				t.Errorf("an hour later: %v", got)
+			}
+			without := peer
+			without.NodeAddresses = nil
+			if got := change(m, device, later, without); len(got) != 1 || len(got[0].AllowedIPs) != 1 {
+				t.Errorf("without it in the plan: %+v", got)
+			}
+			device.Peers[0].Endpoint, device.Peers[0].ReceiveBytes = elsewhere, 99
+			if got := change(m, device, later, peer); len(got) != 1 || len(got[0].AllowedIPs) != 1 {
+				t.Errorf("when the peer went elsewhere: %+v", got)
+			}
+		})
+	}
+}
+
+// TestDeltaWalk goes from one random mesh to the next on a device that, as WireGuard does, moves a prefix to its last claimant, by
+// what the device is or by what alone changes in the mesh: after each step the device is as wanted, and at no point within a
+// step has a prefix an owner that neither the old nor the new mesh gives it.
+func TestDeltaWalk(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
-	prefixes := []string{"10.1.0.0/24", "10.2.0.0/24", "fd01::/64", "fd02::/64"}
-	key := newKey(wgtypes.Key{1})
-	device := &wgtypes.Device{}
-	old := mesh.Config{}
-	for range 3000 {
-		want := mesh.Config{ListenPort: 51820}
-		owners := map[byte][]string{}
-		for _, p := range prefixes {
-			owner := byte(random.IntN(4))
-			owners[owner] = append(owners[owner], p)
-		}
-		for number := range byte(4) {
-			if random.IntN(4) > 0 {
-				want.Peers = append(want.Peers, testPeer(number+1, owners[number]...))
+	m, device := &memory{peers: map[wgtypes.Key]peerState{}}, &wgtypes.Device{}
+	var old []mesh.Peer
+	for range 5000 {
+		want := randomPeers(random)
+		var todo []step
+		if random.IntN(2) == 0 {
+			for i := range device.Peers {
+				if random.IntN(2) == 0 {
+					device.Peers[i].LastHandshakeTime = start()
+				}
 			}
+			todo = steps(m, device, start(), want...)
+		} else {
+			changed, had := differing(m.planned, want)
+			todo = m.delta(changed, had, start())
 		}
-		delta := deviceDelta(want, key, device)
-		for i := range delta.Peers {
-			pretend(t, device, wgtypes.Config{PrivateKey: delta.PrivateKey, ListenPort: delta.ListenPort, Peers: delta.Peers[i : i+1]})
-			for _, p := range device.Peers {
+		for _, s := range todo {
+			pretend(t, device, s.config)
+			for i := range device.Peers {
+				p := &device.Peers[i]
 				for _, prefix := range allowedOf(p) {
 					if !owns(old, p, prefix) && !owns(want, p, prefix) {
 						t.Fatalf("on the way from %+v to %+v peer %d has %s", old, want, p.PublicKey[0], prefix)
@@ -90,65 +300,119 @@ func TestDeviceDeltaWalk(t *testing.T) {
 				}
 			}
 		}
-		if again := deviceDelta(want, key, device); len(again.Peers) > 0 {
-			t.Fatalf("from %+v to %+v: not done after one step: %+v", old, want, again)
+		m.did(todo)
+		m.planned = plannedOf(want)
+		settled(t, m, device, start(), want...)
+		for _, p := range want {
+			for _, prefix := range p.AllowedIPs {
+				if !slices.ContainsFunc(device.Peers, func(d wgtypes.Peer) bool { return owns(want, &d, prefix) && slices.Contains(allowedOf(&d), prefix) }) {
+					t.Fatalf("from %+v to %+v: nobody has %s", old, want, prefix)
+				}
+			}
 		}
 		old = want
 	}
 }
 
-func owns(c mesh.Config, p wgtypes.Peer, prefix netip.Prefix) bool {
-	return slices.ContainsFunc(c.Peers, func(m mesh.Peer) bool { return m.PublicKey == p.PublicKey && slices.Contains(m.AllowedIPs, prefix) })
-}
-
-// pretend does to a device what WireGuard does with a configuration.
-func pretend(t *testing.T, device *wgtypes.Device, c wgtypes.Config) {
-	t.Helper()
-	if c.PrivateKey != nil {
-		device.PrivateKey = *c.PrivateKey
+// randomPeers returns up to four peers that share four prefixes. Each has one of two keys, and may be about to change to the other.
+func randomPeers(random *rand.Rand) []mesh.Peer {
+	var peers []mesh.Peer
+	owners := map[byte][]string{}
+	for _, p := range []string{"10.1.0.0/24", "10.2.0.0/24", "fd01::/64", "fd02::/64"} {
+		owner := byte(random.IntN(4))
+		owners[owner] = append(owners[owner], p)
 	}
-	if c.ListenPort != nil {
-		device.ListenPort = *c.ListenPort
-	}
-	for _, change := range c.Peers {
-		i := slices.IndexFunc(device.Peers, func(p wgtypes.Peer) bool { return p.PublicKey == change.PublicKey })
-		if change.Remove {
-			device.Peers = slices.Delete(device.Peers, i, i+1)
+	for number := range byte(4) {
+		if random.IntN(4) == 0 {
 			continue
 		}
-		if i < 0 {
-			device.Peers = append(device.Peers, wgtypes.Peer{PublicKey: change.PublicKey})
-			i = len(device.Peers) - 1
+		p := testPeer(number+1, owners[number]...)
+		p.PublicKey[1] = byte(random.IntN(2))
+		if random.IntN(2) == 0 {
+			p.Next = p.PublicKey
+			p.Next[1] = 1 - p.Next[1]
 		}
-		if change.Endpoint != nil {
-			device.Peers[i].Endpoint = change.Endpoint
-		}
-		if change.ReplaceAllowedIPs {
-			device.Peers[i].AllowedIPs = nil
-		}
-		for _, allowed := range change.AllowedIPs {
-			for j := range device.Peers {
-				device.Peers[j].AllowedIPs = slices.DeleteFunc(device.Peers[j].AllowedIPs, func(n net.IPNet) bool { return n.String() == allowed.String() })
-			}
-			device.Peers[i].AllowedIPs = append(device.Peers[i].AllowedIPs, allowed)
+		peers = append(peers, p)
+	}
+	return peers
+}
+
+// differing returns the peers that are not as they were planned, and the keys of those and of the ones that are gone.
+func differing(planned map[string]mesh.Peer, want []mesh.Peer) (changed []mesh.Peer, had []wgtypes.Key) {
+	gone := maps.Clone(planned)
+	for _, p := range want {
+		delete(gone, p.Node)
+		if !reflect.DeepEqual(planned[p.Node], p) {
+			changed = append(changed, p)
+			had = append(had, keysOf(planned[p.Node])...)
 		}
 	}
+	for _, name := range slices.Sorted(maps.Keys(gone)) {
+		had = append(had, keysOf(gone[name])...)
+	}
+	return changed, had
+}
+
+func owns(peers []mesh.Peer, p *wgtypes.Peer, prefix netip.Prefix) bool {
+	return slices.ContainsFunc(peers, func(m mesh.Peer) bool {
+		return (m.PublicKey == p.PublicKey || m.Next == p.PublicKey) && slices.Contains(m.AllowedIPs, prefix)
+	})
+}
+
+// pretend does to a device what WireGuard does with a configuration of a peer.
+func pretend(t *testing.T, device *wgtypes.Device, c wgtypes.PeerConfig) {
+	t.Helper()
+	i := slices.IndexFunc(device.Peers, func(p wgtypes.Peer) bool { return p.PublicKey == c.PublicKey })
+	if exists := i >= 0; exists != c.UpdateOnly {
+		t.Errorf("of a peer that exists (%t): %+v", exists, c)
+	}
+	if c.Remove {
+		device.Peers = slices.Delete(device.Peers, i, i+1)
+		return
+	}
+	if i < 0 {
+		device.Peers = append(device.Peers, wgtypes.Peer{PublicKey: c.PublicKey})
+		i = len(device.Peers) - 1
+	}
+	if c.Endpoint != nil {
+		device.Peers[i].Endpoint = c.Endpoint
+	}
+	if c.PersistentKeepaliveInterval != nil {
+		device.Peers[i].PersistentKeepaliveInterval = *c.PersistentKeepaliveInterval
+	}
+	if c.ReplaceAllowedIPs {
+		device.Peers[i].AllowedIPs = nil
+	}
+	for _, allowed := range c.AllowedIPs {
+		for j := range device.Peers {
+			device.Peers[j].AllowedIPs = slices.DeleteFunc(device.Peers[j].AllowedIPs, func(n net.IPNet) bool { return n.String() == allowed.String() })
+		}
+		device.Peers[i].AllowedIPs = append(device.Peers[i].AllowedIPs, allowed)
+	}
+}
+
+func ipNets(prefixes ...string) []net.IPNet {
+	var nets []net.IPNet
+	for _, p := range prefixes {
+		nets = append(nets, *ipNet(netip.MustParsePrefix(p)))
+	}
+	return nets
 }
 
 func TestRouteDelta(t *testing.T) {
 	p := netip.MustParsePrefix
-	stays := route{routeID: routeID{p("10.1.0.0/24"), metricIPv4}, link: 7}
-	net4 := route{routeID: routeID{p("10.1.0.0/24"), metricUnreachable}}
-	changes := route{routeID: routeID{p("fd01::/64"), metricIPv6}, link: 7, source: netip.MustParseAddr("fd00::1")}
-	comes := route{routeID: routeID{p("10.2.0.0/24"), metricIPv4}, link: 7}
-	goes := route{routeID: routeID{p("10.3.0.0/24"), metricIPv4}, link: 7}
+	stays := route{routeID: routeID{p("10.1.0.0/24"), metricIPv4, unix.RT_TABLE_MAIN}, link: 7}
+	net4 := route{routeID: routeID{p("10.1.0.0/24"), metricUnreachable, unix.RT_TABLE_MAIN}}
+	changes := route{routeID: routeID{p("fd01::/64"), metricIPv6, nodeTable}, link: 7, source: netip.MustParseAddr("fd00::1"), mtu: 1300}
+	comes := route{routeID: routeID{p("10.2.0.0/24"), metricIPv4, unix.RT_TABLE_MAIN}, link: 7}
+	goes := route{routeID: routeID{p("10.3.0.0/24"), metricIPv4, unix.RT_TABLE_MAIN}, link: 7}
 	old := changes
-	old.source = netip.MustParseAddr("fd00::2")
+	old.mtu = 0
 	add, replace, remove := routeDelta([]route{stays, net4, changes, comes}, []route{goes, old, net4, stays})
 	if !slices.Equal(add, []route{comes}) || !slices.Equal(replace, []route{changes}) || !slices.Equal(remove, []route{goes}) {
 		t.Errorf("add %v, replace %v, remove %v", add, replace, remove)
 	}
-	for _, r := range []route{stays, net4, changes, {routeID: routeID{p("10.4.0.0/24"), metricIPv4}, via: netip.MustParseAddr("192.0.2.1")}} {
+	for _, r := range []route{stays, net4, changes, {routeID: routeID{p("10.4.0.0/24"), metricIPv4, unix.RT_TABLE_MAIN}, via: netip.MustParseAddr("192.0.2.1")}} {
 		if back := routeOf(r.netlink()); back != r {
 			t.Errorf("%+v comes back as %+v", r, back)
 		}

@@ -1,8 +1,9 @@
 // Package wgdevice makes the kernel agree with a mesh.Config: the link warren0, its WireGuard peers, its addresses, and
 // the routes to other nodes' pods.
 //
-// It changes by difference and reads the kernel each time, so that a second Apply writes nothing, a restarted daemon takes
-// over what stands, and what somebody else undid is done again. Everything of ours is recognised without a memory: by
+// Apply reads the kernel and changes by difference, so that a second one writes nothing, a restarted daemon takes over what
+// stands, and what somebody else undid is done again. Patch writes one change and reads nothing, so that what a node costs that
+// comes, goes or changes does not grow with the number of the others. Everything of ours is recognised without a memory: by
 // the name of the link and by the protocol number of the routes. Nothing else is touched.
 //
 // The link is the kernel's WireGuard, or, where the kernel has none, a persistent TUN device behind which RunTunnel runs
@@ -14,12 +15,14 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
 	"time"
 
 	"golang.zx2c4.com/wireguard/wgctrl"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/warren-cni/warren/pkg/mesh"
 )
@@ -43,141 +46,140 @@ type Options struct {
 	Log *slog.Logger
 	// Mode is ModeAuto, ModeKernel or ModeUserspace.
 	Mode Mode
+	// Clock tells the time; nil for the system's, by which WireGuard tells when it shook hands.
+	Clock func() time.Time
 }
 
-// Device is the node's end of the mesh. Its methods work in the network namespace of the thread that calls them.
+// Device is the node's end of the mesh. Its methods work in the network namespace of the thread that calls them, and one of those
+// that write waits for the other.
 type Device struct {
-	log *slog.Logger
+	log   *slog.Logger
+	clock func() time.Time
 
 	mu   sync.Mutex
 	mode Mode
+
+	writing sync.Mutex
+	memory  memory
 }
 
-// Changes counts what an Apply wrote.
+// Changes counts what was written.
 type Changes struct {
 	// Links counts changes of the link itself: made, deleted, MTU, addresses, key, port.
-	Links  int
-	Peers  int
+	Links int
+	Peers int
+	// Routes counts routes, and the rules that lead to a table of them.
 	Routes int
 }
 
 // Any says whether anything was written.
 func (c Changes) Any() bool { return c != Changes{} }
 
-// Status is the state of the link as WireGuard reports it.
-type Status struct {
-	// Mode is ModeKernel or ModeUserspace.
-	Mode  Mode
-	Peers []PeerStatus
-}
-
-// PeerStatus is the state of a peer. LastHandshake is zero where there was none.
-type PeerStatus struct {
-	PublicKey     [32]byte
-	Endpoint      netip.AddrPort
-	AllowedIPs    []netip.Prefix
-	LastHandshake time.Time
-	ReceivedBytes int64
-	SentBytes     int64
-}
-
 // New returns a Device. It touches nothing yet.
 func New(o Options) *Device {
-	return &Device{log: o.Log, mode: o.Mode}
+	if o.Clock == nil {
+		o.Clock = time.Now //nolint:forbidigo // WireGuard's own clock
+	}
+	return &Device{log: o.Log, mode: o.Mode, clock: o.Clock}
 }
 
 // Apply makes the kernel agree with the wanted mesh and returns how many changes that took. What it cannot do it reports,
 // and goes on with the rest as far as nothing opens by that. It returns ErrNoTunnel where there is no WireGuard;
 // then, too, the wanted prefixes are unreachable rather than sent to the default route.
 func (d *Device) Apply(ctx context.Context, want mesh.Config, key Key) (Changes, error) {
+	d.writing.Lock()
+	defer d.writing.Unlock()
+	d.memory.known = false
 	k, err := openKernel()
 	if err != nil {
 		return Changes{}, err
 	}
 	defer k.Close()
-	if !want.Encrypted {
-		return d.applyPlain(k, want)
-	}
-
 	var changes Changes
+	if want.Encrypted {
+		err = d.applyEncrypted(ctx, k, request{want, key}, &changes)
+	} else {
+		err = d.applyPlain(k, want, &changes)
+	}
+	d.memory.known = err == nil
+	return changes, err
+}
+
+// request is what an Apply is asked for.
+type request struct {
+	mesh.Config
+	key Key
+}
+
+// applyEncrypted makes the mesh through the link.
+func (d *Device) applyEncrypted(ctx context.Context, k *kernel, want request, changes *Changes) error {
 	// The net below comes first, so that no step after it can send anything in clear.
-	errNet := k.putRoutes(unreachableRoutes(want), &changes)
+	errNet := k.putRoutes(unreachableRoutes(want.Unreachable), changes)
 	mode, err := d.resolve(k)
 	if err != nil {
-		return changes, errors.Join(errNet, err)
+		return errors.Join(errNet, err)
 	}
-	link, err := d.ensureLink(k, mode, want.MTU, &changes)
+	link, err := d.ensureLink(k, mode, want.MTU, changes)
 	if err != nil {
-		return changes, errors.Join(errNet, err)
+		return errors.Join(errNet, err)
 	}
-	if err = configure(ctx, mode, want, key, &changes); err != nil {
-		return changes, errors.Join(errNet, err)
+	if err = d.configure(ctx, mode, want, changes); err != nil {
+		return errors.Join(errNet, err)
 	}
-	stale, errAdd := k.addAddresses(link, want.Addresses, &changes)
-	errUp := k.raise(link, &changes)
-	wanted := append(unreachableRoutes(want), linkRoutes(want, link.Attrs().Index)...)
-	errRoutes := k.syncRoutes(wanted, &changes)
+	stale, errAdd := k.addAddresses(link, want.Addresses, changes)
+	errUp := k.raise(link, changes)
+	m := &d.memory
+	m.encrypted, m.link = true, link.Attrs().Index
+	wanted := slices.Concat(unreachableRoutes(want.Unreachable), m.meshRoutes(want.Routes), m.hostRoutes())
+	m.routes = routesByID(wanted)
+	errRoutes := k.syncRoutes(wanted, changes)
+	errRules := k.syncRules(nodeRules(want.Config), changes)
 	// Last, because a route whose source address goes away goes with it.
-	errDelete := k.deleteAddresses(link, stale, &changes)
-	return changes, errors.Join(errNet, errAdd, errUp, errRoutes, errDelete)
+	errDelete := k.deleteAddresses(link, stale, changes)
+	return errors.Join(errNet, errAdd, errUp, errRoutes, errRules, errDelete)
 }
 
 // applyPlain makes the mesh of a cluster without encryption: routes by the nodes' addresses. A link of the kernel's goes. The
 // link of a user-space tunnel is that process's own, and losing it would end the process: it stays, without addresses.
-func (d *Device) applyPlain(k *kernel, want mesh.Config) (Changes, error) {
-	var changes Changes
-	errRoutes := k.syncRoutes(plainRoutes(want), &changes)
+func (d *Device) applyPlain(k *kernel, want mesh.Config, changes *Changes) error {
+	d.memory = memory{}
+	wanted := d.memory.meshRoutes(want.Routes)
+	d.memory.routes = routesByID(wanted)
+	errRoutes := errors.Join(k.syncRules(nil, changes), k.syncRoutes(wanted, changes))
 	link, err := k.link()
 	if err != nil || link == nil {
-		return changes, errors.Join(errRoutes, err)
+		return errors.Join(errRoutes, err)
 	}
 	if link.Type() != typeTUN {
-		return changes, errors.Join(errRoutes, k.deleteLink(&changes))
+		return errors.Join(errRoutes, k.deleteLink(changes))
 	}
-	stale, err := k.addAddresses(link, nil, &changes)
-	return changes, errors.Join(errRoutes, err, k.deleteAddresses(link, stale, &changes))
+	stale, err := k.addAddresses(link, nil, changes)
+	return errors.Join(errRoutes, err, k.deleteAddresses(link, stale, changes))
 }
 
-// Cleanup removes the link and every route of ours. It is for a node that Warren leaves.
+// Cleanup removes the link and every route and rule of ours. It is for a node that Warren leaves.
 func (d *Device) Cleanup() error {
+	d.writing.Lock()
+	defer d.writing.Unlock()
+	d.memory = memory{}
 	k, err := openKernel()
 	if err != nil {
 		return err
 	}
 	defer k.Close()
 	var changes Changes
-	return errors.Join(k.syncRoutes(nil, &changes), k.deleteLink(&changes))
+	return errors.Join(k.syncRules(nil, &changes), k.syncRoutes(nil, &changes), k.deleteLink(&changes))
 }
 
-// Status reads the state of the peers.
-func (d *Device) Status(ctx context.Context) (Status, error) {
+// Reserve makes the pods' networks unreachable, so that nothing for them falls to the default route before anything is known of
+// the cluster. What stands there already stays, and the first Apply takes over.
+func Reserve(clusterCIDRs []netip.Prefix) error {
 	k, err := openKernel()
 	if err != nil {
-		return Status{}, err
+		return err
 	}
 	defer k.Close()
-	mode, err := d.resolve(k)
-	if err != nil {
-		return Status{}, err
-	}
-	client, actual, err := openWireGuard(ctx, mode)
-	if err != nil {
-		return Status{}, err
-	}
-	defer closeQuietly(client)
-	status := Status{Mode: mode}
-	for _, p := range actual.Peers {
-		status.Peers = append(status.Peers, PeerStatus{
-			PublicKey:     p.PublicKey,
-			Endpoint:      endpointOf(p),
-			AllowedIPs:    allowedOf(p),
-			LastHandshake: p.LastHandshakeTime,
-			ReceivedBytes: p.ReceiveBytes,
-			SentBytes:     p.TransmitBytes,
-		})
-	}
-	slices.SortFunc(status.Peers, func(a, b PeerStatus) int { return slices.Compare(a.PublicKey[:], b.PublicKey[:]) })
-	return status, nil
+	return k.putRoutes(unreachableRoutes(clusterCIDRs), &Changes{})
 }
 
 // resolve returns ModeKernel or ModeUserspace. The answer to ModeAuto stays for the life of the Device.
@@ -199,21 +201,50 @@ func (d *Device) resolve(k *kernel) (Mode, error) {
 }
 
 // configure gives the device its key, port and peers.
-func configure(ctx context.Context, mode Mode, want mesh.Config, key Key, changes *Changes) error {
-	client, actual, err := openWireGuard(ctx, mode)
+func (d *Device) configure(ctx context.Context, mode Mode, want request, changes *Changes) error {
+	client, err := openWireGuard(ctx, mode)
 	if err != nil {
 		return err
 	}
 	defer closeQuietly(client)
-	delta := deviceDelta(want, key, actual)
-	if delta.PrivateKey == nil && delta.ListenPort == nil && len(delta.Peers) == 0 {
+	actual, err := readDevice(client)
+	if err != nil {
+		return err
+	}
+	m, now := &d.memory, d.clock()
+	m.see(actual, now)
+	var c wgtypes.Config
+	if private := want.key.private(); actual.PrivateKey != private {
+		c.PrivateKey = &private
+	}
+	if port := int(want.ListenPort); actual.ListenPort != port {
+		c.ListenPort = &port
+	}
+	had := slices.SortedFunc(maps.Keys(m.peers), func(a, b wgtypes.Key) int { return slices.Compare(a[:], b[:]) })
+	if err = m.write(client, c, m.delta(want.Peers, had, now), changes); err != nil {
+		return err
+	}
+	m.key, m.planned = want.key, make(map[string]mesh.Peer, len(want.Peers))
+	for _, p := range want.Peers {
+		m.planned[p.Node] = p
+	}
+	return nil
+}
+
+// write changes the device, in one call.
+func (m *memory) write(client *wgctrl.Client, c wgtypes.Config, steps []step, changes *Changes) error {
+	for _, s := range steps {
+		c.Peers = append(c.Peers, s.config)
+	}
+	if c.PrivateKey == nil && c.ListenPort == nil && len(steps) == 0 {
 		return nil
 	}
-	if err := client.ConfigureDevice(mesh.Link, delta); err != nil {
-		return fmt.Errorf("configuring WireGuard on %s (port %d, %d peers): %w", mesh.Link, want.ListenPort, len(delta.Peers), err)
+	if err := client.ConfigureDevice(mesh.Link, c); err != nil {
+		return fmt.Errorf("configuring WireGuard on %s (%d peers): %w", mesh.Link, len(steps), err)
 	}
-	changes.Peers += len(delta.Peers)
-	if delta.PrivateKey != nil || delta.ListenPort != nil {
+	m.did(steps)
+	changes.Peers += len(steps)
+	if c.PrivateKey != nil || c.ListenPort != nil {
 		changes.Links++
 	}
 	return nil

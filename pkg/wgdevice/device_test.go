@@ -313,17 +313,63 @@ func TestUplinkMTU(t *testing.T) {
 		}
 		lo, err := netlinksafe.LinkByName("lo")
 		return errors.Join(err, netlink.LinkSetMTU(link, 1400),
-			netlink.AddrAdd(lo, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(198, 51, 100, 1), Mask: net.CIDRMask(32, 32)}}))
+			netlink.AddrAdd(lo, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(198, 51, 100, 1), Mask: net.CIDRMask(32, 32)}}),
+			addLink("second", 9000, "203.0.113.1/24"), addLink("third", 1300, "2001:db8:3::1/64"), addLink(mesh.Link, 1280, "192.0.3.1/24"))
 	})
-	for _, address := range []netip.Addr{v4, v6, netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("203.0.113.9")} {
-		if mtu := in(t, n.host, func() (int, error) { return wgdevice.UplinkMTU(address) }); mtu != 1400 {
-			t.Errorf("UplinkMTU(%s) = %d, want 1400", address, mtu)
+	wantMTU := func(want int, node netip.Addr, peers ...string) {
+		t.Helper()
+		var addresses []netip.Addr
+		for _, p := range peers {
+			addresses = append(addresses, netip.MustParseAddr(p))
+		}
+		if mtu := in(t, n.host, func() (int, error) { return wgdevice.UplinkMTU(node, addresses) }); mtu != want {
+			t.Errorf("UplinkMTU(%s, %s) = %d, want %d", node, peers, mtu, want)
 		}
 	}
+	for _, address := range []netip.Addr{v4, v6, netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("192.168.0.1")} {
+		wantMTU(1400, address)
+	}
+	wantMTU(9000, v4, "203.0.113.9", "203.0.113.10")
+	wantMTU(1400, v4, "203.0.113.9", "192.0.2.7") // the smaller one, whichever comes first
+	wantMTU(1400, v4, "192.0.2.7", "203.0.113.9")
+	wantMTU(1300, v4, "192.0.2.7", "203.0.113.9", "2001:db8:3::7")
+	wantMTU(1400, v4, "198.18.0.1") // by the default route
+	wantMTU(1400, v4, "192.0.3.9")  // what leads into the tunnel leads to no node
+	n.do(t, func() error { return ipRoute("198.18.0.0/15", 0, unix.RTPROT_STATIC) })
+	wantMTU(1400, v4, "198.18.0.1") // nowhere: the node's own link
+	wantMTU(9000, v4, "198.18.0.1", "203.0.113.9")
+
 	alone := newHost(t)
-	if _, err := try(alone, func() (int, error) { return wgdevice.UplinkMTU(v4) }); err == nil || !strings.Contains(err.Error(), "no default route") {
+	if _, err := try(alone, func() (int, error) { return wgdevice.UplinkMTU(v4, nil) }); err == nil || !strings.Contains(err.Error(), "no default route") {
 		t.Errorf("without an uplink: %v", err)
 	}
+}
+
+// addLink makes a link with an address. It replaces one of that name.
+func addLink(name string, mtu int, address string) error {
+	if old, err := netlinksafe.LinkByName(name); err == nil {
+		if err = netlink.LinkDel(old); err != nil {
+			return err
+		}
+	}
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.MTU = name, mtu
+	link := &netlink.Veth{LinkAttrs: attrs, PeerName: name + "-peer"}
+	if err := netlink.LinkAdd(link); err != nil {
+		return err
+	}
+	peer, err := netlinksafe.LinkByName(name + "-peer")
+	if err != nil {
+		return err
+	}
+	a, err := netlink.ParseAddr(address)
+	if err != nil {
+		return err
+	}
+	if a.IP.To4() == nil {
+		a.Flags = unix.IFA_F_NODAD
+	}
+	return errors.Join(netlink.AddrAdd(link, a), netlink.LinkSetUp(link), netlink.LinkSetUp(peer))
 }
 
 // ipRoute adds a route to the link, or an unreachable one for link 0.

@@ -207,27 +207,31 @@ func (k *kernel) deleteAddresses(link netlink.Link, stale []netip.Prefix, change
 	return nil
 }
 
-// openWireGuard returns a client and the device as it is. A user-space tunnel that does not answer is ErrNoTunnel: it is
-// asked with a time limit first, because wgctrl would wait for a hung one without end.
-func openWireGuard(ctx context.Context, mode Mode) (*wgctrl.Client, *wgtypes.Device, error) {
+// openWireGuard returns a client for the device. A user-space tunnel that does not answer is ErrNoTunnel: it is asked with a
+// time limit first, because wgctrl would wait for a hung one without end.
+func openWireGuard(ctx context.Context, mode Mode) (*wgctrl.Client, error) {
 	if mode == ModeUserspace {
 		if err := askTunnel(ctx); err != nil {
-			return nil, nil, fmt.Errorf("asking the user-space tunnel at %s (%w): %w", uapiSocket, err, ErrNoTunnel)
+			return nil, fmt.Errorf("asking the user-space tunnel at %s (%w): %w", uapiSocket, err, ErrNoTunnel)
 		}
 	}
 	client, err := wgctrl.New()
 	if err != nil {
-		return nil, nil, fmt.Errorf("opening WireGuard's control: %w", err)
+		return nil, fmt.Errorf("opening WireGuard's control: %w", err)
 	}
-	device, err := client.Device(mesh.Link)
-	if err != nil {
-		closeQuietly(client)
-		return nil, nil, fmt.Errorf("reading WireGuard on %s: %w", mesh.Link, err)
-	}
-	return client, device, nil
+	return client, nil
 }
 
-// askTunnel opens the tunnel's socket and waits for one byte of its answer.
+// readDevice returns the device with all its peers.
+func readDevice(client *wgctrl.Client) (*wgtypes.Device, error) {
+	device, err := client.Device(mesh.Link)
+	if err != nil {
+		return nil, fmt.Errorf("reading WireGuard on %s: %w", mesh.Link, err)
+	}
+	return device, nil
+}
+
+// askTunnel lets the tunnel change nothing and waits for its answer, which costs the same however many peers it has.
 func askTunnel(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, tunnelPatience)
 	defer cancel()
@@ -240,7 +244,7 @@ func askTunnel(ctx context.Context) error {
 	if err = conn.SetDeadline(deadline); err != nil {
 		return err
 	}
-	if _, err = conn.Write([]byte("get=1\n\n")); err != nil {
+	if _, err = conn.Write([]byte("set=1\n\n")); err != nil {
 		return err
 	}
 	_, err = conn.Read(make([]byte, 1))

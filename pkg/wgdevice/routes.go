@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -22,62 +23,105 @@ const (
 	metricIPv6        = 1024
 )
 
-// route is a route in the main table, as far as we set it.
+// nodeTable is the table of the routes to nodes' own addresses, which are for pods alone.
+const nodeTable = 87
+
+// route is a route, as far as we set it.
 type route struct {
 	routeID
 	// link is the index of the link, 0 where the kernel finds it from via or where there is none.
 	link   int
 	via    netip.Addr
 	source netip.Addr
+	// mtu is the greatest packet for the way, 0 where it is the link's.
+	mtu int
 }
 
 // routeID is what the kernel tells our routes apart by.
 type routeID struct {
 	destination netip.Prefix
 	metric      int
+	table       int
 }
 
 // unreachableRoutes are the net below all other routes: what no other route takes is refused, not sent to the default.
-func unreachableRoutes(c mesh.Config) []route {
+func unreachableRoutes(prefixes []netip.Prefix) []route {
 	var routes []route
-	for _, p := range c.Unreachable {
-		routes = append(routes, route{routeID: routeID{p.Masked(), metricUnreachable}})
+	for _, p := range prefixes {
+		routes = append(routes, route{routeID: routeID{p.Masked(), metricUnreachable, unix.RT_TABLE_MAIN}})
 	}
 	return routes
 }
 
-// linkRoutes are the routes through the link.
-func linkRoutes(c mesh.Config, link int) []route {
-	var routes []route
-	for _, r := range c.Routes {
-		routes = append(routes, route{routeID: unicastID(r.Destination), link: link, source: r.Source})
+// meshRoutes are the routes to other nodes' pods: through the link, or by the nodes' addresses where the mesh has none.
+func (m *memory) meshRoutes(planned []mesh.Route) []route {
+	routes := make([]route, 0, len(planned))
+	for _, p := range planned {
+		r := route{routeID: unicastID(p.Destination, unix.RT_TABLE_MAIN), mtu: p.MTU}
+		if m.encrypted {
+			r.link, r.source = m.link, p.Source
+		} else {
+			r.via = p.Via
+		}
+		routes = append(routes, r)
 	}
 	return routes
 }
 
-// plainRoutes are the routes of a mesh without encryption.
-func plainRoutes(c mesh.Config) []route {
+// hostRoutes are the routes to the nodes' own addresses that the peers carry.
+func (m *memory) hostRoutes() []route {
 	var routes []route
-	for _, r := range c.Routes {
-		routes = append(routes, route{routeID: unicastID(r.Destination), via: r.Via})
+	for _, p := range m.peers {
+		for _, host := range p.hosts() {
+			routes = append(routes, m.hostRoute(host))
+		}
 	}
+	slices.SortFunc(routes, func(a, b route) int { return comparePrefixes(a.destination, b.destination) })
 	return routes
 }
 
-func unicastID(destination netip.Prefix) routeID {
+// hostRoute leads pods to a node's own address.
+func (m *memory) hostRoute(host netip.Prefix) route {
+	return route{routeID: unicastID(host, nodeTable), link: m.link}
+}
+
+func unicastID(destination netip.Prefix, table int) routeID {
 	if destination.Addr().Is4() {
-		return routeID{destination.Masked(), metricIPv4}
+		return routeID{destination.Masked(), metricIPv4, table}
 	}
-	return routeID{destination.Masked(), metricIPv6}
+	return routeID{destination.Masked(), metricIPv6, table}
+}
+
+func routesByID(routes []route) map[routeID]route {
+	byID := make(map[routeID]route, len(routes))
+	for _, r := range routes {
+		byID[r.routeID] = r
+	}
+	return byID
+}
+
+// patchRoutes writes routes without a look at what stands, which is remembered.
+func (m *memory) patchRoutes(k *kernel, want, gone []route, changes *Changes) error {
+	var stand []route
+	for _, r := range slices.Concat(want, gone) {
+		if old, stands := m.routes[r.routeID]; stands {
+			stand = append(stand, old)
+		}
+	}
+	add, replace, remove := routeDelta(want, stand)
+	for _, r := range want {
+		m.routes[r.routeID] = r
+	}
+	for _, r := range remove {
+		delete(m.routes, r.routeID)
+	}
+	return k.writeRoutes(add, replace, remove, changes)
 }
 
 // routeDelta compares wanted routes with those of ours that stand: which are to be added, which take the place of one
 // that stands, and which are to go.
 func routeDelta(wanted, actual []route) (add, replace, remove []route) {
-	have := make(map[routeID]route, len(actual))
-	for _, r := range actual {
-		have[r.routeID] = r
-	}
+	have := routesByID(actual)
 	want := make(map[routeID]bool, len(wanted))
 	for _, r := range wanted {
 		want[r.routeID] = true
@@ -139,7 +183,10 @@ func (k *kernel) writeRoutes(add, replace, remove []route, changes *Changes) err
 	for _, r := range remove {
 		try("deleting", r, func(n *netlink.Route) error {
 			n.Scope = netlink.SCOPE_NOWHERE // of any scope
-			return k.RouteDel(n)
+			if err := k.RouteDel(n); !errors.Is(err, unix.ESRCH) {
+				return err
+			}
+			return nil // somebody else did it
 		})
 	}
 	return errors.Join(errs...)
@@ -149,7 +196,7 @@ func (k *kernel) writeRoutes(add, replace, remove []route, changes *Changes) err
 func (k *kernel) routes() ([]route, error) {
 	var ours []route
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		filter := &netlink.Route{Table: unix.RT_TABLE_MAIN, Protocol: RouteProtocol}
+		filter := &netlink.Route{Table: unix.RT_TABLE_UNSPEC, Protocol: RouteProtocol} // of all tables
 		list, err := k.RouteListFiltered(family, filter, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL)
 		if err != nil {
 			return nil, fmt.Errorf("listing routes: %w", err)
@@ -163,7 +210,7 @@ func (k *kernel) routes() ([]route, error) {
 
 // routeOf converts from the kernel's view.
 func routeOf(n *netlink.Route) route {
-	r := route{routeID: routeID{prefixOf(n.Dst), n.Priority}}
+	r := route{routeID: routeID{prefixOf(n.Dst), n.Priority, n.Table}, mtu: n.MTU}
 	r.via, _ = netip.AddrFromSlice(n.Gw)
 	r.source, _ = netip.AddrFromSlice(n.Src)
 	if n.Type == unix.RTN_UNICAST && !r.via.IsValid() {
@@ -178,11 +225,12 @@ func (r route) netlink() *netlink.Route {
 		Dst:       ipNet(r.destination),
 		Priority:  r.metric,
 		Protocol:  RouteProtocol,
-		Table:     unix.RT_TABLE_MAIN,
+		Table:     r.table,
 		Type:      unix.RTN_UNICAST,
 		LinkIndex: r.link,
 		Gw:        r.via.AsSlice(),
 		Src:       r.source.AsSlice(),
+		MTU:       r.mtu,
 	}
 	switch {
 	case r.metric == metricUnreachable:

@@ -1,0 +1,162 @@
+package wgdevice
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"slices"
+
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/warren-cni/warren/pkg/mesh"
+)
+
+// ErrUnknown says that a change alone would not do, because it is not known what the kernel has: an Apply has to come first.
+var ErrUnknown = errors.New("the kernel's state is not known")
+
+// Patch makes one change to the mesh that stands, without a look at what does not change. It is what an Apply of the mesh as it is
+// then would write. It returns ErrUnknown, having written nothing, before the first Apply, after an error, with another
+// key, and where the link itself changes.
+func (d *Device) Patch(ctx context.Context, change mesh.Change, key Key) (Changes, error) {
+	d.writing.Lock()
+	defer d.writing.Unlock()
+	m := &d.memory
+	if !m.known || change.Link || m.encrypted && m.key.private() != key.private() {
+		return Changes{}, ErrUnknown
+	}
+	if change.Empty() {
+		return Changes{}, nil
+	}
+	m.known = false
+	k, err := openKernel()
+	if err != nil {
+		return Changes{}, err
+	}
+	defer k.Close()
+	var changes Changes
+	err = d.patch(ctx, k, change, &changes)
+	m.known = err == nil
+	return changes, err
+}
+
+// patch writes the peers, then the routes to them.
+func (d *Device) patch(ctx context.Context, k *kernel, change mesh.Change, changes *Changes) error {
+	m := &d.memory
+	add, remove := m.meshRoutes(change.Routes), m.meshRoutes(change.RemovedRoutes)
+	if m.encrypted && len(change.Peers)+len(change.RemovedPeers) > 0 {
+		mode, err := d.resolve(k)
+		if err != nil {
+			return err
+		}
+		client, err := openWireGuard(ctx, mode)
+		if err != nil {
+			return err
+		}
+		defer closeQuietly(client)
+		var had []wgtypes.Key
+		for _, p := range slices.Concat(change.Peers, change.RemovedPeers) {
+			had = append(had, keysOf(m.planned[p.Node])...)
+		}
+		steps := m.delta(change.Peers, had, d.clock())
+		come, leave := m.hostChange(steps)
+		add, remove = append(add, come...), append(remove, leave...)
+		if err = m.write(client, wgtypes.Config{}, steps, changes); err != nil {
+			return err
+		}
+		for _, p := range change.RemovedPeers {
+			delete(m.planned, p.Node)
+		}
+		for _, p := range change.Peers {
+			m.planned[p.Node] = p
+		}
+	}
+	return m.patchRoutes(k, add, remove, changes)
+}
+
+// Follow gives the allowed IPs of each peer that is about to change its key to the new one, once a handshake has shown that the
+// peer uses it, and returns how many peers have not shown it yet. The caller asks again every few milliseconds while there are any: what
+// such a peer sends from then on is dropped until its new key has the allowed IPs.
+func (d *Device) Follow(ctx context.Context, want mesh.Config) (pending int, err error) {
+	d.writing.Lock()
+	defer d.writing.Unlock()
+	m := &d.memory
+	waiting := m.waiting(want.Peers)
+	if len(waiting) == 0 || !m.known || !m.encrypted {
+		return len(waiting), nil
+	}
+	m.known = false
+	k, err := openKernel()
+	if err != nil {
+		return len(waiting), err
+	}
+	defer k.Close()
+	if err = d.follow(ctx, k, waiting); err != nil {
+		return len(waiting), err
+	}
+	m.known = true
+	return len(m.waiting(want.Peers)), nil
+}
+
+// follow writes what an Apply would, for some peers.
+func (d *Device) follow(ctx context.Context, k *kernel, waiting []mesh.Peer) error {
+	mode, err := d.resolve(k)
+	if err != nil {
+		return err
+	}
+	client, err := openWireGuard(ctx, mode)
+	if err != nil {
+		return err
+	}
+	defer closeQuietly(client)
+	actual, err := readDevice(client)
+	if err != nil {
+		return err
+	}
+	m, now := &d.memory, d.clock()
+	m.see(actual, now)
+	var shaken []mesh.Peer
+	var had []wgtypes.Key
+	for _, p := range waiting {
+		if m.planned[p.Node].Next == p.Next && !m.peers[p.Next].handshake.IsZero() {
+			shaken = append(shaken, p)
+			had = append(had, p.PublicKey)
+		}
+	}
+	var changes Changes
+	steps := m.delta(shaken, had, now)
+	come, leave := m.hostChange(steps)
+	if err = m.write(client, wgtypes.Config{}, steps, &changes); err != nil {
+		return err
+	}
+	return m.patchRoutes(k, come, leave, &changes)
+}
+
+// waiting returns the peers whose next key is not known to be in use.
+func (m *memory) waiting(peers []mesh.Peer) []mesh.Peer {
+	var waiting []mesh.Peer
+	for _, p := range peers {
+		if p.Next != [32]byte{} && m.peers[p.Next].handshake.IsZero() {
+			waiting = append(waiting, p)
+		}
+	}
+	return waiting
+}
+
+// hostChange returns the routes to nodes' own addresses that come and go with a change of peers that is not written yet.
+func (m *memory) hostChange(steps []step) (come, leave []route) {
+	stays := map[netip.Prefix]bool{}
+	for _, s := range steps {
+		for _, host := range s.after.hosts() {
+			stays[host] = true
+			come = append(come, m.hostRoute(host))
+		}
+	}
+	for _, s := range steps {
+		for _, host := range m.peers[s.config.PublicKey].hosts() {
+			if !stays[host] {
+				leave = append(leave, m.hostRoute(host))
+			}
+		}
+	}
+	return come, leave
+}

@@ -1,0 +1,77 @@
+package wgdevice
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/warren-cni/warren/pkg/mesh"
+)
+
+// rulePriority puts our rules before those that lead to the main table.
+const rulePriority = 8787
+
+// nodeRules returns the sources for which the routes to nodes' own addresses are: the node's pods. What the node itself sends has
+// another source, the tunnel's own packets among it, and never goes into the tunnel by these routes.
+func nodeRules(want mesh.Config) []netip.Prefix {
+	if !slices.ContainsFunc(want.Peers, func(p mesh.Peer) bool { return len(p.NodeAddresses) > 0 }) {
+		return nil
+	}
+	return want.PodCIDRs
+}
+
+// syncRules makes our rules lead from the wanted sources to the table of the nodes' own addresses.
+func (k *kernel) syncRules(wanted []netip.Prefix, changes *Changes) error {
+	actual, err := k.rules()
+	if err != nil {
+		return err
+	}
+	var have []netip.Prefix
+	var errs []error
+	for i := range actual {
+		r := &actual[i]
+		source := prefixOf(r.Src)
+		if r.Table == nodeTable && r.Priority == rulePriority && slices.Contains(wanted, source) && !slices.Contains(have, source) {
+			have = append(have, source)
+			continue
+		}
+		if err = k.RuleDel(r); err != nil {
+			errs = append(errs, fmt.Errorf("deleting the rule from %s to table %d: %w", source, r.Table, err))
+			continue
+		}
+		changes.Routes++
+	}
+	for _, source := range wanted {
+		if slices.Contains(have, source) {
+			continue
+		}
+		r := netlink.NewRule()
+		r.Src, r.Table, r.Priority, r.Protocol = ipNet(source), nodeTable, rulePriority, RouteProtocol
+		if err = k.RuleAdd(r); err != nil {
+			errs = append(errs, fmt.Errorf("adding a rule from %s to table %d: %w", source, nodeTable, err))
+			continue
+		}
+		changes.Routes++
+	}
+	return errors.Join(errs...)
+}
+
+// rules lists our rules.
+func (k *kernel) rules() ([]netlink.Rule, error) {
+	var ours []netlink.Rule
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		list, err := k.RuleList(family)
+		if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
+			continue // a kernel without the family, or without rules, has none of ours
+		}
+		if err != nil {
+			return nil, fmt.Errorf("listing rules: %w", err)
+		}
+		ours = append(ours, slices.DeleteFunc(list, func(r netlink.Rule) bool { return r.Protocol != RouteProtocol })...)
+	}
+	return ours, nil
+}

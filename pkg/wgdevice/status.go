@@ -1,0 +1,67 @@
+package wgdevice
+
+import (
+	"context"
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// Status is the state of the link as WireGuard reports it.
+type Status struct {
+	// Mode is ModeKernel or ModeUserspace.
+	Mode  Mode
+	Peers []PeerStatus
+}
+
+// PeerStatus is the state of a peer. LastHandshake is zero where there was none.
+type PeerStatus struct {
+	PublicKey  [32]byte
+	Endpoint   netip.AddrPort
+	AllowedIPs []netip.Prefix
+	// NodeAddresses are the node's own addresses that pods reach through the tunnel now.
+	NodeAddresses []netip.Addr
+	LastHandshake time.Time
+	ReceivedBytes int64
+	SentBytes     int64
+}
+
+// Status reads the state of the peers.
+func (d *Device) Status(ctx context.Context) (Status, error) {
+	k, err := openKernel()
+	if err != nil {
+		return Status{}, err
+	}
+	defer k.Close()
+	mode, err := d.resolve(k)
+	if err != nil {
+		return Status{}, err
+	}
+	client, err := openWireGuard(ctx, mode)
+	if err != nil {
+		return Status{}, err
+	}
+	defer closeQuietly(client)
+	actual, err := readDevice(client)
+	if err != nil {
+		return Status{}, err
+	}
+	status := Status{Mode: mode}
+	for i := range actual.Peers {
+		p := &actual.Peers[i]
+		s := PeerStatus{
+			PublicKey:     p.PublicKey,
+			Endpoint:      endpointOf(p),
+			AllowedIPs:    allowedOf(p),
+			LastHandshake: p.LastHandshakeTime,
+			ReceivedBytes: p.ReceiveBytes,
+			SentBytes:     p.TransmitBytes,
+		}
+		for _, host := range (peerState{allowed: s.AllowedIPs}).hosts() {
+			s.NodeAddresses = append(s.NodeAddresses, host.Addr())
+		}
+		status.Peers = append(status.Peers, s)
+	}
+	slices.SortFunc(status.Peers, func(a, b PeerStatus) int { return slices.Compare(a.PublicKey[:], b.PublicKey[:]) })
+	return status, nil
+}
