@@ -83,7 +83,7 @@ func (a *apply) family(ctx context.Context, p *familyPlan) error {
 // createAll makes the sets that there are not and fills them: nothing refers to them yet.
 func (a *apply) createAll(p *familyPlan) error {
 	var errs []error
-	for _, r := range [...]netfilter.Role{netfilter.Allows, netfilter.Selects, netfilter.Isolates} {
+	for _, r := range [...]netfilter.Role{netfilter.Allows, netfilter.Selects, netfilter.Isolates, netfilter.Frees} {
 		for i := range p.sets {
 			if s := &p.sets[i]; s.Role == r && s.create {
 				errs = append(errs, a.createFull(p, s))

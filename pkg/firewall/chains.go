@@ -72,7 +72,8 @@ func (a *apply) ready(p *familyPlan, at place) []netfilter.Chain {
 }
 
 // write replaces and deletes chains of a table by one run of a program. Where that is refused, it finds the chains that are at
-// fault and closes them, if they may be closed; closable chains lead to no others and the others lead to them, so they come first.
+// fault and closes them, if they may be closed. The others lead to closable chains, so these come first, and before them what they may
+// lead to: new chains that lead nowhere.
 func (a *apply) write(ctx context.Context, at place, chains []netfilter.Chain, deleted []string) error {
 	if len(chains)+len(deleted) == 0 {
 		return nil
@@ -82,15 +83,21 @@ func (a *apply) write(ctx context.Context, at place, chains []netfilter.Chain, d
 	if !refused(err) || len(closable) == 0 {
 		return err
 	}
+	t := a.known.tables[at]
 	// While it is unknown what may stand, nothing passes by what is to go. After a warning the chains stand, without what was
 	// left out of them.
-	t := a.known.tables[at]
 	standing := slices.DeleteFunc(slices.Clone(closable), func(c netfilter.Chain) bool {
 		have, stands := t.chains[c.Name]
 		return !errors.Is(err, errWarned) && (!stands || have.holds(c.Closed().Rules))
 	})
 	if err := a.close(ctx, at, standing); err != nil {
 		return err
+	}
+	ends, rest := t.newEnds(rest)
+	if len(ends) > 0 {
+		if err := a.replace(ctx, at, ends, nil); err != nil {
+			return err
+		}
 	}
 	a.attempts = 0
 	if err := a.try(ctx, at, closable); err != nil {

@@ -143,7 +143,7 @@ func (a *apply) fault(p *familyPlan, s *setPlan, is shortcoming, err error) erro
 	if s.Role == netfilter.Selects && !leads(users, s.Name) {
 		return err // a fence: it closes by itself
 	}
-	if is == missing || is == overfull && s.Role == netfilter.Allows {
+	if is == missing || is == overfull && s.Role == netfilter.Allows || is == unfilled && s.Role == netfilter.Frees {
 		a.broken[s.Name] = err
 	}
 	var out []netfilter.Entry
@@ -229,8 +229,8 @@ func leads(users []netfilter.Chain, set string) bool {
 }
 
 // mended returns the chain as it may stand while sets are broken: closed where it may be, else without the rules that refer to a set
-// that leads or isolates, because whom these concern is dropped or kept out. With another set in it, it comes back as it is
-// and is refused.
+// that leads, isolates or frees, because whom these concern is dropped, kept out or judged by other rules. With another set in it, it
+// comes back as it is and is refused.
 func (a *apply) mended(c netfilter.Chain, roles map[string]netfilter.Role) (netfilter.Chain, error) {
 	var errs []error
 	rules := slices.DeleteFunc(slices.Clone(c.Rules), func(r netfilter.Rule) bool {

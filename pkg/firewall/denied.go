@@ -47,7 +47,7 @@ func (w *Firewall) Denied(ctx context.Context) ([]Denial, error) {
 func (w *Firewall) readDenials(ctx context.Context) ([]Denial, error) {
 	var read []Denial
 	for _, f := range netfilter.Families {
-		for _, table := range stages()[0] { // those that close
+		for _, table := range [...]string{"raw", "mangle", "filter"} { // nat drops nothing
 			saved, err := w.tools[f].run(ctx, "", w.tools[f].save, "-c", "-t", table)
 			if err != nil {
 				return nil, fmt.Errorf("reading the counters of %s: %w", place{f, table}, err)

@@ -2,6 +2,7 @@ package firewall
 
 import (
 	"net/netip"
+	"slices"
 
 	"github.com/warren-cni/warren/pkg/netfilter"
 )
@@ -38,7 +39,14 @@ type goneSet struct {
 	members map[netfilter.Entry]struct{}
 }
 
-// order returns the moves before the chains are written, and those after.
+// order returns the moves before the chains are written, and those after. Who is free is asked of those whom no other set knows, so nobody
+// misses it who enters these sets first and leaves them last.
+func (p *familyPlan) order() (before, after []move) {
+	before, after = p.turn()
+	return slices.Insert(before, 0, move{netfilter.Frees, true}), append(after, move{netfilter.Frees, false})
+}
+
+// turn returns the moves of the sets that decide, before the chains are written and after.
 //
 // Each pod has a verdict in each direction, and a packet passes when those of both its ends agree. So it must not happen that one
 // end is judged by the new rules already, the other one still by the old ones, and both allow what each whole state denies at the
@@ -52,7 +60,7 @@ type goneSet struct {
 //   - Where a policy comes that no chain had before, who is isolated already can only gain by it, and may be judged by the rules of
 //     his old group a little longer.
 //   - Where one address changes its place among those that are allowed, and nothing else, it enters before it leaves.
-func (p *familyPlan) order() (before, after []move) {
+func (p *familyPlan) turn() (before, after []move) {
 	enter := func(r netfilter.Role) move { return move{r, true} }
 	leave := func(r netfilter.Role) move { return move{r, false} }
 	c := p.census()
@@ -110,7 +118,7 @@ func (p *familyPlan) census() census {
 // count takes the changes of one set.
 func (c *census) count(s *setPlan) {
 	switch s.Role {
-	case netfilter.Gate:
+	case netfilter.Gate, netfilter.Frees:
 	case netfilter.Allows:
 		if !s.create { // otherwise nothing refers to it
 			c.allowed.note(s.add)

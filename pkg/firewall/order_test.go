@@ -33,7 +33,7 @@ func (f flow) String() string {
 // allowed tells whether the rules of one family let a flow begin.
 func (f flow) allowed(t *testing.T, filter *trace.Filter, places map[netip.Addr]string) bool {
 	t.Helper()
-	v, err := filter.Walk("mangle", "FORWARD", trace.Packet{
+	v, err := filter.Forward(trace.Packet{
 		In: places[f.src], Out: places[f.dst], Src: f.src, Dst: f.dst, Protocol: f.protocol, DstPort: f.port, State: "NEW", Flags: "S",
 	})
 	if err != nil {

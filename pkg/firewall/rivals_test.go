@@ -215,13 +215,13 @@ func (s *site) iptablesRestore(text string) {
 }
 
 // TestRivalsOpenNothing lets other programs do to the rules what they do on real nodes. What a policy denies stays denied, also
-// where no packet comes to the rules that judge, but not where these themselves are taken away. An audit brings back what was, and
+// where no packet comes to the rules that judge, or these are flushed, but not where all tables are replaced at once. An audit brings back what was, and
 // touches no rule of others. Between the node and its pods all goes on meanwhile.
 func TestRivalsOpenNothing(t *testing.T) {
 	attacks := []struct {
 		name string
 		do   func(s *site)
-		// open: the rules that judge are gone until the audit. shut: no packet comes to them, or the sets that the gate asks are
+		// open: all our rules are gone until the audit. shut: no packet comes to those that judge, or these or their sets are
 		// gone, or what accepts.
 		open, shut bool
 	}{
@@ -239,8 +239,10 @@ func TestRivalsOpenNothing(t *testing.T) {
 			do:   func(s *site) { s.iptables("-t mangle -F FORWARD"); s.iptables("-I FORWARD -j ACCEPT") }, shut: true,
 		},
 		{name: "chain flushed", do: func(s *site) { s.iptables("-t mangle -F WARREN-FORWARD") }, shut: true},
-		{name: "policies flushed", do: func(s *site) { s.iptables("-t mangle -F " + netfilter.PolicyChain) }, open: true},
-		{name: "mangle flushed", do: func(s *site) { s.iptables("-t mangle -F") }, open: true},
+		{name: "policies flushed", do: func(s *site) { s.iptables("-t mangle -F " + netfilter.PolicyChain) }, shut: true},
+		{name: "group flushed", do: func(s *site) { s.iptables("-t mangle -F " + netfilter.Name("I", "shop/server")) }, shut: true},
+		{name: "isolated flushed", do: func(s *site) { s.run("ipset flush WARREN-ISOLATED4"); s.run("ipset flush WARREN-ISOLATED6") }, shut: true},
+		{name: "mangle flushed", do: func(s *site) { s.iptables("-t mangle -F") }, shut: true},
 		{name: "all restored as it was before", do: func(s *site) { s.iptablesRestore(rivals) }, open: true},
 	}
 	onEach(t, func(n *node) {

@@ -143,6 +143,19 @@ func (t *table) unheard(objects []string) bool {
 	return slices.ContainsFunc(objects, func(o string) bool { return !heard[o] })
 }
 
+// newEnds divides chains into those that do not stand yet and refer to no chain or set of ours, and the others.
+func (t *table) newEnds(chains []netfilter.Chain) (ends, rest []netfilter.Chain) {
+	for _, c := range chains {
+		_, stands := t.chains[c.Name]
+		if stands || slices.ContainsFunc(c.Rules, func(r netfilter.Rule) bool { return slices.ContainsFunc(r.Args, ours) }) {
+			rest = append(rest, c)
+		} else {
+			ends = append(ends, c)
+		}
+	}
+	return ends, rest
+}
+
 // leftOver returns the names of the table's chains of ours that are not wanted, sorted.
 func (t *table) leftOver(wanted []netfilter.Chain) []string {
 	keep := map[string]bool{}

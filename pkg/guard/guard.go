@@ -27,6 +27,7 @@ const (
 	judgedChain  = netfilter.Prefix + "-JUDGED"
 	natChain     = netfilter.Prefix + "-NAT"
 	acceptChain  = netfilter.Prefix + "-ACCEPT"
+	beltChain    = netfilter.Prefix + "-BELT"
 )
 
 // Config is what the rules depend on. Prefixes are masked.
@@ -77,6 +78,7 @@ func (c Config) compile(f netfilter.Family) netfilter.Rules {
 		Sets: sets,
 		Chains: []netfilter.Chain{
 			{Table: "filter", Name: acceptChain, Rules: p.accept()},
+			{Table: "filter", Name: beltChain, Rules: belt()},
 			{Table: "mangle", Name: forwardChain, Rules: p.forward()},
 			{Table: "mangle", Name: guardChain, Rules: p.guard()},
 			{Table: "mangle", Name: judgedChain, Rules: judged()},
@@ -85,6 +87,7 @@ func (c Config) compile(f netfilter.Family) netfilter.Rules {
 		},
 		Hooks: []netfilter.Hook{
 			{Table: "filter", BuiltIn: "FORWARD", Chain: acceptChain, Append: true},
+			{Table: "filter", BuiltIn: "FORWARD", Chain: beltChain},
 			{Table: "mangle", BuiltIn: "FORWARD", Chain: forwardChain},
 			{Table: "mangle", BuiltIn: "POSTROUTING", Chain: guardChain},
 			{Table: "nat", BuiltIn: "POSTROUTING", Chain: natChain},

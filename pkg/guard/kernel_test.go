@@ -244,6 +244,7 @@ func TestPackets(t *testing.T) {
 		tool := map[netfilter.Family]string{netfilter.IPv4: "iptables", netfilter.IPv6: "ip6tables"}[f]
 		n.run(n.node, "", tool, "-t", "raw", "-F")
 		n.run(n.node, "", tool, "-t", "mangle", "-F")
+		n.run(n.node, "", tool, "-F", "WARREN-BELT")
 		n.expect("pod from a foreign address, no rules", n.probe(n.pod, foreign[f], lanHost[f], port, n.lan), foreign[f])
 	}
 }

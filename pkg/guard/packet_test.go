@@ -170,9 +170,17 @@ func TestTranslation(t *testing.T) {
 func TestAccept(t *testing.T) {
 	hook := func(name string, p trace.Packet, want string) step { return step{name, "filter", "FORWARD", p, want} }
 	dnat := func(p *trace.Packet) { p.DNAT = true }
+	judged := func(p *trace.Packet) { p.Mark = netfilter.JudgedMark }
+	fromPod, toPod := route("wrn1", "eth0", "10.244.1.7", "192.0.2.1"), route("eth0", "wrn1", "192.0.2.1", "10.244.1.7")
 	run(t, dual(), []step{
-		hook("from a pod", route("wrn1", "eth0", "10.244.1.7", "192.0.2.1"), "ACCEPT"),
-		hook("to a pod", route("eth0", "wrn1", "192.0.2.1", "10.244.1.7"), "ACCEPT"),
+		hook("from a pod", with(fromPod, judged), "ACCEPT"),
+		hook("to a pod", with(toPod, judged), "ACCEPT"),
+		hook("from a pod, established", with(fromPod, state("ESTABLISHED")), "ACCEPT"),
+		hook("to a pod, established", with(toPod, state("ESTABLISHED")), "ACCEPT"),
+		hook("to a pod, established, but cut", with(with(toPod, state("ESTABLISHED")), cut), "DROP"),
+		hook("from a pod, not judged", fromPod, "DROP"),
+		hook("to a pod, not judged", toPod, "DROP"),
+		hook("no connection to judge by", with(fromPod, state("INVALID")), "DROP"),
 		hook("a client of a Service", with(route("eth0", "warren0", "192.0.2.1", "10.244.2.9"), dnat), "ACCEPT"),
 		hook("its answer", with(route("warren0", "eth0", "10.244.2.9", "192.0.2.1"), dnat), "ACCEPT"),
 		hook("another host that routes through the node", route("eth0", "warren0", "192.0.2.1", "10.244.2.9"), ""),

@@ -77,8 +77,7 @@ func (p plan) forward() []netfilter.Rule {
 		// They would not be translated, and leave with the pod's address.
 		rule("no connection to judge by", "-i wrn+ -m conntrack --ctstate INVALID,UNTRACKED -j DROP"),
 		rule("allowed when it began", "-m conntrack --ctstate ESTABLISHED,RELATED -j RETURN"),
-		rule("new connections", "-j "+netfilter.PolicyChain),
-		rule("allowed", fmt.Sprintf("-j MARK --set-xmark %#x/%#x", netfilter.JudgedMark, netfilter.JudgedMark)))
+		rule("new connections", "-j "+netfilter.PolicyChain))
 }
 
 // cut stops the connections that policies no longer allow.
@@ -128,12 +127,24 @@ func (p plan) count() []netfilter.Rule {
 // through no FORWARD, and has one of the node's addresses, also where it carries a pod's packet (IPsec). A connection whose
 // first packet is dropped here is none to conntrack, so that nothing is established past the policies.
 func judged() []netfilter.Rule {
-	unjudged := fmt.Sprintf(" -m mark ! --mark %#x/%#x -m addrtype ! --src-type LOCAL -j DROP", netfilter.JudgedMark, netfilter.JudgedMark)
+	foreign := unjudged() + " -m addrtype ! --src-type LOCAL -j DROP"
 	return []netfilter.Rule{
-		rule("not judged", "-i wrn+"+unjudged), // here -i is there for what is forwarded, since Linux 5.7
-		rule("not judged", "-o wrn+"+unjudged),
+		rule("not judged", "-i wrn+"+foreign), // here -i is there for what is forwarded, since Linux 5.7
+		rule("not judged", "-o wrn+"+foreign),
 		rule("nobody else sees the mark", fmt.Sprintf("-j MARK --set-xmark 0x0/%#x", netfilter.JudgedMark)),
 	}
+}
+
+// unjudged matches what lacks netfilter.JudgedMark.
+func unjudged() string {
+	return fmt.Sprintf(" -m mark ! --mark %#x/%#x", netfilter.JudgedMark, netfilter.JudgedMark)
+}
+
+// belt holds back the same in another table, because a flush of mangle takes all rules there that judge, and those that drop what
+// was not judged. It stands first, ahead of what other programs accept, and accepts nothing itself.
+func belt() []netfilter.Rule {
+	begins := " -m conntrack ! --ctstate ESTABLISHED,RELATED" + unjudged() + " -j DROP"
+	return []netfilter.Rule{cut(), rule("not judged", "-i wrn+"+begins), rule("not judged", "-o wrn+"+begins)}
 }
 
 // nat gives packets that leave the pods' world the node's address, and the node's packets to remote pods an address that

@@ -17,8 +17,8 @@ import (
 // pkg/guard drops what carries it, pkg/conntrack sets and clears it. No other bit of the mark is read or changed.
 const CutMark = 1 << 24
 
-// JudgedMark is the bit in the mark of a packet by which a connection begins that the policies allow: pkg/guard sets it in
-// FORWARD, and in POSTROUTING drops what lacks it and clears it. No other bit of the mark is read or changed.
+// JudgedMark is the bit in the mark of a packet by which a connection begins that the policies allow: pkg/policy sets it where they do,
+// and pkg/guard drops what lacks it behind FORWARD, and clears it. No other bit of the mark is read or changed.
 const JudgedMark = 1 << 25
 
 // LogGroup is the NFLOG group of the packets that policies ask to log.
@@ -111,6 +111,10 @@ const (
 	// Isolates is the role of the sets of isolated addresses: who enters it may do less. pkg/firewall says when they change. An
 	// address that could not enter is taken out of the gate.
 	Isolates
+	// Frees is the role of the sets of addresses that are not isolated. Rules ask them that drop whom no other set knows, so that nothing
+	// opens where another program empties one that isolates. Members enter before anything else changes, and leave behind it.
+	// While such a set cannot be filled, the rules that ask it are left out: the others decide without them.
+	Frees
 	// Gate is the role of the start gate's set: what leaves it leaves before anything else of an apply, and what enters it
 	// enters last, when every rule and every other set stands. Other programs take members out, too.
 	Gate
@@ -153,8 +157,8 @@ type Chain struct {
 	Name  string
 	Rules []Rule
 	// Closable names the objects that the rules come from, for example "shop/api", where the kernel may hold Closed in the
-	// chain's place: when it refuses one of the rules, the rest of the table must not wait for it. Such a chain leads to no
-	// other chain of ours. A chain without names is never closed: that it cannot be written is a failure of the whole.
+	// chain's place: when it refuses one of the rules, the rest of the table must not wait for it. Such a chain leads only to
+	// chains without names that lead nowhere. A chain without names is never closed: that it cannot be written is a failure of the whole.
 	Closable []string
 }
 

@@ -35,7 +35,9 @@ type Compiler struct {
 	sets       map[string]*set
 	groups     map[groupID]*group
 	chains     map[string]*group
-	frame      netfilter.Ruleset
+	// local are the pods of the own node.
+	local map[*pod]bool
+	frame netfilter.Ruleset
 	news
 }
 
@@ -77,7 +79,7 @@ func NewCompiler(self string, o Options) *Compiler {
 		self: self, log: o.Log, namespaces: map[string]*namespace{},
 		owners:     owners{first: map[netip.Addr]*pod{}, more: map[netip.Addr][]*pod{}},
 		selections: map[selector]*selection{}, scopes: map[selector]*scope{}, sets: map[string]*set{},
-		groups: map[groupID]*group{}, chains: map[string]*group{},
+		groups: map[groupID]*group{}, chains: map[string]*group{}, local: map[*pod]bool{},
 		news: news{dirty: map[*pod]*namespace{}, stale: map[*group]bool{}, edits: map[*set]*netfilter.SetChange{}},
 	}
 	for _, f := range netfilter.Families {

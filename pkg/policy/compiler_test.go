@@ -105,7 +105,7 @@ func agreesWithTracer(t *testing.T, c *policy.Compiler, s cluster.Snapshot) {
 	places := interfaces(s)
 	filters := load(t, s, slices.Collect(maps.Keys(places)))
 	for _, f := range flows(places) {
-		verdict, err := filters[netfilter.FamilyOf(f.Src)].Walk("mangle", "FORWARD", firstPacket(places, f))
+		verdict, err := filters[netfilter.FamilyOf(f.Src)].Forward(firstPacket(places, f))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -2,6 +2,7 @@ package policy
 
 import (
 	"cmp"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -10,9 +11,9 @@ import (
 	"github.com/warren-cni/warren/pkg/netfilter"
 )
 
-// frame is what leads to the chains of the groups in one family: the sets of isolated pods and of the groups' members, and the
-// chains from the entry to the dispatch. It is as large as what is isolated on the node, so it is made anew when a pod comes
-// to a group or leaves it.
+// frame is what leads to the chains of the groups in one family: the sets of isolated and of free pods and of the groups' members, and
+// the chains from the entry to the dispatch. It is as large as the pods of the node are many, and is made anew when one of them comes
+// or goes, or changes its group.
 type frame struct {
 	family netfilter.Family
 	rules  netfilter.Rules
@@ -32,8 +33,15 @@ func (c *Compiler) newFrame(f netfilter.Family) netfilter.Rules {
 	}
 	slices.SortFunc(sorted, func(a, b *group) int { return slices.Compare(a.names, b.names) })
 	made := &frame{family: f}
-	in, out := made.dispatch(ingress(), sorted), made.dispatch(egress(), sorted)
-	made.entry(in, out)
+	var isolated []member
+	var directions []direction
+	for _, d := range []direction{egress(), ingress()} {
+		if members := made.dispatch(d, sorted); len(members) > 0 {
+			made.free(d, c.local, members)
+			isolated, directions = append(isolated, members...), append(directions, d)
+		}
+	}
+	made.entry(isolated, directions)
 	slices.SortFunc(made.rules.Sets, func(x, y netfilter.Set) int { return strings.Compare(x.Name, y.Name) })
 	slices.SortFunc(made.rules.Chains, netfilter.Chain.Compare)
 	return made.rules
@@ -65,11 +73,29 @@ func (m *frame) dispatch(d direction, groups []*group) []member {
 	return isolated
 }
 
-// entry makes the chains that lead to the dispatch; in and out are the pods isolated for ingress and egress.
-func (m *frame) entry(in, out []member) {
-	isolated := slices.Concat(in, out)
+// free makes the set of the local pods that are not isolated in a direction.
+func (m *frame) free(d direction, local map[*pod]bool, isolated []member) {
+	known := map[netip.Addr]bool{}
+	for _, one := range isolated {
+		known[one.address] = true
+	}
+	var free []member
+	for p := range local {
+		for _, a := range p.Addresses {
+			if netfilter.FamilyOf(a) == m.family && !known[a] {
+				free = append(free, member{address: a})
+			}
+		}
+	}
+	m.set(d.free+m.digit(), "pods not isolated for "+d.name, netfilter.Frees, free)
+}
+
+// entry makes the chains that lead to the dispatch in some directions; isolated are the pods that it finds there.
+func (m *frame) entry(isolated []member, directions []direction) {
+	m.chain(allowedChain, []netfilter.Rule{words("allowed", "-j MARK --set-xmark", markIs(netfilter.JudgedMark))})
+	passes := words("no policy is against it", "-g", allowedChain)
 	if len(isolated) == 0 {
-		m.chain(netfilter.PolicyChain, nil)
+		m.chain(netfilter.PolicyChain, []netfilter.Rule{passes})
 		return
 	}
 	slices.SortFunc(isolated, func(x, y member) int {
@@ -79,30 +105,49 @@ func (m *frame) entry(in, out []member) {
 	all := netfilter.Prefix + "-ISOLATED" + m.digit()
 	m.set(all, "pods that a policy selects", netfilter.Isolates, isolated)
 	src, dst := matchSet(all, "src"), matchSet(all, "dst")
-	m.chain(netfilter.PolicyChain, []netfilter.Rule{
+	rules := []netfilter.Rule{
 		words("may be the same pod", src, dst, "-g", selfChain),
 		words("", src, "-g", isolatedChain),
 		words("", dst, "-g", isolatedChain),
-	})
+	}
+	for _, d := range directions {
+		rules = append(rules,
+			words("neither isolated nor free", "-i wrn+", m.notFree(d, "src"), "-j DROP"),
+			words("neither isolated nor free", "-o wrn+", m.notFree(d, "dst"), "-j DROP"))
+	}
+	m.chain(netfilter.PolicyChain, append(rules, passes))
 
 	var self []netfilter.Rule
 	for _, one := range isolated {
 		a := one.address.String()
-		self = append(self, words(one.pod+" to itself", "-s", a, "-d", a, "-j", "RETURN"))
+		self = append(self, words(one.pod+" to itself", "-s", a, "-d", a, "-g", allowedChain))
 	}
 	m.chain(selfChain, append(self, words("", "-g", isolatedChain)))
+	m.chain(isolatedChain, append(m.judge(directions), passes))
+}
 
+// judge makes the rules that send a connection of an isolated pod to the dispatch of each direction, and drop it where it comes back
+// from there without the mark.
+func (m *frame) judge(directions []direction) []netfilter.Rule {
 	// A pod whose answers conntrack no longer knows would open, as the first packet of a new connection, what its
 	// policies closed; both directions, because the entry that such a packet makes is a reversed one.
 	rules := []netfilter.Rule{words("a connection begins with SYN", "-p tcp ! --syn -j DROP")}
-	if d := egress(); len(out) > 0 {
-		rules = append(rules, words("isolated for "+d.name, matchSet(d.chain+m.digit(), d.subject), "-j", d.chain))
+	for _, d := range directions {
+		rules = append(rules,
+			words("not allowed yet for "+d.name, "-j MARK --set-xmark", markIs(0)),
+			words("isolated for "+d.name, matchSet(d.chain+m.digit(), d.subject), "-j", d.chain),
+			words("neither allowed nor free", d.link, m.notFree(d, d.subject), "-m mark ! --mark", markIs(netfilter.JudgedMark), "-j DROP"))
 	}
-	if d := ingress(); len(in) > 0 {
-		rules = append(rules, words("isolated for "+d.name, matchSet(d.chain+m.digit(), d.subject), "-j", d.chain))
-	}
-	m.chain(isolatedChain, rules)
+	return rules
 }
+
+// notFree matches a packet whose end on a side is not free in a direction.
+func (m *frame) notFree(d direction, side string) string {
+	return "-m set ! --match-set " + d.free + m.digit() + " " + side
+}
+
+// markIs is a value of the bit netfilter.JudgedMark in the words of iptables.
+func markIs(value uint32) string { return fmt.Sprintf("%#x/%#x", value, netfilter.JudgedMark) }
 
 // digit ends the names of sets that are not hashed.
 func (m *frame) digit() string { return strconv.Itoa(int(m.family)) }

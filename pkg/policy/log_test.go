@@ -122,7 +122,7 @@ func walk(t *testing.T, rules netfilter.Ruleset, src, dst string) trace.Verdict 
 	if err != nil {
 		t.Fatal(err)
 	}
-	verdict, err := filter.Walk("mangle", "FORWARD", trace.Packet{
+	verdict, err := filter.Forward(trace.Packet{
 		In: "eth0", Out: "wrn1", Src: netip.MustParseAddr(src), Dst: to, Protocol: "tcp", DstPort: 8, Flags: "S", State: "NEW",
 	})
 	if err != nil {

@@ -140,7 +140,7 @@ func (c *Compiler) setPod(key cluster.Key, object *cluster.Pod) {
 	case object.Node != c.self:
 	case moved:
 		c.leave(p, was.Addresses)
-		c.dirty[p] = n
+		c.dirty[p], c.reframe = n, true
 	case !maps.Equal(was.Labels, object.Labels):
 		c.dirty[p] = n
 	}
@@ -149,15 +149,14 @@ func (c *Compiler) setPod(key cluster.Key, object *cluster.Pod) {
 // locate notes whether a pod is one of the own node, whose policies are enforced here.
 func (c *Compiler) locate(n *namespace, p *pod) {
 	if p.Node != c.self {
-		delete(n.local, p)
-		delete(c.dirty, p)
+		c.unlocate(n, p)
 		return
 	}
 	if n.local == nil {
 		n.local = map[*pod]bool{}
 	}
-	n.local[p] = true
-	c.dirty[p] = n
+	n.local[p], c.local[p] = true, true
+	c.dirty[p], c.reframe = n, true
 }
 
 func (c *Compiler) removePod(n *namespace, p *pod) {
@@ -166,7 +165,14 @@ func (c *Compiler) removePod(n *namespace, p *pod) {
 	}
 	c.owners.remove(p, p.Addresses)
 	c.leave(p, p.Addresses)
+	c.unlocate(n, p)
+}
+
+// unlocate notes that a pod is not one of the own node, or not any more.
+func (c *Compiler) unlocate(n *namespace, p *pod) {
+	c.reframe = c.reframe || c.local[p]
 	delete(n.local, p)
+	delete(c.local, p)
 	delete(c.dirty, p)
 }
 

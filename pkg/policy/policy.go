@@ -5,16 +5,21 @@
 // The result is one entry chain in mangle, netfilter.PolicyChain, which sees the new connections of pods that passed the
 // start gate, and what hangs below it:
 //
-//	WARREN-POLICY     source or destination isolated? no: RETURN, which means allowed
-//	WARREN-SELF       a pod that reaches itself (through its own Service): RETURN
+//	WARREN-POLICY     source or destination isolated? a local one neither isolated nor free: DROP; else allowed
+//	WARREN-SELF       a pod that reaches itself (through its own Service): allowed
 //	WARREN-ISOLATED   a TCP packet that starts in the middle: DROP; source isolated: egress; destination isolated: ingress
 //	WARREN-EGRESS     finds the group of the source, WARREN-INGRESS that of the destination; none: DROP
-//	WARREN-E-hash     a group: the rules of its policies, each a RETURN, and a DROP behind them
+//	WARREN-E-hash     a group: the rules of its policies, and a DROP behind them
+//	WARREN-ALLOWED    what a rule that allows goes to: sets netfilter.JudgedMark
 //
 // Local pods with the same list of policies in a direction form a group, so that a pod costs a set member and not a
-// chain. Peers are sets that all rules with the same selector share. Group chains are entered by goto: their RETURN
+// chain. Peers are sets that all rules with the same selector share. Group chains are entered by goto: what they allow
 // leaves the dispatch chain too, and its closing DROP catches only a pod whose group does not stand (yet). They may be
 // closed one by one (netfilter.Chain.Closable), so a rule that the kernel refuses stops no other policies.
+//
+// Nothing is allowed by what is missing, so that no chain and no set opens anything when another program empties it: a
+// connection needs the mark, which WARREN-ISOLATED asks for behind each of the two dispatches, or ends that are in the sets of
+// those that are free.
 //
 // Where a policy of a group asks for it, or the namespace or the operator, rules of NFLOG stand before the group's DROP ("D:" and the
 // chain's name) and before each RETURN ("A:"). They meet first packets only, and decide nothing.
@@ -35,6 +40,7 @@ import (
 const (
 	selfChain     = netfilter.Prefix + "-SELF"
 	isolatedChain = netfilter.Prefix + "-ISOLATED"
+	allowedChain  = netfilter.Prefix + "-ALLOWED"
 	table         = "mangle"
 )
 
@@ -43,10 +49,12 @@ type direction struct {
 	name string
 	// chain is the dispatch chain and the prefix of the set of all pods isolated in this direction.
 	chain string
+	// free is the prefix of the set of the local pods that are not isolated in this direction.
+	free string
 	// group is the kind of the names of group chains.
 	group string
-	// subject and peer are the sides of a packet that the selected pod and its peer stand on.
-	subject, peer string
+	// subject and peer are the sides of a packet that the selected pod and its peer stand on, link matches the subject's interface.
+	subject, peer, link string
 	// isolates and rules read a policy.
 	isolates func(*cluster.Policy) bool
 	rules    func(*cluster.Policy) []cluster.Rule
@@ -54,7 +62,8 @@ type direction struct {
 
 func ingress() direction {
 	return direction{
-		name: "ingress", chain: netfilter.Prefix + "-INGRESS", group: "I", subject: "dst", peer: "src",
+		name: "ingress", chain: netfilter.Prefix + "-INGRESS", free: netfilter.Prefix + "-FREE-INGRESS", group: "I",
+		subject: "dst", peer: "src", link: "-o wrn+",
 		isolates: func(p *cluster.Policy) bool { return p.Ingress },
 		rules:    func(p *cluster.Policy) []cluster.Rule { return p.IngressRules },
 	}
@@ -62,7 +71,8 @@ func ingress() direction {
 
 func egress() direction {
 	return direction{
-		name: "egress", chain: netfilter.Prefix + "-EGRESS", group: "E", subject: "src", peer: "dst",
+		name: "egress", chain: netfilter.Prefix + "-EGRESS", free: netfilter.Prefix + "-FREE-EGRESS", group: "E",
+		subject: "src", peer: "dst", link: "-i wrn+",
 		isolates: func(p *cluster.Policy) bool { return p.Egress },
 		rules:    func(p *cluster.Policy) []cluster.Rule { return p.EgressRules },
 	}

@@ -79,7 +79,7 @@ func connect(t *testing.T, rules netfilter.Ruleset, flags, src, dst string) stri
 	if p.Dst == local {
 		p.Out = "wrn1"
 	}
-	verdict, err := filter.Walk("mangle", "FORWARD", p)
+	verdict, err := filter.Forward(p)
 	if err != nil {
 		t.Fatal(err)
 	}

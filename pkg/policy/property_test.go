@@ -87,7 +87,7 @@ func check(t *testing.T, s cluster.Snapshot, ready []netip.Addr, sum *tally) {
 	filters := load(t, s, ready)
 	second := newCyclonus(s)
 	for _, f := range flows(places) {
-		verdict, err := filters[netfilter.FamilyOf(f.Src)].Walk("mangle", "FORWARD", firstPacket(places, f))
+		verdict, err := filters[netfilter.FamilyOf(f.Src)].Forward(firstPacket(places, f))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -11,6 +11,9 @@ import (
 	"github.com/warren-cni/warren/pkg/netfilter"
 )
 
+// allow is the target of rules that allow.
+const allow = "-g " + allowedChain
+
 // noPeer is what is wrong with a peer that pkg/kube would never hand over.
 const noPeer = "a peer has neither a block nor a selector, so it allows nothing"
 
@@ -70,10 +73,10 @@ func (b *builder) allow(d direction, p *cluster.Policy, r cluster.Rule) []netfil
 	var lines []netfilter.Rule
 	for _, t := range b.targets(p, r) {
 		if r.AnyPort {
-			lines = append(lines, words(comment, b.matchTarget(d, t), "-j RETURN"))
+			lines = append(lines, words(comment, b.matchTarget(d, t), allow))
 		}
 		for _, port := range ports {
-			lines = append(lines, words(comment, b.matchPort(d, t, port), "-j RETURN"))
+			lines = append(lines, words(comment, b.matchPort(d, t, port), allow))
 		}
 	}
 	return lines

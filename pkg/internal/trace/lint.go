@@ -86,7 +86,8 @@ func (f *Filter) lintReach(report func(string, ...any)) {
 		if !slices.Contains(builtIns[h.table], h.builtIn) {
 			report("nothing of ours belongs into %s %s", h.table, h.builtIn)
 		}
-		if h.last != (h.table == "filter") {
+		// Who accepts comes last, who drops first.
+		if h.last != slices.ContainsFunc(f.chains[key], func(r rule) bool { return r.target == "ACCEPT" }) {
 			report("%s stands at the wrong end of %s %s", h.chain, h.table, h.builtIn)
 		}
 		if _, ok := f.chains[key]; !ok {

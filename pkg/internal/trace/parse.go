@@ -110,7 +110,12 @@ func (f *Filter) hook(words []string) error {
 		!slices.Equal(words[4:9], []string{"-m", "comment", "--comment", "warren", "-j"}) {
 		return fmt.Errorf("%q is no hook", words)
 	}
-	f.hooks = append(f.hooks, hook{table: words[1], builtIn: words[3], chain: words[9], last: words[2] == "-A"})
+	h := hook{table: words[1], builtIn: words[3], chain: words[9], last: words[2] == "-A"}
+	at := len(f.hooks)
+	if !h.last { // ahead of those that are appended, in the order in which they are listed
+		at = slices.IndexFunc(append(f.hooks, hook{last: true}), func(h hook) bool { return h.last })
+	}
+	f.hooks = slices.Insert(f.hooks, at, h)
 	return nil
 }
 

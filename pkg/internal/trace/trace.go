@@ -100,6 +100,22 @@ func (f *Filter) Walk(table, builtIn string, p Packet) (Verdict, error) {
 	return v, nil
 }
 
+// Forward sends a packet all the way of one that is forwarded, through our part of each hook that may drop it. Target is "DROP", or
+// empty for a packet that leaves.
+func (f *Filter) Forward(p Packet) (Verdict, error) {
+	var way Verdict
+	for _, hook := range [...][2]string{{"mangle", "FORWARD"}, {"filter", "FORWARD"}, {"mangle", "POSTROUTING"}} {
+		v, err := f.Walk(hook[0], hook[1], p)
+		way.Trail, way.Logged = append(way.Trail, v.Trail...), append(way.Logged, v.Logged...)
+		if err != nil || v.Target == "DROP" {
+			way.Target = v.Target
+			return way, err
+		}
+		p.Mark, way.Mark = v.Mark, v.Mark
+	}
+	return way, nil
+}
+
 // chain walks one chain and returns the final target, or "" where it returned to its caller.
 func (f *Filter) chain(table, name string, p Packet, v *Verdict) (string, error) {
 	rules, ok := f.chains[chainKey{table, name}]
