@@ -54,7 +54,7 @@ func (e *Echo) serve() {
 			return
 		}
 		go func() {
-			_, _ = io.CopyN(connection, connection, MarkerSize) // a client that leaves is its own affair
+			_, _ = io.Copy(connection, connection) // a client that leaves is its own affair
 			_ = connection.Close()
 		}()
 	}
