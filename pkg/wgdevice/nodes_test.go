@@ -1,0 +1,224 @@
+package wgdevice_test
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/containernetworking/plugins/pkg/netlinksafe"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/warren-cni/warren/pkg/mesh"
+	"github.com/warren-cni/warren/pkg/wgdevice"
+)
+
+// TestNodeAddresses sends a pod's packets to other nodes' own addresses, through the tunnel where a handshake has shown that a node
+// is there, and as ever where none has.
+func TestNodeAddresses(t *testing.T) {
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		t.Run(map[int]string{netlink.FAMILY_V4: "IPv4", netlink.FAMILY_V6: "IPv6"}[family], func(t *testing.T) {
+			l := newLab(t, 3) // the third has no mesh
+			a, b, c := l.nodes[0], l.nodes[1], l.nodes[2]
+			pod := a.addPod(t)
+			address := func(n *node) netip.Addr {
+				v4, v6 := uplink(n.number)
+				if family == netlink.FAMILY_V6 {
+					return v6
+				}
+				return v4
+			}
+			plain := a.plan(t, a, b, c)
+			want := a.plan(t, a, b, c)
+			for i, other := range []*node{b, c} {
+				v4, v6 := uplink(other.number)
+				want.Peers[i].NodeAddresses = []netip.Addr{v4, v6}
+				want.Peers[i].Endpoint = netip.AddrPortFrom(address(other), wireGuardPort)
+				plain.Peers[i].Endpoint = want.Peers[i].Endpoint
+			}
+			b.apply(t, b.plan(t, a, b))
+			a.apply(t, want)
+			if got := a.nodeRoutes(t); got != "rule 10.244.1.0/24\nrule fd00:0:0:1::/64\n" {
+				t.Errorf("before any handshake:\n%s", got)
+			}
+			marker := newMarker()
+			a.reach(t, b, marker)
+
+			wire := l.listen(t, marker)
+			if changes := a.apply(t, want); changes != (wgdevice.Changes{Peers: 1, Routes: 1}) {
+				t.Errorf("after the handshake the apply wrote %+v", changes)
+			}
+			if again := a.apply(t, want); again.Any() {
+				t.Errorf("the second apply wrote %+v", again)
+			}
+			pod.transfer(t, address(b), []byte(marker))
+			if got := wire.count(t); inClear(got) || got.WireGuard == 0 {
+				t.Errorf("from a pod to a node: %v, want nothing in clear", got)
+			}
+			if used := peerOf(t, a, b).NodeAddresses; !slices.Equal(used, []netip.Addr{address(b)}) {
+				t.Errorf("in use: %v, want %s alone", used, address(b))
+			}
+
+			// The node itself, and a node that nobody shook hands with, are reached as ever.
+			a.transfer(t, address(b), []byte(marker))
+			if got := wire.count(t); got.Marked == 0 {
+				t.Errorf("from node to node: %v, want packets in clear", got)
+			}
+			pod.transfer(t, address(c), []byte(marker))
+			if got := wire.count(t); got.Marked == 0 || len(peerOf(t, a, c).NodeAddresses) > 0 {
+				t.Errorf("to a node without a handshake: %v, want packets in clear", got)
+			}
+
+			// Another change of the peer leaves it alone; with the plan it goes, and so do the rules.
+			changed := want.Peers[0]
+			changed.AllowedIPs = changed.AllowedIPs[:1]
+			if changes := a.patch(t, mesh.Change{Peers: []mesh.Peer{changed}}); changes != (wgdevice.Changes{Peers: 1}) {
+				t.Errorf("another change of the peer wrote %+v", changes)
+			}
+			if used := peerOf(t, a, b).NodeAddresses; len(used) != 1 {
+				t.Errorf("after another change of the peer: %v", used)
+			}
+			if changes := a.patch(t, mesh.Change{Peers: plain.Peers[:1]}); changes != (wgdevice.Changes{Peers: 1, Routes: 1}) {
+				t.Errorf("a change that takes the address away wrote %+v", changes)
+			}
+			a.apply(t, want)
+			wire.count(t)
+			if changes := a.apply(t, plain); changes != (wgdevice.Changes{Peers: 1, Routes: 3}) {
+				t.Errorf("without node addresses the apply wrote %+v", changes)
+			}
+			if got := a.nodeRoutes(t); got != "" {
+				t.Errorf("without node addresses:\n%s", got)
+			}
+			if _, err := pod.ask(address(b), marker, 1); err == nil {
+				t.Error("an answer came, although it goes into the tunnel and is not allowed there")
+			}
+			if got := wire.count(t); !inClear(got) {
+				t.Errorf("without node addresses: %v, want packets in clear", got)
+			}
+		})
+	}
+}
+
+// TestNodeAddressesAreCleanedUp leaves nothing, and what others made stays.
+func TestNodeAddressesAreCleanedUp(t *testing.T) {
+	l := newLab(t, 2)
+	a, b := l.nodes[0], l.nodes[1]
+	v4, _ := uplink(b.number)
+	want := a.plan(t, a, b)
+	want.Peers[0].NodeAddresses = []netip.Addr{v4}
+	a.apply(t, want)
+	b.apply(t, b.plan(t, a, b))
+	a.reach(t, b, newMarker())
+	a.apply(t, want)
+	const standing = "192.0.2.2/32\nrule 10.244.1.0/24\nrule fd00:0:0:1::/64\n"
+	if got := a.nodeRoutes(t); got != standing {
+		t.Fatalf("before:\n%s", got)
+	}
+	a.do(t, func() error {
+		foreign := netlink.NewRule()
+		foreign.Table, foreign.Priority, foreign.Src = 87, 99, &net.IPNet{IP: net.IPv4(198, 51, 100, 0), Mask: net.CIDRMask(24, 32)}
+		ours := *foreign
+		ours.Priority, ours.Protocol = 98, wgdevice.RouteProtocol
+		return errors.Join(netlink.RuleAdd(foreign), netlink.RuleAdd(&ours))
+	})
+	if changes := a.apply(t, want); changes != (wgdevice.Changes{Routes: 1}) {
+		t.Errorf("with a rule of ours that is wanted no more the apply wrote %+v", changes)
+	}
+	if got := a.nodeRoutes(t); got != standing {
+		t.Errorf("after the apply:\n%s", got)
+	}
+	a.do(t, a.device.Cleanup)
+	if got := a.nodeRoutes(t); got != "" {
+		t.Errorf("after the cleanup:\n%s", got)
+	}
+	a.do(t, func() error {
+		rules, err := netlinksafe.RuleList(netlink.FAMILY_V4)
+		if !slices.ContainsFunc(rules, func(r netlink.Rule) bool { return r.Priority == 99 }) {
+			err = errors.Join(err, errors.New("another program's rule is gone"))
+		}
+		return err
+	})
+}
+
+// patch applies a change on a node.
+func (n *node) patch(t *testing.T, c mesh.Change) wgdevice.Changes {
+	t.Helper()
+	return in(t, n.host, func() (wgdevice.Changes, error) { return n.device.Patch(t.Context(), c, n.key) })
+}
+
+// addPod returns a pod of the node, as far as sending from its address makes one.
+func (n *node) addPod(t *testing.T) *node {
+	t.Helper()
+	pod := &node{host: newHost(t)}
+	own4, own6 := n.addresses()
+	addresses := []netip.Addr{own4.Next(), own6.Next()}
+	n.do(t, func() error {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = "wrnpod"
+		link := &netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(pod.netns)}
+		err := errors.Join(
+			os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0),
+			os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0),
+			netlink.LinkAdd(link), netlink.LinkSetUp(link))
+		for i, gateway := range []string{"169.254.1.1/32", "fe80::1/64"} {
+			a, errParse := netlink.ParseAddr(gateway)
+			if errParse != nil {
+				return errParse
+			}
+			a.Flags = unix.IFA_F_NODAD * i
+			host := &net.IPNet{IP: addresses[i].AsSlice(), Mask: net.CIDRMask(addresses[i].BitLen(), addresses[i].BitLen())}
+			err = errors.Join(err, netlink.AddrAdd(link, a), netlink.RouteAdd(&netlink.Route{Dst: host, LinkIndex: link.Attrs().Index}))
+		}
+		return err
+	})
+	pod.do(t, func() error {
+		link, err := netlinksafe.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		err = netlink.LinkSetUp(link)
+		for i, gateway := range []string{"169.254.1.1", "fe80::1"} {
+			a := &netlink.Addr{IPNet: &net.IPNet{IP: addresses[i].AsSlice(), Mask: net.CIDRMask(addresses[i].BitLen(), addresses[i].BitLen())}, Flags: unix.IFA_F_NODAD * i}
+			err = errors.Join(err, netlink.AddrAdd(link, a),
+				netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: net.ParseIP(gateway), Flags: int(netlink.FLAG_ONLINK)}))
+		}
+		return err
+	})
+	return pod
+}
+
+// nodeRoutes renders the routes to nodes' own addresses, and the rules that lead to them.
+func (n *node) nodeRoutes(t *testing.T) string {
+	t.Helper()
+	return in(t, n.host, func() (string, error) {
+		var lines []string
+		for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+			routes, err := netlinksafe.RouteListFiltered(family, &netlink.Route{Table: 87}, netlink.RT_FILTER_TABLE)
+			if err != nil {
+				return "", err
+			}
+			for _, r := range routes {
+				lines = append(lines, r.Dst.String())
+			}
+			rules, err := netlinksafe.RuleList(family)
+			if err != nil {
+				return "", err
+			}
+			for _, r := range rules {
+				if r.Table == 87 && r.Protocol == wgdevice.RouteProtocol {
+					lines = append(lines, fmt.Sprintf("rule %s", r.Src))
+				}
+			}
+		}
+		if len(lines) == 0 {
+			return "", nil
+		}
+		slices.Sort(lines)
+		return strings.Join(lines, "\n") + "\n", nil
+	})
+}
