@@ -40,6 +40,13 @@ func (n *node) handle(ctx context.Context, request agentapi.Request) agentapi.Re
 			return refuse(types.ErrDecodingFailure, errors.New("the request names no connection"))
 		}
 		return n.explain(ctx, *request.Explain)
+	case agentapi.OpVerify:
+		return n.verify(ctx)
+	case agentapi.OpRotate:
+		if request.Rotate == nil {
+			return refuse(types.ErrDecodingFailure, errors.New("the request does not say what to do with the key"))
+		}
+		return n.keys.handle(*request.Rotate)
 	default:
 		return refuse(types.ErrDecodingFailure, fmt.Errorf("unknown operation %q", request.Op))
 	}

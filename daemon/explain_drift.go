@@ -31,24 +31,33 @@ func (e *explanation) compare(ctx context.Context, k kernel) {
 	if len(chains) == 0 {
 		return
 	}
-	// What a step or a pod that just goes makes differ is not there the second time.
+	lasting, err := k.lasting(ctx, func() netfilter.Ruleset { return deciding(k.wanted(), chains) }, e.touches)
+	if err != nil {
+		e.Notes = append(e.Notes, fmt.Sprintf("whether the kernel of node %s does as planned is not known: %v", e.Node, err))
+		return
+	}
+	e.Drift = lasting
+}
+
+// lasting returns the differences that count and are still there when the kernel is asked again: what a step or a pod that just
+// goes makes differ is not. That a chain is closed whose rules were refused is no difference.
+func (k kernel) lasting(ctx context.Context, wanted func() netfilter.Ruleset, counts func(firewall.Difference) bool) ([]firewall.Difference, error) {
 	var lasting []firewall.Difference
 	for i := range 2 {
-		found, err := k.Drift(ctx, deciding(k.wanted(), chains))
+		found, err := k.Drift(ctx, wanted())
 		if err != nil {
-			e.Notes = append(e.Notes, fmt.Sprintf("whether the kernel of node %s does as planned is not known: %v", e.Node, err))
-			return
+			return nil, err
 		}
 		lasting = slices.DeleteFunc(found, func(d firewall.Difference) bool {
 			known := func(c firewall.ClosedChain) bool { return c.Family == d.Family && c.Name == d.Chain }
 			again := func(before firewall.Difference) bool { return before.String() == d.String() }
-			return !e.touches(d) || slices.ContainsFunc(k.closed, known) || i > 0 && !slices.ContainsFunc(lasting, again)
+			return !counts(d) || slices.ContainsFunc(k.closed, known) || i > 0 && !slices.ContainsFunc(lasting, again)
 		})
 		if len(lasting) == 0 {
 			break
 		}
 	}
-	e.Drift = lasting
+	return lasting, nil
 }
 
 // ownChains are the groups of the pods that the daemon's node decides about; the empty name stands for a pod that is in none.

@@ -35,14 +35,14 @@ func execute(ctx context.Context, root *cobra.Command) int {
 	switch {
 	case err == nil:
 		return 0
-	case errors.Is(err, errDenied):
+	case errors.Is(err, errDenied), errors.Is(err, errViolated):
 		return 1 // the output has told it
-	case errors.Is(err, errUnknown):
+	case errors.Is(err, errUnknown), errors.Is(err, errNotProven):
 		return 2 // the same
 	}
 	fmt.Fprintln(root.ErrOrStderr(), "error:", err)
-	if cmd.Name() == explainName {
-		return 2 // 1 would say that the connection is denied
+	if cmd.Name() == explainName || cmd.Name() == verifyName {
+		return 2 // 1 would say that the connection is denied, or that traffic is in clear
 	}
 	return 1
 }
@@ -58,7 +58,7 @@ func rootCommand() *cobra.Command {
 			return fromEnvironment(cmd.Flags(), os.LookupEnv)
 		},
 	}
-	root.AddCommand(runCommand(), tunnelCommand(), installCommand(), statusCommand(), explainCommand(), renderCommand(),
+	root.AddCommand(runCommand(), tunnelCommand(), installCommand(), statusCommand(), explainCommand(), rotateKeyCommand(), verifyCommand(), renderCommand(),
 		cleanupCommand(), versionCommand())
 	return root
 }

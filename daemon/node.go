@@ -41,6 +41,7 @@ type filter interface {
 	comparer
 	Apply(ctx context.Context, rules netfilter.Ruleset) (firewall.Changes, error)
 	Patch(ctx context.Context, change netfilter.Change) (firewall.Changes, error)
+	Bare(ctx context.Context) (bool, error)
 	Denied(ctx context.Context) ([]firewall.Denial, error)
 	Forget()
 	Problems() []cluster.Problem
@@ -48,7 +49,7 @@ type filter interface {
 
 // tunnel is the WireGuard link, its peers and the routes.
 type tunnel interface {
-	Apply(ctx context.Context, config mesh.Config, key wgdevice.Key) (wgdevice.Changes, error)
+	device
 	Status(ctx context.Context) (wgdevice.Status, error)
 }
 
@@ -61,8 +62,9 @@ type node struct {
 	filter    filter
 	tunnel    tunnel
 	leases    *ipam.Store
-	key       wgdevice.Key
-	uplinkMTU func(netip.Addr) (int, error)
+	keys      *rotator
+	follower  *follower
+	uplinkMTU func(node netip.Addr, peers []netip.Addr) (int, error)
 	loop      *reconcile.Loop
 	planner   *planner
 	cuts      *cutter
@@ -72,7 +74,7 @@ type node struct {
 	planned map[netip.Addr]cluster.Holder
 	// attached are the attachments whose pods asked, or were there when the daemon started; nil before. Only the loop touches it.
 	attached map[cluster.Holder]bool
-	// tunnelChanged says that something happened to the tunnel since it was applied last.
+	// tunnelChanged says that something happened to the tunnel since it was applied last, or that it lacks a change.
 	tunnelChanged atomic.Bool
 
 	mu      sync.Mutex
@@ -192,6 +194,8 @@ func (n *node) serve(ctx context.Context) error {
 		running.Go(func() { run(ctx) })
 	}
 	if n.options.encryptionMode {
+		running.Go(func() { n.follower.run(ctx) })
+		running.Go(func() { n.keys.run(ctx, n.latestHandshake) })
 		start("following the tunnel", func(ctx context.Context) error {
 			return wgdevice.WatchTunnel(ctx, func() {
 				n.tunnelChanged.Store(true)
@@ -206,6 +210,18 @@ func (n *node) serve(ctx context.Context) error {
 	}
 	n.log.Info("stopping; the kernel keeps enforcing what was applied")
 	return nil
+}
+
+// latestHandshake returns the time of the latest handshake with any peer.
+func (n *node) latestHandshake(ctx context.Context) (time.Time, error) {
+	var latest time.Time
+	device, err := n.tunnel.Status(ctx)
+	for _, p := range device.Peers {
+		if p.LastHandshake.After(latest) {
+			latest = p.LastHandshake
+		}
+	}
+	return latest, err
 }
 
 // answer serves the plugin and the operator's commands. A socket file that was removed is made again: without it no pod

@@ -107,6 +107,14 @@ func (p *planning) validate() error {
 	return nil
 }
 
+// tunnelledNodes are the networks of the nodes that pods reach through the tunnel; there are none unless a flag says so.
+func (p *planning) tunnelledNodes() []netip.Prefix {
+	if !p.nodeTraffic {
+		return nil
+	}
+	return p.parsedNode
+}
+
 // parsePrefixes parses the values of a flag.
 func parsePrefixes(flag string, values []string) ([]netip.Prefix, error) {
 	var prefixes []netip.Prefix
@@ -132,6 +140,7 @@ type runOptions struct {
 	wireguard      string
 	metricsAddress string
 	sysctlDir      string
+	rotation       rotation
 	logging        logOptions
 }
 
@@ -140,6 +149,7 @@ func (o *runOptions) add(f *pflag.FlagSet) {
 	o.paths.add(f)
 	o.planning.add(f)
 	o.logging.add(f)
+	o.rotation.add(f)
 	f.StringVar(&o.nodeName, "node-name", "", "name of this node's Node object (required)")
 	f.StringVar(&o.kubeconfig, "kubeconfig", "", "kubeconfig file (default: the pod's ServiceAccount)")
 	f.StringVar(&o.wireguard, "wireguard", "auto", "kernel, userspace, or auto: the kernel's where it has one")
@@ -155,7 +165,7 @@ func (o *runOptions) validate() (wgdevice.Mode, error) {
 	if o.objects != "" && o.kubeconfig != "" {
 		return "", errors.New("--objects and --kubeconfig exclude each other: read either a directory or an API server")
 	}
-	if err := o.planning.validate(); err != nil {
+	if err := errors.Join(o.planning.validate(), o.rotation.validate()); err != nil {
 		return "", err
 	}
 	switch mode := wgdevice.Mode(o.wireguard); mode {

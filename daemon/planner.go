@@ -19,16 +19,18 @@ import (
 type planner struct {
 	options planning
 
-	mu sync.Mutex
-	// nodes are the Nodes as they are; those of the state have only the podCIDRs that they may have.
-	nodes    map[string]*cluster.Node
+	mu       sync.Mutex
+	mesh     *mesh.Planner
 	state    *cluster.State
 	compiler *policy.Compiler
+	// own is the own Node as it is; the nodes of the state have only the podCIDRs that they may have.
+	own *cluster.Node
+	// config is the mesh that is wanted, and news how it differs from the one that plan handed on last.
+	config mesh.Config
+	news   mesh.Change
 	// guards are the rules that stand whatever the policies, with the start gate's set.
-	guards       netfilter.Ruleset
-	mesh         mesh.Config
-	meshProblems []cluster.Problem
-	uplinkMTU    int
+	guards    netfilter.Ruleset
+	uplinkMTU int
 	// closed are the chains of groups that stand closed in the kernel.
 	closed map[netfilter.Family]map[string]bool
 }
@@ -39,9 +41,9 @@ type plan struct {
 	change netfilter.Change
 	// affected are the addresses whose established connections may now be judged otherwise.
 	affected []netip.Addr
-	// mesh is what is wanted now; meshChanged says whether it was computed anew.
-	mesh        mesh.Config
-	meshChanged bool
+	// mesh is what is wanted now, meshChange how it differs from what was wanted before.
+	mesh       mesh.Config
+	meshChange mesh.Change
 	// open are the addresses that the start gate lets pass once the change stands; openChanged says whether they differ.
 	open        map[netip.Addr]cluster.Holder
 	openChanged bool
@@ -50,7 +52,15 @@ type plan struct {
 
 func newPlanner(o planning) *planner {
 	return &planner{
-		options: o, nodes: map[string]*cluster.Node{}, state: cluster.NewState(o.nodeName), compiler: policy.NewCompiler(o.nodeName, policy.Options{Log: o.logMode}),
+		options: o, state: cluster.NewState(o.nodeName), compiler: policy.NewCompiler(o.nodeName, policy.Options{Log: o.logMode}),
+		mesh: mesh.NewPlanner(o.nodeName, mesh.Options{
+			ClusterCIDRs: o.parsedCluster,
+			ListenPort:   o.port,
+			MTU:          o.mtu,
+			Encrypted:    o.encryptionMode,
+			ServiceCIDRs: o.parsedService,
+			NodeCIDRs:    o.tunnelledNodes(),
+		}),
 	}
 }
 
@@ -67,31 +77,43 @@ func (p *planner) learn(objects cluster.Delta, attachments cluster.Attachments) 
 // claimants takes in Nodes that changed and returns these, and those that others' claims concern, with the podCIDRs that they may have:
 // a pod's address counts only in those.
 func (p *planner) claimants(changed map[string]*cluster.Node) map[string]*cluster.Node {
-	for name, node := range changed {
-		if node == nil {
-			delete(p.nodes, name)
-		} else {
-			p.nodes[name] = node
+	if own, told := changed[p.options.nodeName]; told {
+		p.own = own
+	}
+	update := p.mesh.Update(changed, p.uplinkMTU)
+	p.note(update.Change)
+	all := maps.Clone(changed)
+	for name := range update.PodCIDRs {
+		if before, known := p.state.Node(name); known && changed[name] == nil {
+			all[name] = &before
 		}
 	}
-	all := maps.Clone(changed)
-	for name, accepted := range mesh.PodCIDRs(p.meshSnapshot(), p.options.parsedCluster) {
-		node := *p.nodes[name]
-		node.PodCIDRs = accepted
-		if before, ok := p.state.Node(name); !ok || changed[name] != nil || !slices.Equal(before.PodCIDRs, accepted) {
-			all[name] = &node
+	for name, node := range all {
+		if _, gone := changed[name]; gone && node == nil {
+			continue
 		}
+		claimant := *node
+		if accepted, differs := update.PodCIDRs[name]; differs {
+			claimant.PodCIDRs = accepted
+		} else {
+			before, _ := p.state.Node(name)
+			claimant.PodCIDRs = before.PodCIDRs
+		}
+		all[name] = &claimant
 	}
 	return all
 }
 
-// meshSnapshot returns the Nodes as they are.
-func (p *planner) meshSnapshot() cluster.Snapshot {
-	s := cluster.Snapshot{Self: p.options.nodeName, Nodes: make([]cluster.Node, 0, len(p.nodes))}
-	for _, name := range slices.Sorted(maps.Keys(p.nodes)) {
-		s.Nodes = append(s.Nodes, *p.nodes[name])
+// note adds to what plan has to hand on. Where it is more than one change, or not only peers and routes, the mesh is to be applied as
+// a whole.
+func (p *planner) note(c mesh.Change) {
+	if !p.news.Empty() && !c.Empty() {
+		p.news = mesh.Change{Link: true}
+		return
 	}
-	return s
+	if p.news.Empty() {
+		p.news = c
+	}
 }
 
 // plan works out what follows from what was learnt.
@@ -99,34 +121,32 @@ func (p *planner) plan(news cluster.Bound, uplinkMTU int) plan {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	update := p.compiler.Update(news.Delta)
-	result := plan{change: update.Change, affected: update.Affected}
-	if len(news.Nodes) > 0 || uplinkMTU != p.uplinkMTU || len(p.guards.V4.Hooks) == 0 {
+	first := len(p.guards.V4.Hooks) == 0
+	if uplinkMTU != p.uplinkMTU || first {
 		p.uplinkMTU = uplinkMTU
-		result.meshChanged = true
-		p.mesh, p.meshProblems = mesh.Plan(p.meshSnapshot(), mesh.Options{
-			ClusterCIDRs: p.options.parsedCluster,
-			ListenPort:   p.options.port,
-			UplinkMTU:    uplinkMTU,
-			MTU:          p.options.mtu,
-			Encrypted:    p.options.encryptionMode,
-		})
+		p.note(p.mesh.Update(nil, uplinkMTU).Change)
 	}
-	if result.meshChanged || len(news.Opened)+len(news.Closed) > 0 {
+	if !p.news.Empty() {
+		p.config = p.mesh.Config()
+	}
+	result := plan{change: update.Change, affected: update.Affected, mesh: p.config, meshChange: p.news}
+	p.news = mesh.Change{}
+	if len(news.Nodes)+len(news.Opened)+len(news.Closed) > 0 || first {
 		result.open, result.openChanged = p.state.Open(), true
 		// An address that has another holder was taken out of the gate's set by the plugin, so it has to be put in again.
 		before := without(p.guards, news.Opened)
 		p.guards = guard.Compile(guard.Config{
-			PodCIDRs:      p.mesh.PodCIDRs,
-			KnownPodCIDRs: p.mesh.KnownPodCIDRs,
+			PodCIDRs:      p.config.PodCIDRs,
+			KnownPodCIDRs: p.config.KnownPodCIDRs,
 			ClusterCIDRs:  p.options.parsedCluster,
 			NonMasquerade: p.options.parsedNonMasq,
 			Encrypted:     p.options.encryptionMode,
+			NodeAddresses: p.nodeAddresses(),
 			Ready:         slices.SortedFunc(maps.Keys(result.open), netip.Addr.Compare),
 		})
 		result.change = netfilter.MergeChanges(result.change, netfilter.Diff(before, p.guards))
 	}
-	result.mesh = p.mesh
-	result.problems = slices.Concat(p.meshProblems, p.compiler.Problems())
+	result.problems = slices.Concat(p.mesh.Problems(), p.compiler.Problems())
 	return result
 }
 
@@ -191,12 +211,34 @@ func (p *planner) group(chain string) (direction string, policies []string, ok b
 	return p.compiler.Group(chain)
 }
 
+// endpoints returns the addresses at which the peers are reached.
+func (p *planner) endpoints() []netip.Addr {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var all []netip.Addr
+	for _, peer := range p.config.Peers {
+		if peer.Endpoint.IsValid() {
+			all = append(all, peer.Endpoint.Addr())
+		}
+	}
+	return all
+}
+
+// nodeAddresses returns those of all nodes.
+func (p *planner) nodeAddresses() []netip.Addr {
+	var all []netip.Addr
+	for _, node := range p.state.Nodes() {
+		all = append(all, node.Addresses...)
+	}
+	return all
+}
+
 // self returns the own Node, as far as it is known.
 func (p *planner) self() cluster.Node {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if node := p.nodes[p.options.nodeName]; node != nil {
-		return *node
+	if p.own != nil {
+		return *p.own
 	}
 	return cluster.Node{}
 }

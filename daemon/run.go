@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/netip"
 	"os"
 	"time"
 
@@ -37,7 +36,7 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 		return err
 	}
 	defer func() { _ = unlock() }() // the process ends, and with it the lock
-	key, err := wgdevice.LoadOrCreateKey(o.stateDir)
+	keys, err := wgdevice.OpenKeys(o.stateDir)
 	if err != nil {
 		return err
 	}
@@ -51,8 +50,8 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 	}
 	n := &node{
 		options: o, log: log, clock: time.Now,
-		source: objects, tunnel: wgdevice.New(wgdevice.Options{Log: log, Mode: mode}), leases: leases, key: key,
-		uplinkMTU: func(own netip.Addr) (int, error) { return wgdevice.UplinkMTU(own, nil) },
+		source: objects, tunnel: wgdevice.New(wgdevice.Options{Log: log, Mode: mode}), leases: leases,
+		uplinkMTU: wgdevice.UplinkMTU,
 		stepped:   make(chan struct{}), planner: newPlanner(o.planning),
 	}
 	n.cuts = newCutter(n.planner.allows, log)
@@ -62,7 +61,14 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 		return err
 	}
 	n.loop = reconcile.New(n.step, resync, n.clock)
-	log.Info("starting", "version", version, "node", o.nodeName, "encryption", o.encryption, "public_key", publicKey(key))
+	n.keys = &rotator{
+		options: o.rotation, encrypted: o.encryptionMode, node: o.nodeName, keys: keys, clock: n.clock, log: log, wake: n.loop.Trigger,
+	}
+	n.follower = newFollower(n.tunnel, n.clock, log)
+	if err = n.early(ctx); err != nil {
+		log.Warn("the guards wait for the cluster", "error", err) // the first step tries again, and makes it a problem
+	}
+	log.Info("starting", "version", version, "node", o.nodeName, "encryption", o.encryption, "public_key", publicKey(keys.Current()))
 	return n.serve(ctx)
 }
 

@@ -66,7 +66,7 @@ func (n *node) encryptionStatus(o outcome) agentapi.Encryption {
 		}
 	}
 	e := agentapi.Encryption{
-		PublicKey: publicKey(n.key), Port: n.options.port, MTU: o.mesh.MTU,
+		PublicKey: publicKey(n.keys.keys.Current()), Port: n.options.port, MTU: o.mesh.MTU,
 		Guard: "cluster-cidr", NotCovered: notCovered,
 	}
 	if len(n.options.parsedCluster) == 0 {

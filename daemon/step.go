@@ -16,6 +16,7 @@ import (
 	"github.com/warren-cni/warren/pkg/firewall"
 	"github.com/warren-cni/warren/pkg/ipam"
 	"github.com/warren-cni/warren/pkg/kube"
+	"github.com/warren-cni/warren/pkg/mesh"
 	"github.com/warren-cni/warren/pkg/netfilter"
 	"github.com/warren-cni/warren/pkg/nodenet"
 	"github.com/warren-cni/warren/pkg/wgdevice"
@@ -60,7 +61,7 @@ func (n *node) step(ctx context.Context, full bool) error {
 	if ctx.Err() != nil {
 		return err // the daemon stops: what was cut short says nothing of the node
 	}
-	now.problems = cluster.SortProblems(slices.Concat(n.source.Problems(), n.filter.Problems(), n.cuts.problems(), n.flows.problems(), now.leaseProblems, now.host.problems, wanted.problems, now.problems))
+	now.problems = cluster.SortProblems(slices.Concat(n.source.Problems(), n.filter.Problems(), n.cuts.problems(), n.flows.problems(), n.keys.problems(), now.leaseProblems, now.host.problems, wanted.problems, now.problems))
 	n.record(now)
 	return err
 }
@@ -82,38 +83,53 @@ func (n *node) cutOff(self cluster.Node) error {
 func (n *node) apply(ctx context.Context, o *outcome, plan plan, full bool) error {
 	filterErr := n.applyFilter(ctx, o, plan.change, full)
 	n.cuts.changed(plan.affected) // also where the filter failed: the audit that mends it sweeps again
-	if !o.guarded {
-		return filterErr // without the guards there must be no tunnel and no route
-	}
-	if len(o.mesh.PodCIDRs) == 0 || o.host.uplinkMTU == 0 {
-		return filterErr // it is among the problems; the Node's next event starts the next step
-	}
-	if tunnelChanged := n.tunnelChanged.Swap(false); !full && !plan.meshChanged && !tunnelChanged {
-		if filterErr == nil {
-			o.applied = n.clock()
-		}
+	if !o.guarded {               // without the guards there must be no tunnel and no route
+		n.tunnelChanged.Store(true)
 		return filterErr
 	}
-
-	meshChanges, meshErr := n.tunnel.Apply(ctx, o.mesh, n.key)
-	if meshErr != nil {
-		meshErr = fmt.Errorf("applying the mesh: %w", meshErr)
-		o.problems = append(o.problems, applyProblem(meshCode(meshErr), "Node "+n.options.nodeName, meshErr,
-			"pods of other nodes stay unreachable, nothing leaves in clear; mend what the message names, the daemon retries"))
+	if len(o.mesh.PodCIDRs) == 0 || o.host.uplinkMTU == 0 { // it is among the problems; the Node's next event starts the next step
+		n.tunnelChanged.Store(true)
+		return filterErr
 	}
-	publishErr := n.publish(ctx)
+	meshErr := n.applyMesh(ctx, o, plan.meshChange, full)
+	publishErr := n.publish(ctx, o.host.uplinkMTU)
 	if publishErr != nil {
 		o.problems = append(o.problems, applyProblem("PublishFailed", "Node "+n.options.nodeName, publishErr,
 			"other nodes cannot reach this one until it succeeds; check the daemon's access to the API server"))
 	}
-	n.log.Debug("applied the mesh", "changes", meshChanges)
 	if err := errors.Join(filterErr, meshErr, publishErr); err != nil {
 		return err
 	}
-	if err := n.installConflist(o); err != nil {
-		return err
+	if full || !plan.meshChange.Empty() || !o.ready {
+		if err := n.installConflist(o); err != nil {
+			return err
+		}
 	}
 	o.applied = n.clock()
+	return nil
+}
+
+// applyMesh makes the tunnel agree: by the change alone where it is known what stands, else as a whole.
+func (n *node) applyMesh(ctx context.Context, o *outcome, change mesh.Change, full bool) error {
+	keysChanged := n.keys.advance()
+	whole := n.tunnelChanged.Swap(false) || full || keysChanged
+	if !whole && change.Empty() {
+		return nil
+	}
+	delta := &change
+	if whole {
+		delta = nil
+	}
+	changes, err := n.follower.apply(ctx, o.mesh, delta, n.keys.keys.Current())
+	if err != nil {
+		err = fmt.Errorf("applying the mesh: %w", err)
+		o.problems = append(o.problems, applyProblem(meshCode(err), "Node "+n.options.nodeName, err,
+			"pods of other nodes stay unreachable, nothing leaves in clear; mend what the message names, the daemon retries"))
+		return err
+	}
+	if changes.Any() {
+		n.log.Debug("applied the mesh", "links", changes.Links, "peers", changes.Peers, "routes", changes.Routes)
+	}
 	return nil
 }
 
@@ -172,15 +188,26 @@ func (n *node) installConflist(o *outcome) error {
 	return nil
 }
 
-// publish puts the public key and port on the own Node. With encryption off there is nothing to publish.
-func (n *node) publish(ctx context.Context) error {
+// publish puts on the own Node what other nodes need to reach it, where that is not there already. With encryption off there
+// is nothing to publish.
+func (n *node) publish(ctx context.Context, uplinkMTU int) error {
 	if !n.options.encryptionMode {
 		return nil
 	}
-	return n.source.Publish(ctx, map[string]string{
-		kube.AnnotationPublicKey: publicKey(n.key),
-		kube.AnnotationPort:      strconv.Itoa(int(n.options.port)),
-	})
+	annotations, err := n.keys.annotations(n.planner.self())
+	if err != nil {
+		return err
+	}
+	annotations[kube.AnnotationPort] = strconv.Itoa(int(n.options.port))
+	annotations[kube.AnnotationMTU] = ""
+	if n.options.mtu == 0 { // else it is not the uplink's
+		annotations[kube.AnnotationMTU] = strconv.Itoa(uplinkMTU)
+	}
+	if err = n.source.Publish(ctx, annotations); err != nil {
+		return err
+	}
+	n.keys.published(annotations)
+	return nil
 }
 
 // readAttachments returns the attachments of the node's pods: all of them, or those that asked since the last time. The error
@@ -281,12 +308,12 @@ func (n *node) setUpHost(self cluster.Node, mtu int) host {
 	return h
 }
 
-// readMTU returns the MTU of the link that holds the node's first InternalIP.
+// readMTU returns the MTU of the links by which the node reaches the others, or of that which has its first InternalIP.
 func (n *node) readMTU(self cluster.Node) (int, error) {
 	if len(self.Addresses) == 0 {
 		return 0, errors.New("the Node has no InternalIP")
 	}
-	return n.uplinkMTU(self.Addresses[0])
+	return n.uplinkMTU(self.Addresses[0], n.planner.endpoints())
 }
 
 // meshCode tells a node that has no WireGuard at all from one where something failed.

@@ -69,6 +69,7 @@ type memory struct {
 }
 
 func (m *memory) Denied(context.Context) ([]firewall.Denial, error) { return nil, nil }
+func (m *memory) Bare(context.Context) (bool, error)                { return !m.known, nil }
 func (m *memory) Problems() []cluster.Problem                       { return nil }
 func (m *memory) Forget()                                           { m.known = false }
 
@@ -110,6 +111,10 @@ func (noTunnel) Apply(context.Context, mesh.Config, wgdevice.Key) (wgdevice.Chan
 	return wgdevice.Changes{}, nil
 }
 
+func (noTunnel) Patch(context.Context, mesh.Change, wgdevice.Key) (wgdevice.Changes, error) {
+	return wgdevice.Changes{}, nil
+}
+
 // newStepped returns a node with one pod, which has a lease, above a source and a packet filter in memory.
 func newStepped(t *testing.T, address string, clusterCIDRs ...netip.Prefix) (*node, *told, *memory, agentapi.Pod) {
 	t.Helper()
@@ -135,10 +140,12 @@ func newStepped(t *testing.T, address string, clusterCIDRs ...netip.Prefix) (*no
 	pod := cluster.Pod{Namespace: "shop", Name: "web", UID: "u", Node: "node-1"}
 	s.delta.Pods[pod.Key()] = &pod
 	owner := ipam.Owner{ContainerID: "c", Interface: "eth0", Namespace: "shop", Name: "web", UID: "u"}
-	var err error
-	if n.key, err = wgdevice.LoadOrCreateKey(t.TempDir()); err != nil {
+	keys, err := wgdevice.OpenKeys(t.TempDir())
+	if err != nil {
 		t.Fatal(err)
 	}
+	n.keys = &rotator{encrypted: true, node: "node-1", keys: keys, clock: clock, log: n.log, wake: n.loop.Trigger}
+	n.follower = newFollower(n.tunnel, clock, n.log)
 	if n.leases, err = ipam.Open(o.leases()); err != nil {
 		t.Fatal(err)
 	}

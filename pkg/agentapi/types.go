@@ -23,6 +23,10 @@ const (
 	OpStatus = "status"
 	// OpExplain asks what the policies decide about a connection, and why.
 	OpExplain = "explain"
+	// OpRotate asks for a change of the node's WireGuard key, or how far one has come.
+	OpRotate = "rotate"
+	// OpVerify asks for what is planned of the mesh, and where the kernel differs from it.
+	OpVerify = "verify"
 )
 
 // Request is what a client sends.
@@ -33,6 +37,14 @@ type Request struct {
 	Pod *Pod `json:"pod,omitempty"`
 	// Explain is set for OpExplain.
 	Explain *Explain `json:"explain,omitempty"`
+	// Rotate is set for OpRotate.
+	Rotate *Rotate `json:"rotate,omitempty"`
+}
+
+// Rotate is a question about the change of the node's key.
+type Rotate struct {
+	// Start begins a change, unless one is under way.
+	Start bool `json:"start,omitempty"`
 }
 
 // Explain is a question about a connection, in the words of the operator.
@@ -63,6 +75,10 @@ type Response struct {
 	// Explanation is as `warrend explain -o json` prints it. Daemon and command are one program; the plugin, which links this
 	// package too, stays free of what it is made of.
 	Explanation json.RawMessage `json:"explanation,omitempty"`
+	// Rotation answers OpRotate.
+	Rotation *Rotation `json:"rotation,omitempty"`
+	// Verification is what `warrend verify` needs of the daemon. It is theirs alone, like Explanation.
+	Verification json.RawMessage `json:"verification,omitempty"`
 }
 
 // Error is a refusal. Code is a CNI error code (spec section "Error"), 11 for "try again later".
@@ -129,4 +145,28 @@ type Problem struct {
 	Message string `json:"message"`
 	Remedy  string `json:"remedy"`
 	Owner   string `json:"owner,omitempty"`
+}
+
+// Stages of a Rotation, in their order.
+const (
+	// StagePrepared says that the next key is made and not published yet.
+	StagePrepared = "prepared"
+	// StageAnnounced says that the next key is published, so that the other nodes can learn it.
+	StageAnnounced = "announced"
+	// StageSwitched says that the new key is in use and not published as such yet.
+	StageSwitched = "switched"
+	// StageDone says that no change is under way.
+	StageDone = "done"
+)
+
+// Rotation says how far the change of the node's key has come.
+type Rotation struct {
+	Node  string `json:"node"`
+	Stage string `json:"stage"`
+	// PublicKey is that of the key in use, NextPublicKey that of the key to come.
+	PublicKey     string    `json:"publicKey"`
+	NextPublicKey string    `json:"nextPublicKey,omitempty"`
+	Made          time.Time `json:"made,omitzero"`
+	// Problem says why the change does not go on; empty where it does.
+	Problem string `json:"problem,omitempty"`
 }

@@ -1,0 +1,72 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/warren-cni/warren/pkg/lab"
+)
+
+// A node boots and its daemon does not reach the API server: what the node's own programs send to pods does not leave in clear,
+// as it does before the daemon has started.
+func TestGuardsBeforeTheCluster(t *testing.T) {
+	s := newStage(t, "wdearly", 1)
+	node := s.Nodes[0]
+	remote := []netip.Addr{netip.MustParseAddr("10.244.9.9"), netip.MustParseAddr("fd00:10:244:9::9")}
+	seen := func() lab.Counts {
+		capture, err := s.Capture(marker)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, address := range remote {
+			ctx, cancel := context.WithTimeout(t.Context(), closedPatience)
+			if lab.Probe(ctx, node.Netns(), netip.AddrPortFrom(address, port), marker) == nil {
+				t.Errorf("something answers at %v", address)
+			}
+			cancel()
+		}
+		counts, err := capture.Stop()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return counts
+	}
+	if counts := seen(); counts.Pods == 0 {
+		t.Fatalf("without a daemon the wire shows %v: the test sees nothing", counts)
+	}
+
+	kubeconfig := filepath.Join(t.TempDir(), "kubeconfig")
+	if err := os.WriteFile(kubeconfig, []byte(absent), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.startDaemonOn(0, "", kubeconfig)
+	s.eventually(func() error {
+		status, err := node.Status(t.Context())
+		if err == nil && status.Ready {
+			err = errors.New("the node is ready without an API server")
+		}
+		return err
+	})
+	if counts := seen(); counts.Pods > 0 {
+		t.Errorf("while the cluster is not known the wire shows %v: %q", counts, counts.Examples)
+	}
+	state := kernelState(t, node)
+	if err := s.daemons[0].Kill(); err != nil {
+		t.Fatal(err)
+	}
+	s.startDaemonOn(0, "", kubeconfig)
+	s.eventually(func() error { _, err := node.Status(t.Context()); return err })
+	if now := kernelState(t, node); now != state {
+		t.Errorf("a second start changed what stood: %s\nbefore: %s", now, state)
+	}
+	if err := s.daemons[0].Kill(); err != nil {
+		t.Fatal(err)
+	}
+	s.startTunnel(0)
+	s.startDaemons()
+	s.healthy(0)
+}

@@ -1,0 +1,156 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os/exec"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/warren-cni/warren/pkg/lab"
+)
+
+// verify verifies on a node for two seconds, and returns what it printed and the exit status.
+func (s *stage) verify(i int, output string) (string, int) {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
+	defer cancel()
+	out, err := s.Nodes[i].Command(ctx, "verify", "--duration", "2s", "-o", output)
+	if failed, ok := errors.AsType[*exec.ExitError](err); ok && ctx.Err() == nil {
+		return out, failed.ExitCode()
+	}
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return out, 0
+}
+
+// verified is what verify prints for programs.
+func (s *stage) verified(i int) (verification, int) {
+	s.t.Helper()
+	out, status := s.verify(i, "json")
+	var v verification
+	if err := json.Unmarshal([]byte(out), &v); err != nil {
+		s.t.Fatalf("%v:\n%s", err, out)
+	}
+	return v, status
+}
+
+// A healthy mesh is proven, over both families and from both ends at once; without its other end it is not.
+func TestVerifyProvesAMesh(t *testing.T) {
+	t.Parallel()
+	s := running(t, "wdverify", 2)
+	s.reaches(s.pod(0, "client"), s.pod(1, "server"))
+	for i := range s.Nodes {
+		s.healthy(i)
+	}
+	var both sync.WaitGroup
+	both.Go(func() {
+		if out, status := s.verify(1, "table"); status != 0 || !strings.Contains(out, "\nPROVEN: ") {
+			t.Errorf("status %d:\n%s", status, out)
+		}
+	})
+	v, status := s.verified(0)
+	both.Wait()
+	if status != 0 || v.Conclusion != proven || v.InClear.Total() > 0 || v.WireGuard.Sent == 0 || v.WireGuard.Received == 0 {
+		t.Errorf("status %d: %+v", status, v)
+	}
+	if len(v.Peers) != 1 || v.Peers[0].Node != "node-2" || v.Peers[0].WireGuard.Total() == 0 || v.Peers[0].LastHandshake.IsZero() {
+		t.Fatalf("peers: %+v", v.Peers)
+	}
+	var answered []netip.Addr
+	for _, p := range v.Peers[0].Probes {
+		if p.Sent > 5 && p.Lost == 0 && p.MinMS > 0 && p.MinMS <= p.MedianMS && p.MedianMS <= p.MaxMS {
+			answered = append(answered, p.Address)
+		}
+	}
+	if !slices.Equal(answered, parsed("10.244.2.1", "fd00:10:244:2::1")) {
+		t.Errorf("probes: %+v", v.Peers[0].Probes)
+	}
+
+	if err := s.tunnels[1].Stop(); err != nil {
+		t.Fatal(err)
+	}
+	v, status = s.verified(0)
+	if status != 2 || v.Conclusion != notProven || v.InClear.Total() > 0 || !doubted(v, "node node-2 answered none of") {
+		t.Errorf("without the other end: status %d: %+v", status, v)
+	}
+	if err := s.tunnels[0].Stop(); err != nil {
+		t.Fatal(err)
+	}
+	v, status = s.verified(0)
+	if status != 2 || v.WireGuard.Total() > 0 || !doubted(v, "no WireGuard packet was seen") || !doubted(v, "the tunnel does not answer") {
+		t.Errorf("without a tunnel: status %d: %+v", status, v)
+	}
+}
+
+// doubted tells whether a verification has a doubt.
+func doubted(v verification, text string) bool {
+	return slices.ContainsFunc(v.Doubts, func(d string) bool { return strings.Contains(d, text) })
+}
+
+// Where somebody has taken away the guard and the routes, what leaves in clear is found and named: the probes, and a pod's packets.
+func TestVerifyFindsClearPackets(t *testing.T) {
+	t.Parallel()
+	s := running(t, "wdclear", 2)
+	client, server := s.pod(0, "client"), s.pod(1, "server")
+	s.reaches(client, server)
+	s.healthy(0)
+	const damage = `for tool in iptables ip6tables; do $tool -t mangle -F WARREN-GUARD; done
+for family in -4 -6; do ip $family route flush proto 87; done`
+	s.eventually(func() error { // an audit may mend it before anything has left
+		if _, err := s.Nodes[0].Run(t.Context(), "sh", "-ec", damage); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		var talk sync.WaitGroup
+		talk.Go(func() {
+			for ctx.Err() == nil {
+				once, end := context.WithTimeout(ctx, time.Second)
+				_ = lab.Probe(once, client.Netns(), netip.AddrPortFrom(server.Addresses[0], port), marker) // it need not arrive
+				end()
+			}
+		})
+		out, status := s.verify(0, "table")
+		v, _ := s.verified(0)
+		cancel()
+		talk.Wait()
+		for _, want := range []string{
+			"\nVIOLATED:\n", "link eth0 carried packets of pods in clear", "with the marker", "10.244.1.1 -> 10.244.2.1",
+			"a guard does not stand as planned: chain WARREN-GUARD in mangle (ipv4)",
+		} {
+			if status != 1 || !strings.Contains(out, want) {
+				return fmt.Errorf("status %d, no %q:\n%s", status, want, out)
+			}
+		}
+		_ = v
+		return nil
+	})
+	s.eventually(func() error {
+		if v, status := s.verified(0); status != 0 {
+			return fmt.Errorf("not repaired: %d %+v", status, v)
+		}
+		return nil
+	})
+}
+
+// A node that does not encrypt says so.
+func TestVerifyTellsThatEncryptionIsOff(t *testing.T) {
+	t.Parallel()
+	s := newStage(t, "wdvoff", 1)
+	daemon, err := s.Nodes[0].StartDaemon(t.Context(), nil, "--encryption", "off")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.daemons[0] = daemon
+	s.ready(0)
+	if out, status := s.verify(0, "table"); status != 1 || !strings.Contains(out, "VIOLATED:\n  encryption is off") {
+		t.Errorf("status %d:\n%s", status, out)
+	}
+}
