@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -72,6 +73,34 @@ func TestExplainText(t *testing.T) {
 			}
 			golden.Compare(t, filepath.Join(explainObjects, name+".txt"), b.String())
 		})
+	}
+}
+
+// A rule whose parts were all refused is told from one that is not there.
+func TestExplainTellsRefusedRules(t *testing.T) {
+	objects := t.TempDir()
+	text := `
+{apiVersion: v1, kind: Node, metadata: {name: here}, spec: {podCIDRs: [10.244.1.0/24]}}
+---
+{apiVersion: v1, kind: Pod, metadata: {namespace: shop, name: web, uid: "1"}, spec: {nodeName: here}, status: {podIPs: [{ip: 10.244.1.2}]}}
+---
+{apiVersion: v1, kind: Pod, metadata: {namespace: shop, name: api, uid: "2"}, spec: {nodeName: here}, status: {podIPs: [{ip: 10.244.1.3}]}}
+---
+{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {namespace: shop, name: bad-peer}, spec: {podSelector: {}, ingress: [{from: [{}]}]}}
+---
+{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {namespace: shop, name: bad-pods}, spec: {podSelector: {matchLabels: {"a b": c}}, ingress: [{}]}}
+---
+{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {namespace: shop, name: none}, spec: {podSelector: {}}}
+`
+	if err := os.WriteFile(filepath.Join(objects, "objects.yaml"), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got := exit(t, "explain", "--objects", objects, "--from", "shop/web", "--to", "shop/api")
+	const none = "none: nothing that the rule names was understood\n"
+	const want = "  shop/bad-peer:\n    ingress[0] does not match\n      from  " + none +
+		"  shop/bad-pods:\n    ingress[0] does not match\n      from  " + none + "      port  " + none + "  shop/none: has no ingress rules\n"
+	if !strings.Contains(got, want) {
+		t.Errorf("explain says\n%s\nwithout\n%s", got, want)
 	}
 }
 

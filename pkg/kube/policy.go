@@ -15,8 +15,8 @@ import (
 )
 
 // convertPolicy applies the API's defaults and drops what it does not understand, so that it allows nothing: a bad peer
-// or port is absent, a rule without any good peer or port is absent, and a policy whose podSelector is bad isolates every
-// pod of its namespace.
+// or port is absent, a rule without any good peer or port matches nothing, and a policy whose podSelector is bad isolates
+// every pod of its namespace, by rules that match nothing.
 func convertPolicy(p *networkingv1.NetworkPolicy) (cluster.Policy, []cluster.Problem) {
 	found := &findings{
 		code: codePolicy, object: "NetworkPolicy " + p.Namespace + "/" + p.Name, remedy: "correct the NetworkPolicy",
@@ -30,6 +30,7 @@ func convertPolicy(p *networkingv1.NetworkPolicy) (cluster.Policy, []cluster.Pro
 	if err != nil {
 		found.add(path.Child("podSelector"), "%v: the policy isolates every pod of the namespace and allows nothing", err)
 		policy.Pods = labels.Everything()
+		policy.IngressRules, policy.EgressRules = refused(policy.Ingress, len(p.Spec.Ingress)), refused(policy.Egress, len(p.Spec.Egress))
 		return policy, found.list
 	}
 	policy.Pods = pods
@@ -37,16 +38,27 @@ func convertPolicy(p *networkingv1.NetworkPolicy) (cluster.Policy, []cluster.Pro
 	if policy.Ingress {
 		for i, r := range p.Spec.Ingress {
 			rule := ruleReader{path: path.Child("ingress").Index(i), peersField: "from", found: found, prefixes: &prefixes}
-			policy.IngressRules = rule.appendTo(policy.IngressRules, i, r.From, r.Ports)
+			policy.IngressRules = append(policy.IngressRules, rule.read(i, r.From, r.Ports))
 		}
 	}
 	if policy.Egress {
 		for i, r := range p.Spec.Egress {
 			rule := ruleReader{path: path.Child("egress").Index(i), peersField: "to", found: found, prefixes: &prefixes}
-			policy.EgressRules = rule.appendTo(policy.EgressRules, i, r.To, r.Ports)
+			policy.EgressRules = append(policy.EgressRules, rule.read(i, r.To, r.Ports))
 		}
 	}
 	return policy, found.list
+}
+
+// refused are rules that match nothing, in the place of those of a direction that were not read.
+func refused(isolates bool, n int) []cluster.Rule {
+	var rules []cluster.Rule
+	for i := range n {
+		if isolates {
+			rules = append(rules, cluster.Rule{Index: i})
+		}
+	}
+	return rules
 }
 
 // directions applies the default of policyTypes: always Ingress, and Egress where there are egress rules. A type that
@@ -82,9 +94,7 @@ type ruleReader struct {
 	prefixes *int
 }
 
-func (r ruleReader) appendTo(
-	rules []cluster.Rule, index int, peers []networkingv1.NetworkPolicyPeer, ports []networkingv1.NetworkPolicyPort,
-) []cluster.Rule {
+func (r ruleReader) read(index int, peers []networkingv1.NetworkPolicyPeer, ports []networkingv1.NetworkPolicyPort) cluster.Rule {
 	rule := cluster.Rule{Index: index, AnyPeer: len(peers) == 0, AnyPort: len(ports) == 0}
 	for i := range peers {
 		peer, ok := r.peer(r.path.Child(r.peersField).Index(i), &peers[i])
@@ -98,11 +108,7 @@ func (r ruleReader) appendTo(
 			rule.Ports = append(rule.Ports, port)
 		}
 	}
-	allowsNothing := (!rule.AnyPeer && len(rule.Peers) == 0) || (!rule.AnyPort && len(rule.Ports) == 0)
-	if allowsNothing {
-		return rules
-	}
-	return append(rules, rule)
+	return rule
 }
 
 func (r ruleReader) peer(path *field.Path, p *networkingv1.NetworkPolicyPeer) (cluster.Peer, bool) {

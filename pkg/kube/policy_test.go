@@ -67,7 +67,7 @@ func TestConvertPolicySelectors(t *testing.T) {
 		},
 		"a bad podSelector isolates the namespace and allows nothing": {
 			spec: `{podSelector: {matchExpressions: [{key: a, operator: Like, values: [x]}]}, ingress: [{}]}`,
-			want: cluster.Policy{Ingress: true}, fields: []string{"spec.podSelector"},
+			want: cluster.Policy{Ingress: true, IngressRules: []cluster.Rule{{}}}, fields: []string{"spec.podSelector"},
 		},
 		"In without values": {
 			spec: `{podSelector: {matchExpressions: [{key: a, operator: In}]}, policyTypes: [Egress]}`,
@@ -124,9 +124,7 @@ func TestConvertPolicyPeers(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := policyCase{spec: "{podSelector: {}, ingress: [{from: " + test.from + "}]}", want: cluster.Policy{Ingress: true}}
-			if len(test.want) > 0 {
-				c.want.IngressRules = []cluster.Rule{{AnyPort: true, Peers: test.want}}
-			}
+			c.want.IngressRules = []cluster.Rule{{AnyPort: true, Peers: test.want}}
 			for _, f := range test.fields {
 				c.fields = append(c.fields, "spec.ingress[0]."+f)
 			}
@@ -164,9 +162,7 @@ func TestConvertPolicyPorts(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := policyCase{spec: "{podSelector: {}, policyTypes: [Egress], egress: [{ports: " + test.ports + "}]}", want: cluster.Policy{Egress: true}}
-			if len(test.want) > 0 {
-				c.want.EgressRules = []cluster.Rule{{AnyPeer: true, Ports: test.want}}
-			}
+			c.want.EgressRules = []cluster.Rule{{AnyPeer: true, Ports: test.want}}
 			for _, f := range test.fields {
 				c.fields = append(c.fields, "spec.egress[0]."+f)
 			}
@@ -182,7 +178,11 @@ func TestConvertPolicyNeverOpens(t *testing.T) {
 		  {from: [{}], ports: [{port: 80}]},
 		  {from: [{podSelector: {}}], ports: [{port: 0}]},
 		  {from: [], ports: []}]}`,
-		want:   cluster.Policy{Ingress: true, IngressRules: []cluster.Rule{{Index: 2, AnyPeer: true, AnyPort: true}}},
+		want: cluster.Policy{Ingress: true, IngressRules: []cluster.Rule{
+			{Ports: []cluster.Port{{Protocol: cluster.TCP, First: 80, Last: 80}}},
+			{Index: 1, Peers: []cluster.Peer{{Pods: selector(t, "")}}},
+			{Index: 2, AnyPeer: true, AnyPort: true},
+		}},
 		fields: []string{"spec.ingress[0].from[0]", "spec.ingress[1].ports[0].port"},
 	}.run(t)
 }
