@@ -21,25 +21,7 @@ type talk struct {
 
 // answering is a lab.Pod's Listen: a server that answers datagrams.
 func answering(t *testing.T) func(ns.NetNS) error {
-	return func(netns ns.NetNS) error {
-		return netns.Do(func(ns.NetNS) error {
-			socket, err := new(net.ListenConfig).ListenPacket(t.Context(), "udp", fmt.Sprintf(":%d", port))
-			if err != nil {
-				return err
-			}
-			t.Cleanup(func() { _ = socket.Close() })
-			go func() {
-				for buffer := make([]byte, lab.MarkerSize); ; {
-					n, from, err := socket.ReadFrom(buffer)
-					if err != nil {
-						return
-					}
-					_, _ = socket.WriteTo(buffer[:n], from)
-				}
-			}()
-			return nil
-		})
-	}
+	return listening(t, func(socket net.PacketConn, from net.Addr, datagram []byte) { _, _ = socket.WriteTo(datagram, from) })
 }
 
 // start opens the connection.

@@ -24,6 +24,11 @@ type sink struct {
 
 // listen starts to count; it is a lab.Pod's Listen.
 func (s *sink) listen(t *testing.T) func(ns.NetNS) error {
+	return listening(t, func(net.PacketConn, net.Addr, []byte) { s.received.Add(1) })
+}
+
+// listening is a lab.Pod's Listen: a server that hands each datagram over.
+func listening(t *testing.T, take func(socket net.PacketConn, from net.Addr, datagram []byte)) func(ns.NetNS) error {
 	return func(netns ns.NetNS) error {
 		return netns.Do(func(ns.NetNS) error {
 			socket, err := new(net.ListenConfig).ListenPacket(t.Context(), "udp", fmt.Sprintf(":%d", port))
@@ -33,10 +38,11 @@ func (s *sink) listen(t *testing.T) func(ns.NetNS) error {
 			t.Cleanup(func() { _ = socket.Close() })
 			go func() {
 				for buffer := make([]byte, lab.MarkerSize); ; {
-					if _, _, err := socket.ReadFrom(buffer); err != nil {
+					n, from, err := socket.ReadFrom(buffer)
+					if err != nil {
 						return
 					}
-					s.received.Add(1)
+					take(socket, from, buffer[:n])
 				}
 			}()
 			return nil
