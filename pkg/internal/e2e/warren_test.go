@@ -24,6 +24,7 @@ func TestWarren(t *testing.T) {
 	t.Run("cut", c.testCut)
 	t.Run("told", c.testTold)
 	t.Run("plaintext", c.testPlaintext)
+	t.Run("mesh", c.testMesh)
 	t.Run("rollout", c.testRollout)
 	t.Run("killed", c.testKilled)
 	t.Run("capabilities", c.testCapabilities)
