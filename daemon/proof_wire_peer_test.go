@@ -43,7 +43,7 @@ func TestProofNoPlaintextWithoutPeer(t *testing.T) {
 			}
 			g := newGuarded(s, 2)
 			rounds := soak.Trials(20)
-			var trials, clear int
+			var trials, inClear int
 			for _, state := range []struct {
 				name   string
 				rounds int
@@ -63,9 +63,9 @@ func TestProofNoPlaintextWithoutPeer(t *testing.T) {
 					}
 				})
 				trials += state.rounds
-				clear += counts.InClear[0] + counts.InClear[1]
+				inClear += counts.InClear[0] + counts.InClear[1]
 			}
-			summary(t, "%s: %d trials of 7 states in which a peer lacks something: %d packets in clear", name, trials, clear)
+			summary(t, "%s: %d trials of 7 states in which a peer lacks something: %d packets in clear", name, trials, inClear)
 			g.unguarded(0)
 			g.strayControl()
 		})

@@ -1,0 +1,179 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/containernetworking/plugins/pkg/ns"
+
+	"github.com/warren-cni/warren/pkg/lab"
+	"github.com/warren-cni/warren/pkg/lab/soak"
+	"github.com/warren-cni/warren/pkg/lab/tagged"
+)
+
+// lastingFlows is how many connections go restarts, half of them across nodes.
+const lastingFlows = 200
+
+// lasting is a TCP connection over which a client sends a message and gets it back, again and again.
+type lasting struct {
+	exchanges atomic.Int64
+	broken    atomic.Value
+}
+
+// lasts opens a connection and uses it until the test ends.
+func (s *stage) lasts(from ns.NetNS, address netip.Addr) *lasting {
+	s.t.Helper()
+	var socket net.Conn
+	err := from.Do(func(ns.NetNS) (err error) {
+		socket, err = new(net.Dialer).DialContext(s.t.Context(), "tcp", netip.AddrPortFrom(address, port).String())
+		return err
+	})
+	if err != nil {
+		s.t.Fatalf("opening a connection to %v: %v", address, err)
+	}
+	var ended atomic.Bool
+	s.t.Cleanup(func() {
+		ended.Store(true)
+		_ = socket.Close()
+	})
+	f := &lasting{}
+	go func() {
+		ticker := time.NewTicker(5 * often)
+		defer ticker.Stop()
+		for buffer := make([]byte, len(marker)); ; f.exchanges.Add(1) {
+			<-ticker.C
+			_, err := socket.Write(marker[:])
+			if err == nil {
+				_, err = io.ReadFull(socket, buffer)
+			}
+			if err != nil {
+				if !ended.Load() {
+					f.broken.Store(err)
+				}
+				return
+			}
+		}
+	}()
+	return f
+}
+
+// A restart of the daemon costs nothing while the tunnel goes on: no connection is reset, on the node or across nodes, and no packet
+// that pods send meanwhile is lost.
+func TestProofRestartCostsNothing(t *testing.T) {
+	t.Parallel()
+	s := running(t, "wpfree", 2)
+	client, near, far := s.pod(0, "client"), s.pod(0, "near"), s.pod(1, "far")
+	s.reaches(client, near)
+	s.reaches(client, far)
+	var flows []*lasting
+	for i := range lastingFlows {
+		to := []*lab.Pod{near, far}[i%2]
+		flows = append(flows, s.lasts(client.Netns(), to.Addresses[i/2%2]))
+	}
+	targets := []*lab.Pod{near, far}
+	var counters [2]*tagged.Counter
+	var guns [2]*tagged.Gun
+	for i, pod := range targets {
+		counters[i] = s.counter(pod.Netns())
+		guns[i] = s.fire(client, tagged.Fire{Tag: tagAllowed, Targets: pod.Addresses, Port: port, Every: often})
+	}
+	s.arrives(counters[1], 100, nil)
+
+	kills := soak.Trials(20)
+	for range kills {
+		for i := range s.Nodes {
+			s.endDaemon(i, (*lab.Process).Kill)
+		}
+		s.pause(5 * often)
+		s.startDaemons()
+		s.pause(5 * often)
+	}
+	var sent, lost int64
+	for i, gun := range guns {
+		gun.Cease()
+		sent += gun.Sent()
+		lost += missing(t, counters[i], gun.Sent())
+	}
+	broken := brokenOf(t, flows)
+	if lost != 0 || broken > 0 {
+		t.Errorf("%d of %d packets were lost, %d connections broken", lost, sent, broken)
+	}
+	summary(t, "%d kills of both daemons: %d of %d connections broken, %d of %d pings, datagrams and SYNs lost", kills, broken, lastingFlows, lost, sent)
+	s.restartControl(flows[1], far, client) // over IPv4, across nodes
+}
+
+// missing waits until all packets that were sent have arrived, and returns how many have not in a while.
+func missing(t *testing.T, counter *tagged.Counter, sent int64) int64 {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 100*often)
+	defer cancel()
+	_ = lab.Until(ctx, func() error {
+		if int64(counter.Packets(nil)) < sent {
+			return errNothing
+		}
+		return nil
+	})
+	return sent - int64(counter.Packets(nil))
+}
+
+// restartControl shows that losses and resets across nodes would be seen: where the tunnel is away for a moment, and where somebody
+// resets connections.
+func (s *stage) restartControl(across *lasting, far, client *lab.Pod) {
+	s.t.Helper()
+	counter := s.counter(far.Netns())
+	gun := s.fire(client, tagged.Fire{Tag: tagAllowed, Targets: far.Addresses, Port: port, Every: often})
+	s.arrives(counter, 10, nil)
+	const resets = "iptables -%s FORWARD -p tcp -j REJECT --reject-with tcp-reset"
+	commands := []string{fmt.Sprintf(resets, "I"), fmt.Sprintf(resets, "D"), "ip link set warren0 down"}
+	for _, command := range commands {
+		if _, err := s.Nodes[1].Run(s.t.Context(), "sh", "-c", command); err != nil {
+			s.t.Fatal(err)
+		}
+		s.pause(20 * often)
+	}
+	gun.Cease()
+	if missing(s.t, counter, gun.Sent()) == 0 {
+		s.t.Error("control: no packet is lost without a tunnel")
+	}
+	if across.broken.Load() == nil {
+		s.t.Error("control: a connection that is reset does not break")
+	}
+}
+
+// brokenOf returns how many connections broke, or bring nothing back any more.
+func brokenOf(t *testing.T, flows []*lasting) (broken int) {
+	t.Helper()
+	before := make([]int64, len(flows))
+	for i, f := range flows {
+		before[i] = f.exchanges.Load()
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), changePatience)
+	defer cancel()
+	for i, f := range flows {
+		if err := f.works(ctx, before[i]); err != nil {
+			broken++
+			t.Logf("a connection broke: %v", err)
+		}
+	}
+	return broken
+}
+
+// works waits until more messages than before came back, or the connection broke, which is an error.
+func (f *lasting) works(ctx context.Context, before int64) error {
+	err := lab.Until(ctx, func() error {
+		if f.exchanges.Load() == before && f.broken.Load() == nil {
+			return errNothing
+		}
+		return nil
+	})
+	if reason, isBroken := f.broken.Load().(error); isBroken {
+		return reason
+	}
+	return err
+}
