@@ -206,7 +206,7 @@ func (p *prober) take(packet []byte, from netip.Addr) {
 	body := packet[8:] // behind the header of ICMP
 	isReply := packet[0] == uint8(ipv4.ICMPTypeEchoReply)
 	if from.Is6() {
-		isReply = packet[0] == uint8(ipv6.ICMPTypeEchoReply) //nolint:gosec // 129
+		isReply = packet[0] == uint8(ipv6.ICMPTypeEchoReply)
 	}
 	if !isReply || !bytes.HasPrefix(body, p.marker) {
 		return

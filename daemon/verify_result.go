@@ -10,7 +10,6 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/capture"
 )
 
@@ -234,14 +233,17 @@ func printVerification(w io.Writer, v verification, output string, now time.Time
 	if output == "json" {
 		encoder := json.NewEncoder(w)
 		encoder.SetIndent("", "  ")
+		encoder.SetEscapeHTML(false)
 		return encoder.Encode(v)
 	}
 	var b strings.Builder
 	t := tabwriter.NewWriter(&b, 0, 4, 2, ' ', 0)
 	fmt.Fprintf(t, "NODE\t%s\n", v.Node)
-	fmt.Fprintf(t, "ENCRYPTION\t%s\n", encryptionLine(agentapi.Encryption{Mode: v.Encryption, Port: v.Port}))
-	if v.Encryption != "off" {
-		fmt.Fprintf(t, "GUARDS\t%s\n", standing(v.GuardDrift, "stand, for "+v.Guard))
+	if v.Encryption == "off" {
+		fmt.Fprintln(t, "ENCRYPTION\tOFF")
+	} else {
+		fmt.Fprintf(t, "ENCRYPTION\tWireGuard (%s), UDP port %d\n", v.Encryption, v.Port)
+		fmt.Fprintf(t, "GUARDS\t%s\n", standing(v.GuardDrift, "as planned, covering "+v.Guard))
 		fmt.Fprintf(t, "KERNEL\t%s\n", standing(v.Drift, "as planned"))
 		fmt.Fprintf(t, "WIRE\t%gs: %d packets in clear, %d of WireGuard, %d not looked at\n",
 			v.Seconds, v.InClear.Total(), v.WireGuard.Total(), v.Dropped+v.Unjudged)

@@ -41,6 +41,21 @@ func addVeth(t *testing.T, node, wire ns.NetNS, name string) {
 	}
 }
 
+// carrying waits until a link of the node takes packets: for a moment after it is up it drops what it gets.
+func carrying(t *testing.T, node, wire ns.NetNS, name string) {
+	t.Helper()
+	const pilot = "not the marker of any test"
+	for range 100 {
+		c := started(t, node, Watch{Marker: []byte(pilot)})
+		send(t, node, name, of(0x88b5, pilot))
+		send(t, wire, name, of(0x88b5, pilot))
+		if on(stopped(t, c), name).Marked == (Traffic{Sent: 1, Received: 1}) {
+			return
+		}
+	}
+	t.Fatalf("%s carries nothing", name)
+}
+
 // send sends a frame by a link of a namespace.
 func send(t *testing.T, from ns.NetNS, link string, frame []byte) {
 	t.Helper()
@@ -109,6 +124,7 @@ func TestCaptureCountsFrames(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			node, wire := testnode.New(t), testnode.New(t)
 			addVeth(t, node, wire, "uplink")
+			carrying(t, node, wire, "uplink")
 			c, j, want := started(t, node, w), newJudge(w), Link{Name: "uplink"}
 			for _, f := range frames() {
 				for _, sent := range []bool{true, false} {
@@ -134,10 +150,12 @@ func TestCaptureCountsFrames(t *testing.T) {
 func TestCaptureChoosesLinks(t *testing.T) {
 	node, wire := testnode.New(t), testnode.New(t)
 	addVeth(t, node, wire, "uplink")
+	carrying(t, node, wire, "uplink")
 	addVeth(t, node, wire, "wrn0")
 	addVeth(t, node, wire, "warren0")
 	c := started(t, node, watch())
 	addVeth(t, node, wire, "second")
+	carrying(t, node, wire, "second")
 	addVeth(t, node, wire, "wrn1")
 	frame := ethernet(ip(pod4, far4, unix.IPPROTO_TCP, "x"))
 	for _, link := range []string{"uplink", "wrn0", "warren0", "second", "wrn1"} {
@@ -157,6 +175,7 @@ func TestCaptureChoosesLinks(t *testing.T) {
 func TestCaptureTellsOfDrops(t *testing.T) {
 	node, wire := testnode.New(t), testnode.New(t)
 	addVeth(t, node, wire, "uplink")
+	carrying(t, node, wire, "uplink")
 	var c *Capture
 	err := node.Do(func(ns.NetNS) error {
 		handle, err := netlinksafe.NewHandle(unix.NETLINK_ROUTE)

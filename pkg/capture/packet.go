@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -115,7 +116,7 @@ func (j *judge) add(l *Link, frame []byte, ethernet, sent bool) bool {
 	if marked {
 		l.Marked.count(sent)
 	}
-	if len(l.Examples) < maxExamples {
+	if len(l.Examples) < maxExamples && !slices.Contains(l.Examples, found) {
 		l.Examples = append(l.Examples, found)
 	}
 	return true

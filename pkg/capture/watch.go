@@ -57,7 +57,7 @@ type Link struct {
 	Marked Traffic `json:"marked"`
 	// WireGuard are the packets of the node's own tunnel.
 	WireGuard Traffic `json:"wireguard"`
-	// Examples are the first of Clear.
+	// Examples are the first of Clear that differ.
 	Examples []Example `json:"examples,omitempty"`
 }
 
@@ -87,7 +87,7 @@ type Report struct {
 
 // maxExamples bounds Link.Examples, maxRemotes Report.Remotes.
 const (
-	maxExamples = 3
+	maxExamples = 5
 	maxRemotes  = 1 << 15
 )
 
