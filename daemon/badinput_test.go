@@ -142,7 +142,7 @@ func TestNodeWithoutPodCIDR(t *testing.T) {
 func TestClusterCIDRHoldsNode(t *testing.T) {
 	s := newStage(t, "wdcidr", 1)
 	s.startTunnel(0)
-	daemon, err := s.Nodes[0].StartDaemon(t.Context(), nil, "--wireguard", "userspace", "--cluster-cidr", "192.0.0.0/8")
+	daemon, err := s.Nodes[0].StartDaemon(t.Context(), nil, "--cluster-cidr", "192.0.0.0/8")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -135,7 +135,7 @@ func TestFloodOfDeniedPackets(t *testing.T) {
 	s := newStage(t, "wdflood", 1)
 	s.startTunnel(0)
 	var err error
-	s.daemons[0], err = s.Nodes[0].StartDaemon(t.Context(), nil, "--wireguard", "userspace", "--metrics-address", "127.0.0.1:9476")
+	s.daemons[0], err = s.Nodes[0].StartDaemon(t.Context(), nil, "--metrics-address", "127.0.0.1:9476")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -180,7 +180,7 @@ func addresses(pods ...*lab.Pod) []netip.Addr {
 func (s *stage) startDaemonOn(i int, objects, kubeconfig string) {
 	s.t.Helper()
 	var err error
-	s.daemons[i], err = s.Nodes[i].StartDaemon(s.t.Context(), nil, "--wireguard", "userspace", "--log-level", "debug",
+	s.daemons[i], err = s.Nodes[i].StartDaemon(s.t.Context(), nil, "--log-level", "debug",
 		"--objects", objects, "--kubeconfig", kubeconfig)
 	if err != nil {
 		s.t.Fatal(err)

@@ -16,7 +16,11 @@ import (
 // nothing is in clear meanwhile.
 func TestProofTunnelSurvivesItself(t *testing.T) {
 	t.Parallel()
-	s := running(t, "wptun", 2)
+	s := newStageOf(t, lab.Options{Name: "wptun", Nodes: 2, WireGuard: "userspace"})
+	for i := range s.Nodes {
+		s.startTunnel(i)
+	}
+	s.startDaemons()
 	from, to := s.pod(0, "from"), s.pod(1, "to")
 	s.reaches(from, to)
 	arrived := s.counter(to.Netns())
@@ -49,7 +53,7 @@ func TestProofTunnelSurvivesItself(t *testing.T) {
 	summary(t, "%d kills of the tunnel's process: no gap above %v in %d packets sent, %d in clear", kills, gap, gun.Sent(), counts.Pods)
 
 	s.withoutSupervisor(arrived)
-	s.withoutEncryption()
+	s.withoutEncryption(from, to)
 	gun.Cease()
 }
 
@@ -100,8 +104,8 @@ func (s *stage) withoutSupervisor(arrived *tagged.Counter) {
 	}
 }
 
-// withoutEncryption is the control of the capture: the same packets are in clear then.
-func (s *stage) withoutEncryption() {
+// withoutEncryption is the control of a capture: what one pod sends to another is in clear then.
+func (s *stage) withoutEncryption(from, to *lab.Pod) {
 	s.t.Helper()
 	for i, daemon := range s.daemons {
 		if err := daemon.Stop(); err != nil {
@@ -109,16 +113,21 @@ func (s *stage) withoutEncryption() {
 		}
 		s.startDaemon(i, []string{"WARREN_ENCRYPTION=off"})
 	}
-	s.eventually(func() error {
-		capture, err := s.Capture(marker)
-		if err != nil {
-			return err
+	for i, node := range s.Nodes {
+		if err := node.Ready(s.t.Context(), s.daemons[i], 0); err != nil {
+			s.t.Fatal(err)
 		}
-		s.pause(closedPatience)
-		counts, err := capture.Stop()
-		if err == nil && counts.Pods == 0 {
-			err = fmt.Errorf("the wire shows %v", counts)
-		}
-		return err
-	})
+	}
+	capture, err := s.Capture(marker)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.reaches(from, to)
+	counts, err := capture.Stop()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if counts.Marked == 0 || counts.Pods == 0 {
+		s.t.Errorf("without encryption the wire shows %v", counts)
+	}
 }

@@ -57,6 +57,9 @@ func newStageOf(t *testing.T, o lab.Options) *stage {
 		t.Fatal(err)
 	}
 	o.Dir, o.Warrend, o.Plugins = t.TempDir(), filepath.Join(binaries, "warrend"), []string{binaries}
+	if o.WireGuard == "" {
+		o.WireGuard = lab.TestedWireGuard()
+	}
 	network, err := lab.New(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
@@ -104,7 +107,7 @@ func (s *stage) startTunnel(i int) {
 func (s *stage) startDaemon(i int, env []string) {
 	s.t.Helper()
 	var err error
-	s.daemons[i], err = s.Nodes[i].StartDaemon(s.t.Context(), env, "--wireguard", "userspace", "--log-level", "debug")
+	s.daemons[i], err = s.Nodes[i].StartDaemon(s.t.Context(), env, "--log-level", "debug")
 	if err != nil {
 		s.t.Fatal(err)
 	}

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+
+	"github.com/warren-cni/warren/pkg/wgdevice"
 )
 
 // wireguardSockets is where wgctrl looks for WireGuard in user space, and finds it by the name of the link: several nodes
@@ -40,17 +42,33 @@ func BuildChained(ctx context.Context, dir string) error {
 	return nil
 }
 
+// The environment of tests that run where there is no compiler, and WireGuard in the kernel: the guest of scripts/vm.
+const (
+	programsVariable  = "WARREN_TEST_PROGRAMS"
+	wireGuardVariable = "WARREN_TEST_WIREGUARD"
+)
+
+// TestedWireGuard is where WireGuard runs in tests, whatever the kernel has: in user space, or where WARREN_TEST_WIREGUARD says.
+func TestedWireGuard() string {
+	if named := os.Getenv(wireGuardVariable); named != "" {
+		return named
+	}
+	return string(wgdevice.ModeUserspace)
+}
+
 // Programs are Warren's programs and the chained plugins, built once for all tests of a package that need them.
 type Programs struct {
 	once sync.Once
 	dir  string
+	// made is true where the directory goes after the tests.
+	made bool
 	err  error
 }
 
 // Main runs the tests of a package (in its TestMain), removes the programs after them, and returns the exit status.
 func (p *Programs) Main(run func() int) int {
 	status := run()
-	if p.dir == "" {
+	if !p.made {
 		return status
 	}
 	if err := os.RemoveAll(p.dir); err != nil {
@@ -60,10 +78,15 @@ func (p *Programs) Main(run func() int) int {
 	return status
 }
 
-// Dir returns the directory of the programs. The first call builds them; only an error of that first call is returned by all.
+// Dir returns the directory of the programs, which WARREN_TEST_PROGRAMS names where they are built already. Else the first call
+// builds them; only an error of that first call is returned by all.
 func (p *Programs) Dir(ctx context.Context) (string, error) {
 	p.once.Do(func() {
+		if p.dir = os.Getenv(programsVariable); p.dir != "" {
+			return
+		}
 		if p.dir, p.err = os.MkdirTemp("", "warren-programs-"); p.err == nil {
+			p.made = true
 			p.err = errors.Join(BuildWarren(ctx, p.dir), BuildChained(ctx, p.dir))
 		}
 	})

@@ -54,6 +54,8 @@ type Options struct {
 	Warrend string
 	// Plugins are the directories of the CNI plugins' binaries.
 	Plugins []string
+	// WireGuard says where WireGuard runs, as the daemon's flag of that name does. Empty leaves it to the daemon.
+	WireGuard string
 	// IPv4Only makes a cluster whose pods have IPv4 alone; the nodes still have both families.
 	IPv4Only bool
 	// KnownNodesOnly keeps the cluster CIDR from the daemons, which then guard only the podCIDRs that they know.

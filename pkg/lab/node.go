@@ -17,6 +17,7 @@ import (
 
 	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/cniconf"
+	"github.com/warren-cni/warren/pkg/wgdevice"
 )
 
 // startPatience is how long a daemon may take until it can serve pods.
@@ -106,9 +107,14 @@ func (n *Node) Do(do func() error) error {
 // Netns is the node's network namespace.
 func (n *Node) Netns() ns.NetNS { return n.netns }
 
-// StartTunnel starts `warrend tunnel`: WireGuard in user space where the kernel has none.
+// StartTunnel starts `warrend tunnel`: WireGuard in user space where the kernel has none. Where the lab's WireGuard is the
+// kernel's it idles, as on a real node.
 func (n *Node) StartTunnel(ctx context.Context) (*Process, error) {
-	return n.start(ctx, "tunnel", nil, []string{n.lab.options.Warrend, "tunnel"})
+	args := []string{n.lab.options.Warrend, "tunnel"}
+	if n.lab.options.WireGuard == string(wgdevice.ModeUserspace) {
+		args = append(args, "--wireguard", n.lab.options.WireGuard)
+	}
+	return n.start(ctx, "tunnel", nil, args)
 }
 
 // StartDaemon starts `warrend run` with further flags, and env beside the environment. It does not wait; see Ready.
@@ -119,6 +125,9 @@ func (n *Node) StartDaemon(ctx context.Context, env []string, flags ...string) (
 			break
 		}
 		args = append(args, "--cluster-cidr", prefix.String())
+	}
+	if n.lab.options.WireGuard != "" {
+		args = append(args, "--wireguard", n.lab.options.WireGuard)
 	}
 	return n.start(ctx, "warrend", env, append(append(args, n.paths()...), flags...))
 }

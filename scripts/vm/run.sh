@@ -1,16 +1,22 @@
 #!/usr/bin/env bash
-# Runs the tests of the mesh on a stock Debian kernel under QEMU, because that kernel has WireGuard.
-# Usage: scripts/vm/run.sh [PACKAGE...]     (no argument: the packages below)
+# Runs tests on a stock Debian kernel under QEMU, because that kernel has WireGuard.
+# Usage: scripts/vm/run.sh [PACKAGE[:PATTERN]...]     (PATTERN as of go test -run; no argument: the tests below)
 # Nothing is installed and no KVM is needed: the kernel is unpacked into build/cache/vm, and stays there for the next run.
+# Tests find WARREN_TEST_WIREGUARD=kernel there, and no API server.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-packages=("${@:-./pkg/wgdevice}")
+tests=("${@:-./pkg/wgdevice}")
+[ $# -gt 0 ] || tests+=('./daemon:^Test(RestartIsNotSeen|DeleteWithoutDaemon|NodeLeaves|EncryptionOffAndOnAgain|Cleanup|TunnelGivesWay|TunnelEnds)$')
 # Kernel modules that the tests need. What they depend on is found, what is built in is left out.
-modules=(wireguard veth bridge tun)
-# Programs that the tests need beside themselves, as paths on this machine; busybox is there already.
-programs=()
-seconds=420
+modules=(wireguard veth bridge tun
+  nf_tables nft_compat nft_chain_nat nft_ct nft_fib_ipv4 nft_fib_ipv6 nft_limit nft_log nft_masq nft_nat nft_reject_inet nf_conntrack_netlink nfnetlink_log
+  xt_addrtype xt_comment xt_connmark xt_conntrack xt_limit xt_mark xt_MASQUERADE xt_multiport xt_nat xt_NFLOG xt_set xt_statistic xt_tcpudp xt_TCPMSS
+  ipt_REJECT ip6t_REJECT ipt_rpfilter ip6t_rpfilter ip_set_hash_ip ip_set_hash_net ip_set_hash_ipport)
+# Programs that the tests need beside themselves, as names on this machine; busybox has the rest, but its shell would run its
+# own ip rather than that one.
+programs=(sh ip ipset conntrack pgrep tcpdump)
+seconds=900
 
 cache=build/cache/vm
 work=build/vm
@@ -62,31 +68,67 @@ add_modules() {
   done
 }
 
-# add_programs copies programs with the libraries that they are linked to.
+# add_file copies a program or library to a place, with the libraries that it is linked to.
+add_file() {
+  local root=$1 source=$2 target=$3 file
+  install -D "$source" "$root$target"
+  while read -r file; do
+    [ -e "$root$file" ] || install -D "$file" "$root$file"
+  done < <(ldd "$source" | grep -o '/[^ ]*' || true)
+}
+
+# add_programs copies the programs, and iptables with its extensions. Its legacy form stays away, as on new nodes.
 add_programs() {
-  local root=$1 program file
+  local root=$1 program family file
   for program in "${programs[@]}"; do
-    while read -r file; do
-      install -D "$file" "$root$file"
-    done < <(echo "$program"; ldd "$program" | grep -o '/[^ ]*' || true)
+    add_file "$root" "$(command -v "$program")" "/usr/sbin/$program"
+  done
+  add_file "$root" "$(command -v xtables-nft-multi)" /usr/sbin/xtables-nft-multi
+  for family in iptables ip6tables; do
+    for program in "" -save -restore; do
+      ln -s xtables-nft-multi "$root/usr/sbin/$family$program"
+      ln -s xtables-nft-multi "$root/usr/sbin/$family-nft$program"
+    done
+  done
+  for file in /usr/lib/*/xtables/*.so; do
+    add_file "$root" "$file" "$file"
+  done
+  install -D -m 644 /etc/protocols "$root/etc/protocols"
+}
+
+# add_tests builds the tests, and Warren's programs for those that need them.
+add_tests() {
+  local root=$1 each package binary
+  mkdir -p "$root/tests" "$root/programs"
+  for each in "${tests[@]}"; do
+    package=${each%%:*}
+    binary=$(basename "$package")
+    [ -e "$root/tests/$binary" ] || CGO_ENABLED=0 go test -c -ldflags '-s -w' -o "$root/tests/$binary" "$package"
+    case "$each" in
+      *:*) echo "$binary ${each#*:}" ;;
+      *) echo "$binary ." ;;
+    esac >>"$root/tests/order"
+  done
+  CGO_ENABLED=0 go build -ldflags '-s -w' -o "$root/programs/warren" ./plugin
+  CGO_ENABLED=0 go build -ldflags '-s -w' -o "$root/programs/warrend" ./daemon
+  for each in portmap bandwidth; do
+    CGO_ENABLED=0 go build -ldflags '-s -w' -o "$root/programs/$each" "github.com/containernetworking/plugins/plugins/meta/$each"
   done
 }
 
 kernel=$(unpack_kernel)
 rm -rf "$work"
-mkdir -p "$work"/root/{bin,dev,proc,root,run,sys,tmp,tests,var}
+mkdir -p "$work"/root/{bin,dev,etc,proc,root,run,sys,tmp,var,usr/sbin}
 ln -s /run "$work/root/var/run"
 install "$(command -v busybox)" "$work/root/bin/busybox"
 install scripts/vm/init "$work/root/init"
 add_modules "$kernel" "$work/root"
 add_programs "$work/root"
-for package in "${packages[@]}"; do
-  CGO_ENABLED=0 go test -c -o "$work/root/tests/$(basename "$package")" "$package"
-done
+add_tests "$work/root"
 (cd "$work/root" && find . | cpio --quiet --create --format=newc) >"$work/initramfs"
 
 status=0
-timeout "$seconds" qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m 1024 -nodefaults -no-reboot -display none -serial stdio \
+timeout "$seconds" qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m 3072 -nodefaults -no-reboot -display none -serial stdio \
   -kernel "$kernel"/boot/vmlinuz-* -initrd "$work/initramfs" -append 'console=ttyS0 quiet panic=-1' </dev/null |
   tr -d '\r' | tee "$work/log" || status=$?
 if ! grep -qx 'vm: exit status 0' "$work/log"; then

@@ -61,7 +61,7 @@ func (c *cluster) newNode(name string) *lab.Node {
 		c.t.Fatal(err)
 	}
 	network, err := lab.New(c.t.Context(), lab.Options{
-		Name: name, Dir: c.t.TempDir(), Nodes: 1, Warrend: filepath.Join(binaries, "warrend"), Plugins: []string{binaries},
+		Name: name, Dir: c.t.TempDir(), Nodes: 1, Warrend: filepath.Join(binaries, "warrend"), Plugins: []string{binaries}, WireGuard: lab.TestedWireGuard(),
 	})
 	if err != nil {
 		c.t.Fatal(err)
@@ -81,7 +81,7 @@ func (c *cluster) start(node *lab.Node) *proxy {
 	if _, err := node.StartTunnel(c.t.Context()); err != nil {
 		c.t.Fatal(err)
 	}
-	daemon, err := node.StartDaemon(c.t.Context(), nil, "--wireguard", "userspace", "--log-level", "debug", "--objects", "", "--kubeconfig", kubeconfig)
+	daemon, err := node.StartDaemon(c.t.Context(), nil, "--log-level", "debug", "--objects", "", "--kubeconfig", kubeconfig)
 	if err != nil {
 		c.t.Fatal(err)
 	}
