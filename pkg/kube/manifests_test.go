@@ -169,6 +169,7 @@ func TestManifests(t *testing.T) {
 	t.Run("kubelet", func(t *testing.T) { testKubelet(t, f) })
 	t.Run("daemon", func(t *testing.T) { testDaemon(t, f, daemon) })
 	t.Run("source", func(t *testing.T) { testSource(t, daemon, f.admin) })
+	t.Run("hostile node", func(t *testing.T) { testHostile(t, f) })
 	t.Run("protection", func(t *testing.T) { testProtection(t, daemon, f) })
 	t.Run("pod security", func(t *testing.T) { testPodSecurity(t, f) })
 }
