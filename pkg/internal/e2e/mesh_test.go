@@ -48,7 +48,7 @@ func (c *cluster) testMesh(t *testing.T) {
 	t.Run("tunnel killed", func(t *testing.T) {
 		c.interrupted(t, namespace, near.name, target, tunnelGap, func() {
 			// The newest process is the one that carries the packets; the older one starts it again.
-			onNode(t, c.worker, "kill -9 $(pgrep --newest --full 'warrend tunnel')")
+			onNode(t, c.worker, "kill -9 $(pgrep --newest --full '[w]arrend tunnel')")
 		})
 	})
 	t.Run("annotation", c.testAnnotation)
