@@ -21,8 +21,11 @@ func groups(bad map[string]string) netfilter.Ruleset {
 	r := sample()
 	for _, f := range netfilter.Families {
 		h := r.Of(f)
+		h.Chains = append(h.Chains, netfilter.Chain{
+			Table: "mangle", Name: "WARREN-ALLOWED", Rules: []netfilter.Rule{rule("", "-j MARK --set-xmark 0x1/0x1")},
+		})
 		for _, name := range []string{"a", "b", "c", "d", "e"} {
-			rules := []netfilter.Rule{rule("shop/"+name+" ingress 0", "-p tcp -j RETURN"), rule("", "-j DROP")}
+			rules := []netfilter.Rule{rule("shop/"+name+" ingress 0", "-p tcp -g WARREN-ALLOWED"), rule("", "-j DROP")}
 			if args, ok := bad[name]; ok {
 				rules[0].Args = strings.Fields(args)
 			}
@@ -85,7 +88,7 @@ func (n *node) checkGroup(f netfilter.Family, name string, closed bool) {
 	n.t.Helper()
 	got := n.rules(f, "mangle", group(name))
 	switch {
-	case !closed && len(got) == 2 && strings.HasSuffix(got[0], "-j RETURN") && strings.HasSuffix(got[1], "-j DROP"):
+	case !closed && len(got) == 2 && strings.HasSuffix(got[0], "-g WARREN-ALLOWED") && strings.HasSuffix(got[1], "-j DROP"):
 	case closed && len(got) == 1 && strings.HasSuffix(got[0], `not applied, so closed: shop/`+name+` shop/all" -j DROP`):
 	default:
 		n.t.Errorf("%s: group %s (closed: %t) has %q", f, name, closed, got)
@@ -96,9 +99,9 @@ func (n *node) checkGroup(f netfilter.Family, name string, closed bool) {
 // which the legacy program names only the COMMIT.
 func bads() map[string]string {
 	return map[string]string{
-		"match":  "-m nosuchmatch -j RETURN",
-		"option": "-p sctp --bogus 3 -j RETURN",
-		"set":    "-m set --match-set others src -j RETURN",
+		"match":  "-m nosuchmatch -g WARREN-ALLOWED",
+		"option": "-p sctp --bogus 3 -g WARREN-ALLOWED",
+		"set":    "-m set --match-set others src -g WARREN-ALLOWED",
 		"kernel": "-j REJECT",
 	}
 }
@@ -146,7 +149,7 @@ func TestClosedChainIsLeftAlone(t *testing.T) {
 		n.applyClosing(w, groups(wrong), "b")
 		r := groups(wrong)
 		changed := chainIn(&r.V4, group("a"))
-		changed.Rules[0] = rule("shop/a ingress 0", "-p udp -j RETURN")
+		changed.Rules[0] = rule("shop/a ingress 0", "-p udp -g WARREN-ALLOWED")
 		delta := netfilter.Delta{Table: "mangle", Write: []netfilter.Chain{*changed}}
 		if changes, _ := n.applyClosing(w, r, "b"); changes != (Changes{RuleBytes: len(delta.Render()), Execs: 1}) {
 			n.t.Errorf("wrote %+v, want %d bytes in one run", changes, len(delta.Render()))
@@ -157,10 +160,10 @@ func TestClosedChainIsLeftAlone(t *testing.T) {
 func TestClosedChainHeals(t *testing.T) {
 	onEach(t, func(n *node) {
 		t := n.t
-		wrong := map[string]string{"b": "-m set --match-set others src -j RETURN", "e": "-m set --match-set others6 src -j RETURN"}
+		wrong := map[string]string{"b": "-m set --match-set others src -g WARREN-ALLOWED", "e": "-m set --match-set others6 src -g WARREN-ALLOWED"}
 		r := groups(wrong)
-		chainIn(&r.V4, group("e")).Rules[0].Args = []string{"-j", "RETURN"}
-		chainIn(&r.V6, group("b")).Rules[0].Args = []string{"-j", "RETURN"}
+		chainIn(&r.V4, group("e")).Rules[0].Args = []string{"-g", "WARREN-ALLOWED"}
+		chainIn(&r.V6, group("b")).Rules[0].Args = []string{"-g", "WARREN-ALLOWED"}
 		w := n.firewall()
 		_, err := w.Apply(t.Context(), r)
 		var closed *ClosedError
@@ -248,7 +251,7 @@ case "$input" in *"-p sctp"*) echo 'Warning: Extension sctp revision 0 not suppo
 		for name, script := range scripts {
 			n.apply(n.firewall(), netfilter.Ruleset{})
 			restore := n.fakeRestore(script)
-			r := groups(map[string]string{"b": "-p sctp -j RETURN", "d": "-p sctp -j RETURN"})
+			r := groups(map[string]string{"b": "-p sctp -g WARREN-ALLOWED", "d": "-p sctp -g WARREN-ALLOWED"})
 			w := n.firewall()
 			for range 2 {
 				_, err := w.Apply(n.t.Context(), r)
@@ -278,7 +281,7 @@ case "$input" in *"-p sctp"*) echo 'Warning: Extension sctp revision 0 not suppo
 func TestFaultWhileClosing(t *testing.T) {
 	warns := `echo "$input" | sed 's/-p sctp//' | $actual "$@" || exit
 case "$input" in *"-p sctp"*) echo 'Warning: Extension sctp revision 0 not supported' >&2;; esac`
-	r := groups(map[string]string{"b": "-p sctp -j RETURN", "e": "-p sctp -j RETURN"})
+	r := groups(map[string]string{"b": "-p sctp -g WARREN-ALLOWED", "e": "-p sctp -g WARREN-ALLOWED"})
 	// closing returns a node on which the groups stand, and a Firewall whose program warns, with faults.
 	closing := func(t *testing.T, x *faults) (*node, *Firewall, func(*Firewall)) {
 		t.Helper()

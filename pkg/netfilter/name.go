@@ -11,7 +11,7 @@ import (
 const base32Alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
 
 // PolicyChain is the chain in mangle that new connections of pods go to last (pkg/guard jumps to it, pkg/policy makes it).
-// RETURN from it means allowed.
+// It sets JudgedMark where they are allowed.
 const PolicyChain = Prefix + "-POLICY"
 
 // nameHash is how many characters of a name are hash: 80 bits, so that nobody finds two policies of one name by trying.

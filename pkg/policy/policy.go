@@ -22,7 +22,7 @@
 // those that are free.
 //
 // Where a policy of a group asks for it, or the namespace or the operator, rules of NFLOG stand before the group's DROP ("D:" and the
-// chain's name) and before each RETURN ("A:"). They meet first packets only, and decide nothing.
+// chain's name) and before each rule that allows ("A:"). They meet first packets only, and decide nothing.
 //
 // What Kubernetes leaves open is decided like this. A named port is what the destination pod calls so, number by number:
 // on ingress on the selected pods, on egress on the peers; an egress rule whose peer is an ipBlock, or everybody, allows
