@@ -1,0 +1,120 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/warren-cni/warren/pkg/mesh"
+	"github.com/warren-cni/warren/pkg/wgdevice"
+)
+
+// watched is a device that tells how it was called.
+type watched struct {
+	mu sync.Mutex
+	calls
+	answers
+}
+
+// calls is how often the methods of a watched were called.
+type calls struct{ applies, patches, looks int }
+
+// answers is what they answer.
+type answers struct {
+	pending int
+	unknown bool
+	err     error
+	takes   time.Duration
+}
+
+func (w *watched) Apply(context.Context, mesh.Config, wgdevice.Key) (wgdevice.Changes, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.applies++
+	return wgdevice.Changes{}, nil
+}
+
+func (w *watched) Patch(context.Context, mesh.Change, wgdevice.Key) (wgdevice.Changes, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.patches++
+	if w.unknown {
+		return wgdevice.Changes{}, wgdevice.ErrUnknown
+	}
+	return wgdevice.Changes{}, nil
+}
+
+func (w *watched) Follow(context.Context, mesh.Config) (int, error) {
+	w.mu.Lock()
+	w.looks++
+	a := w.answers
+	w.mu.Unlock()
+	time.Sleep(a.takes)
+	return a.pending, a.err
+}
+
+// during sets the answers and returns how often the methods were called in that time.
+func (w *watched) during(d time.Duration, a answers) calls {
+	w.mu.Lock()
+	before := w.calls
+	w.answers = a
+	w.mu.Unlock()
+	time.Sleep(d)
+	synctest.Wait()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return calls{w.applies - before.applies, w.patches - before.patches, w.looks - before.looks}
+}
+
+func TestFollower(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &watched{}
+		f := newFollower(w, time.Now, slog.New(slog.DiscardHandler))
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go f.run(ctx)
+		apply := func(change *mesh.Change, peers ...mesh.Peer) {
+			t.Helper()
+			if _, err := f.apply(ctx, mesh.Config{Peers: peers}, change, wgdevice.Key{}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		steady := mesh.Peer{Node: "a", PublicKey: [32]byte{1}}
+		changing := mesh.Peer{Node: "b", PublicKey: [32]byte{2}, Next: [32]byte{3}}
+
+		changes := answers{pending: 1}
+		apply(nil, steady)
+		if n := w.during(time.Minute, changes); n != (calls{}) || w.applies != 1 {
+			t.Errorf("%+v while no key changes", n)
+		}
+		apply(&mesh.Change{}, steady, changing)
+		if n := w.during(time.Second, changes); n.looks < 90 || n.looks > 110 || w.applies != 1 || w.patches != 1 {
+			t.Errorf("%+v in a second while a key changes", n)
+		}
+		if n := w.during(time.Second, answers{pending: 1, takes: 5 * time.Millisecond}); n.looks > 20 {
+			t.Errorf("%d looks of 5 ms in a second: more than a tenth of a core", n.looks)
+		}
+		w.during(followPatience, changes)
+		if n := w.during(time.Second, changes); n.looks > 11 || n.looks < 9 {
+			t.Errorf("%d looks in a second when a node that announced a key has not used it for long", n.looks)
+		}
+		w.during(0, answers{pending: 1, unknown: true})
+		apply(&mesh.Change{}, changing)
+		if n := w.during(time.Second, changes); n.looks < 90 || w.applies != 2 || w.patches != 2 {
+			t.Errorf("%+v in a second after a change of what is not known", n)
+		}
+		silent := answers{err: errors.New("the tunnel does not answer")}
+		w.during(time.Second, silent)
+		if n := w.during(10*time.Second, silent); n.looks > 11 || n.looks < 9 {
+			t.Errorf("%d looks in ten seconds at a tunnel that does not answer", n.looks)
+		}
+		w.during(2*followRetry, answers{})
+		if n := w.during(time.Minute, answers{}); n.looks > 0 {
+			t.Errorf("%d looks after all have changed", n.looks)
+		}
+	})
+}
