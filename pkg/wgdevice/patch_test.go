@@ -1,6 +1,7 @@
 package wgdevice_test
 
 import (
+	"context"
 	"errors"
 	"net"
 	"net/netip"
@@ -169,9 +170,10 @@ func TestFollow(t *testing.T) {
 		_, errAsk := sibling.ask(to4, marker, 20)
 		asked <- errAsk
 	}()
-	deadline := time.Now().Add(10 * time.Second)
-	for pending := 1; pending > 0; {
-		if pending = in(t, a.host, follow); time.Now().After(deadline) {
+	patience, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	for in(t, a.host, follow) > 0 {
+		if patience.Err() != nil {
 			t.Fatal("the new key was never seen in use")
 		}
 	}

@@ -42,6 +42,7 @@ func groups() []group {
 		{"datapath", "what gets through under policies, of what does without", datapathSuite().run},
 		{"churn", "events of a pod's watch, against bare decoding", churnSuite().run},
 		{"restart", "adopting what stands, against iptables-save and ipset save", restartSuite().run},
+		{"mesh", "WireGuard's peers: all at once, against a bare client, and one of many", meshSuite().run},
 		{"links", "ADD and DEL of the plugin, against " + peer, measureLinks},
 	}
 }
@@ -184,4 +185,28 @@ func restartSuite() suite {
 			text: "x saving, 20k rules, 200k members", of: sample{"Adopt", "x-bare"}, most: 1.5, beside: []string{"ms/ours", "ms/bare", "x-bare-cpu"},
 		}},
 	}
+}
+
+func meshSuite() suite {
+	s := suite{dir: "pkg/wgdevice", pattern: "^BenchmarkMesh(First|Change|Memory)$", benchtime: "6x", once: true}
+	for _, peers := range []string{"100", "1000", "5000"} {
+		s.figures = append(s.figures, figure{
+			text: "x setconf, first " + peers + " peers", of: sample{"MeshFirst/peers=" + peers, "x-setconf"}, most: 1.1,
+			beside: []string{"x-setconf-cpu", "ms/peers", "ms/setconf", "x-setconf-routes", "x-setconf-routes-cpu"},
+		})
+	}
+	const few, many = "MeshChange/peers=100", "MeshChange/peers=5000"
+	for _, change := range []string{"join", "key", "leave"} {
+		s.figures = append(s.figures, figure{
+			text: "x at 5000 peers of at 100, " + change, of: sample{many, "ms/" + change}, by: sample{few, "ms/" + change}, most: 1.3,
+			beside: []string{"ms/" + change, "ms/audit"},
+		})
+	}
+	s.figures = append(
+		s.figures,
+		figure{text: "ms, a Node that concerns nobody", of: sample{many, "ms/unrelated"}, most: 0.01},
+		figure{text: "KB of the tunnel, a peer", of: sample{"MeshMemory", "KB/peer"}, most: 27, beside: []string{"KB/bare-peer", "KB/daemon-peer"}},
+		figure{text: "x bare, memory of the tunnel", of: sample{"MeshMemory", "KB/peer"}, by: sample{"MeshMemory", "KB/bare-peer"}, most: 1.1},
+	)
+	return s
 }
