@@ -201,7 +201,7 @@ func TestProofPodsCannotSpoof(t *testing.T) {
 		}
 	}
 	for _, tool := range []string{"iptables", "ip6tables"} {
-		for _, table := range []string{"raw", "mangle"} {
+		for _, table := range []string{"raw", "mangle", "filter"} {
 			if _, err := s.Nodes[0].Run(t.Context(), tool, "-t", table, "-F"); err != nil {
 				t.Fatal(err)
 			}
@@ -271,7 +271,7 @@ ip -6 neigh add fd00:10:244:1::77 lladdr 02:00:00:00:00:77 dev $link nud permane
 	if err := s.daemons[0].Stop(); err != nil {
 		t.Fatal(err)
 	}
-	rules, err := s.Nodes[0].Run(t.Context(), "sh", "-ec", "ip6tables-save; ip6tables -t mangle -F; ip6tables -t raw -F")
+	rules, err := s.Nodes[0].Run(t.Context(), "sh", "-ec", "ip6tables-save; ip6tables -t mangle -F; ip6tables -t raw -F; ip6tables -F")
 	if err != nil || !strings.Contains(rules, "WARREN") {
 		t.Fatalf("%v; rules:\n%s", err, rules)
 	}

@@ -143,7 +143,7 @@ func (g *guarded) unguarded(i int) {
 	if err != nil {
 		g.t.Fatal(err)
 	}
-	g.run(i, `for tool in iptables ip6tables; do for table in raw mangle nat; do $tool -t $table -F; done; done
+	g.run(i, `for tool in iptables ip6tables; do for table in raw mangle nat filter; do $tool -t $table -F; done; done
 ip route flush proto 87; ip -6 route flush proto 87; ip link del warren0 || true`)
 	g.pause(time.Second)
 	counts, err := capture.Stop()
