@@ -2,170 +2,217 @@ package mesh
 
 import (
 	"cmp"
+	"iter"
 	"net/netip"
 	"slices"
+
+	"github.com/gaissmai/bart"
 
 	"github.com/warren-cni/warren/pkg/cluster"
 	"github.com/warren-cni/warren/pkg/podcidr"
 )
 
-// claim is what may be used of what a Node says of itself.
+// claim is a range of addresses that a Node says is its own: a podCIDR, or one address.
 type claim struct {
-	node      cluster.Node
-	addresses []netip.Addr
-	podCIDRs  []netip.Prefix
-	// key is nil where there is none.
-	key *cluster.WireGuard
-}
-
-// registry holds the accepted claims of all nodes.
-type registry struct {
-	self         cluster.Node
-	clusterCIDRs []netip.Prefix
-	claims       map[string]claim
-	addresses    map[netip.Addr]string
-	// underlay are the addresses that no podCIDR may hold.
-	underlay []netip.Addr
-	keys     map[[32]byte]string
-	podCIDRs []owned
-	problems []cluster.Problem
-}
-
-// owned is an accepted podCIDR.
-type owned struct {
+	of     *member
 	prefix netip.Prefix
-	node   string
+	// field is where the Node says so; index is the position there, for the order of a node's claims.
+	field string
+	index int
+	// isAddress is true for an address of the node itself, which is none of a pod's.
+	isAddress bool
+	// unfit says what is wrong with the claim whatever the others are; the zero Problem where nothing is.
+	unfit cluster.Problem
+	// refusal says why the claim does not count, once it is judged; the zero Problem where it counts.
+	refusal cluster.Problem
+	judged  bool
 }
 
-// judge accepts and refuses the claims of all nodes, the oldest node first.
-func judge(s cluster.Snapshot, o Options) *registry {
-	r := &registry{
-		clusterCIDRs: o.ClusterCIDRs,
-		claims:       make(map[string]claim, len(s.Nodes)),
-		addresses:    make(map[netip.Addr]string, len(s.Nodes)),
-		keys:         make(map[[32]byte]string, len(s.Nodes)),
-	}
-	// What the own node is, it knows better than any other node, whatever their ages.
-	r.self, _ = s.Node(s.Self)
-	for _, a := range r.self.Addresses {
-		r.addresses[a.Unmap()] = s.Self
-		r.underlay = append(r.underlay, a.Unmap())
-	}
-	if r.self.WireGuard != nil {
-		r.keys[r.self.WireGuard.PublicKey] = s.Self
-	}
+// counts says whether what the Node says is used.
+func (c *claim) counts() bool { return c.judged && c.refusal == cluster.Problem{} }
 
-	byAge := slices.SortedFunc(slices.Values(s.Nodes), func(a, b cluster.Node) int {
-		return cmp.Or(a.Created.Compare(b.Created), cmp.Compare(a.Name, b.Name))
+// holds says whether the claim keeps others out. What the own addresses are, the node knows better than anybody, fit or not.
+func (c *claim) holds() bool { return c.counts() || c.isOwnAddress() }
+
+func (c *claim) isOwnAddress() bool { return c.isAddress && c.of.own }
+
+// compareClaims orders claims by who keeps what two of them name: the older node, so that every node comes to the same mesh; but the own
+// addresses come before everything.
+func compareClaims(a, b *claim) int {
+	return cmp.Or(
+		falseFirst(!a.isOwnAddress(), !b.isOwnAddress()), compareAges(a.of, b.of),
+		falseFirst(!a.isAddress, !b.isAddress), cmp.Compare(a.index, b.index),
+	)
+}
+
+// claims are those of all nodes, each judged by what the others claim.
+//
+// A claim counts if no claim before it in the order that counts itself is in its way, so what one comes to depends on earlier ones
+// alone. A change is therefore followed to where it ends: those in whose way a claim is no longer, or is now, are judged again.
+type claims struct {
+	clusterCIDRs, serviceCIDRs []netip.Prefix
+	byPrefix                   bart.Table[[]*claim]
+	// again are the claims to judge.
+	again map[*claim]struct{}
+}
+
+// add takes in a claim, to be judged.
+func (s *claims) add(c *claim) {
+	s.again[c] = struct{}{}
+	if s.concernsOthers(c) {
+		s.byPrefix.Modify(c.prefix, func(list []*claim, _ bool) ([]*claim, bool) { return append(list, c), false })
+	}
+}
+
+// remove forgets a claim.
+func (s *claims) remove(c *claim) {
+	delete(s.again, c)
+	if !s.concernsOthers(c) {
+		return
+	}
+	s.byPrefix.Modify(c.prefix, func(list []*claim, _ bool) ([]*claim, bool) {
+		list = slices.DeleteFunc(slices.Clone(list), func(o *claim) bool { return o == c })
+		return list, len(list) == 0
 	})
-	for _, n := range byAge {
-		c := claim{node: n}
-		for _, a := range n.Addresses {
-			if a = a.Unmap(); r.acceptAddress(n.Name, a) {
-				r.addresses[a] = n.Name
-				c.addresses = append(c.addresses, a)
-				if len(o.ClusterCIDRs) == 0 { // else no podCIDR can hold it: it is outside of the cluster CIDR, and they are inside
-					r.underlay = append(r.underlay, a)
+	if c.holds() {
+		s.doubt(c)
+	}
+}
+
+// concernsOthers says whether a claim can be in the way of another. Where the cluster CIDR is known, podCIDRs are inside and
+// addresses are not.
+func (s *claims) concernsOthers(c *claim) bool {
+	if c.isAddress && len(s.clusterCIDRs) > 0 {
+		return c.of.own
+	}
+	return c.unfit == cluster.Problem{} || c.isOwnAddress()
+}
+
+// settle judges what has to be judged and tells of each claim that comes to something else than before.
+func (s *claims) settle(changed func(*claim)) {
+	for len(s.again) > 0 {
+		batch := make([]*claim, 0, len(s.again))
+		for c := range s.again {
+			batch = append(batch, c)
+		}
+		clear(s.again)
+		slices.SortFunc(batch, compareClaims)
+		for _, c := range batch {
+			before, held := *c, c.judged && c.holds()
+			c.refusal, c.judged = s.judge(c), true
+			if c.holds() != held {
+				s.doubt(c)
+			}
+			if before.refusal != c.refusal || !before.judged {
+				changed(c)
+			}
+		}
+	}
+}
+
+// doubt has those judged again in whose way a claim may be.
+func (s *claims) doubt(c *claim) {
+	for o := range s.inTheWay(c) {
+		if compareClaims(c, o) < 0 {
+			s.again[o] = struct{}{}
+		}
+	}
+}
+
+// judge says why a claim does not count.
+func (s *claims) judge(c *claim) cluster.Problem {
+	if c.unfit != (cluster.Problem{}) {
+		return c.unfit
+	}
+	var keeper *claim
+	for o := range s.inTheWay(c) {
+		if o.holds() && compareClaims(o, c) < 0 && (keeper == nil || compareClaims(o, keeper) < 0) {
+			keeper = o
+		}
+	}
+	switch {
+	case keeper == nil:
+		return cluster.Problem{}
+	case c.isAddress:
+		return addressInPodCIDR(c, keeper)
+	case keeper.isAddress:
+		return podCIDRHoldsNode(c, keeper)
+	default:
+		return podCIDROverlaps(c, keeper)
+	}
+}
+
+// inTheWay returns the claims that cannot count beside that one. An address is not in the way of another: it is to be the same
+// for two nodes only by mistake or malice, but who is right does not show, and WireGuard asks for the key.
+func (s *claims) inTheWay(c *claim) iter.Seq[*claim] {
+	return func(yield func(*claim) bool) {
+		each := func(list []*claim) bool {
+			for _, o := range list {
+				if o != c && (!o.isAddress || !c.isAddress) && !yield(o) {
+					return false
 				}
 			}
+			return true
 		}
-		for i, p := range n.PodCIDRs {
-			if r.acceptPodCIDR(n.Name, i, p) {
-				r.podCIDRs = append(r.podCIDRs, owned{p, n.Name})
-				c.podCIDRs = append(c.podCIDRs, p)
+		for p, list := range s.byPrefix.Supernets(c.prefix) {
+			if p != c.prefix && !each(list) { // it is among its subnets too
+				return
 			}
 		}
-		if o.Encrypted && r.acceptKey(n) {
-			r.keys[n.WireGuard.PublicKey] = n.Name
-			c.key = n.WireGuard
+		for _, list := range s.byPrefix.Subnets(c.prefix) {
+			if !each(list) {
+				return
+			}
 		}
-		r.claims[n.Name] = c
 	}
-	return r
 }
 
-// PodCIDRs returns the podCIDRs that each node may have, in the order of its Node: what Plan refuses is not among them, and must not
-// give its pods the identity of another node's addresses either.
-func PodCIDRs(s cluster.Snapshot, clusterCIDRs []netip.Prefix) map[string][]netip.Prefix {
-	accepted := make(map[string][]netip.Prefix, len(s.Nodes))
-	for name, c := range judge(s, Options{ClusterCIDRs: clusterCIDRs}).claims {
-		accepted[name] = c.podCIDRs
+// unfitAddress says what is wrong with an address of a node whatever the others are. One among the pods' would make the tunnel
+// carry its own packets, and one of a Service would send them to whatever is behind it.
+func (s *claims) unfitAddress(c *claim) cluster.Problem {
+	a := c.prefix.Addr()
+	if !a.IsGlobalUnicast() || overlapsAny(c.prefix, "0.0.0.0/8", "240.0.0.0/4", "::/96") {
+		return addressUnusable(c)
 	}
-	return accepted
-}
-
-// acceptAddress says whether a node may have that address. An address among the pods' would make the tunnel carry its own
-// packets, and one of another node would make this node send that one's packets elsewhere.
-func (r *registry) acceptAddress(node string, a netip.Addr) bool {
-	if !a.IsGlobalUnicast() {
-		r.refuse(addressUnusable(node, a))
-		return false
-	}
-	if owner, taken := r.addresses[a]; taken && owner != node {
-		r.refuse(addressTaken(node, a, owner))
-		return false
-	}
-	for _, p := range r.clusterCIDRs {
+	for _, p := range s.clusterCIDRs {
 		if p.Contains(a) {
-			r.refuse(addressAmongPods(node, a, p))
-			return false
+			return addressInside(c, p, "pods'")
 		}
 	}
-	for _, o := range r.podCIDRs {
-		if o.prefix.Contains(a) {
-			r.refuse(addressAmongPods(node, a, o.prefix))
-			return false
+	for _, p := range s.serviceCIDRs {
+		if p.Contains(a) {
+			return addressInside(c, p, "Services'")
 		}
 	}
-	return true
+	return cluster.Problem{}
 }
 
-// acceptPodCIDR says whether a node may have that podCIDR.
-func (r *registry) acceptPodCIDR(node string, index int, p netip.Prefix) bool {
-	inside := func(c netip.Prefix) bool { return c.Bits() <= p.Bits() && c.Contains(p.Addr()) }
+// unfitPodCIDR says what is wrong with a podCIDR whatever the others are.
+func (s *claims) unfitPodCIDR(c *claim) cluster.Problem {
+	inside := func(p netip.Prefix) bool { return p.Bits() <= c.prefix.Bits() && p.Contains(c.prefix.Addr()) }
 	switch {
-	case !podcidr.NodeAddress(p).IsValid() || overlapsReserved(p):
-		r.refuse(podCIDRUnusable(node, index, p))
-		return false
-	case len(r.clusterCIDRs) > 0 && !slices.ContainsFunc(r.clusterCIDRs, inside):
-		r.refuse(podCIDROutside(node, index, p, r.clusterCIDRs))
-		return false
+	case !podcidr.NodeAddress(c.prefix).IsValid(),
+		overlapsAny(c.prefix, "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3", "::/96", "::ffff:0:0/96", "fe80::/10", "ff00::/8"):
+		return podCIDRUnusable(c)
+	case len(s.clusterCIDRs) > 0 && !slices.ContainsFunc(s.clusterCIDRs, inside):
+		return podCIDROutside(c, s.clusterCIDRs)
+	default:
+		return cluster.Problem{}
 	}
-	for _, o := range r.podCIDRs {
-		if o.prefix.Overlaps(p) {
-			r.refuse(podCIDROverlaps(node, index, p, o))
-			return false
-		}
-	}
-	for _, a := range r.underlay {
-		if p.Contains(a) {
-			r.refuse(podCIDRHoldsNode(node, index, p, a, r.addresses[a]))
-			return false
-		}
-	}
-	return true
 }
 
-// acceptKey says whether a node has a public key that is no other node's. The own node needs none: the device has it.
-func (r *registry) acceptKey(n cluster.Node) bool {
-	key := n.WireGuard
-	if key == nil || key.PublicKey == [32]byte{} || key.Port == 0 {
-		if n.Name != r.self.Name {
-			r.refuse(nodeWithoutKey(n.Name))
-		}
-		return false
-	}
-	if owner, taken := r.keys[key.PublicKey]; taken && owner != n.Name {
-		r.refuse(keyTaken(n.Name, owner))
-		return false
-	}
-	return true
+// overlapsAny says whether a prefix has an address in common with one of some others.
+func overlapsAny(p netip.Prefix, others ...string) bool {
+	return slices.ContainsFunc(others, func(s string) bool { return netip.MustParsePrefix(s).Overlaps(p) })
 }
 
-func (r *registry) refuse(p cluster.Problem) { r.problems = append(r.problems, p) }
-
-// overlapsReserved says whether a prefix holds addresses that are never a pod's: loopback, link-local, multicast.
-func overlapsReserved(p netip.Prefix) bool {
-	return slices.ContainsFunc([]string{"127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3", "::/96", "fe80::/10", "ff00::/8"},
-		func(s string) bool { return netip.MustParsePrefix(s).Overlaps(p) })
+func falseFirst(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case b:
+		return -1
+	default:
+		return 1
+	}
 }

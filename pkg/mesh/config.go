@@ -54,7 +54,7 @@ type Route struct {
 
 // Change is what differs between two Configs.
 type Change struct {
-	// Link is true where anything but Peers and Routes differs: then the Config has to be applied as a whole.
+	// Link is true where anything but Peers, Routes and KnownPodCIDRs differs: then the Config has to be applied as a whole.
 	Link bool
 	// Peers are new or differ, as they are now; RemovedPeers are as they were. No peer is in both. Both are sorted by node.
 	Peers, RemovedPeers []Peer

@@ -19,12 +19,14 @@ var byValue = cmp.Options{cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{
 
 // node returns a dual-stack node whose age, addresses and key follow from its number.
 func node(number byte, change ...func(*cluster.Node)) cluster.Node {
+	name := "node-" + string('0'+rune(number))
 	n := cluster.Node{
-		Name:      "node-" + string('0'+rune(number)),
+		Name:      name,
+		UID:       uidOf(name),
 		Created:   time.Unix(int64(number), 0),
 		PodCIDRs:  []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 244, number, 0}), 24), prefix6(number)},
 		Addresses: []netip.Addr{netip.AddrFrom4([4]byte{192, 0, 2, number}), address6(number)},
-		WireGuard: &cluster.WireGuard{NodeKey: cluster.NodeKey{PublicKey: [32]byte{number}}, Port: 51820},
+		WireGuard: &cluster.WireGuard{NodeKey: keyOf(int(number), name), Port: 51820},
 	}
 	for _, f := range change {
 		f(&n)
@@ -71,6 +73,7 @@ func options(change ...func(*mesh.Options)) mesh.Options {
 		ListenPort:   51820,
 		UplinkMTU:    1500,
 		Encrypted:    true,
+		ServiceCIDRs: prefixes("10.96.0.0/12"),
 	}
 	for _, f := range change {
 		f(&o)
@@ -95,7 +98,7 @@ func TestPlanDualStack(t *testing.T) {
 		Addresses: prefixes("10.244.1.1/32", "fd00:0:0:1::1/128"),
 		Peers: []mesh.Peer{{
 			Node:       "node-2",
-			PublicKey:  [32]byte{2},
+			PublicKey:  keyOf(2, "node-2").PublicKey,
 			Endpoint:   netip.MustParseAddrPort("192.0.2.2:51820"),
 			AllowedIPs: prefixes("10.244.2.0/24", "fd00:0:0:2::/64"),
 		}},
@@ -130,19 +133,31 @@ func TestPlanWithoutEncryption(t *testing.T) {
 	wantProblems(t, problems, "NodeWithoutAddress Node node-3 fd00:0:0:3::/64")
 }
 
+// refusal is a node-3 that says what cannot be, beside node-1, which plans, and node-2.
+type refusal struct {
+	bad      cluster.Node
+	options  mesh.Options
+	peers    []string // beside node-2
+	endpoint string   // of node-3; empty where it has to send first
+	problems []string
+}
+
+// refusedEndpoint is a node-3 whose operator's endpoint is refused; its InternalIP does not take its place.
+func refusedEndpoint(address, because string) refusal {
+	return refusal{
+		bad: node(3, endpoint(address, 4500)), options: options(), peers: []string{"node-3"},
+		problems: []string{"NodeEndpointRefused Node node-3 " + because},
+	}
+}
+
 // TestPlanRefuses shows for each wrong claim what is reported, and that node-2, which is right, keeps all of its own.
 func TestPlanRefuses(t *testing.T) {
-	for name, test := range map[string]struct {
-		bad      cluster.Node
-		options  mesh.Options
-		peers    []string // beside node-2
-		problems []string
-	}{
+	for name, test := range map[string]refusal{
 		"no podCIDR": {
 			bad: node(3, podCIDRs()), options: options(), problems: []string{"NodeWithoutPodCIDR Node node-3"},
 		},
 		"no address": {
-			bad: node(3, addresses()), options: options(), problems: []string{"NodeWithoutAddress Node node-3"},
+			bad: node(3, addresses()), options: options(), peers: []string{"node-3"}, problems: []string{"NodeWithoutAddress Node node-3"},
 		},
 		"no key": {
 			bad: node(3, func(n *cluster.Node) { n.WireGuard = nil }), options: options(), problems: []string{"NodeWithoutKey Node node-3"},
@@ -151,35 +166,108 @@ func TestPlanRefuses(t *testing.T) {
 			bad: node(3, func(n *cluster.Node) { n.WireGuard = &cluster.WireGuard{Port: 51820} }), options: options(),
 			problems: []string{"NodeWithoutKey Node node-3"},
 		},
-		"key of another node": {
-			bad: node(3, func(n *cluster.Node) { n.WireGuard.PublicKey = [32]byte{2} }), options: options(),
+		"key without proof": {
+			bad: node(3, func(n *cluster.Node) { n.WireGuard.Proof = [64]byte{} }), options: options(),
+			problems: []string{"NodeKeyUnproven Node node-3"},
+		},
+		"key proven for a Node that was deleted": {
+			bad: node(3, func(n *cluster.Node) { n.UID = "another" }), options: options(), problems: []string{"NodeKeyUnproven Node node-3"},
+		},
+		"key that no other node has published yet, copied": {
+			bad: node(3, copies(4, "node-4")), options: options(), problems: []string{"NodeKeyUnproven Node node-3"},
+		},
+		"key of another node, copied": {
+			bad: node(3, copies(2, "node-2")), options: options(), problems: []string{"NodeKeyDuplicate Node node-3 node-2"},
+		},
+		"key of another node, copied, from an older node": {
+			bad: node(3, copies(2, "node-2"), older), options: options(), problems: []string{"NodeKeyDuplicate Node node-3 node-2"},
+		},
+		"own key, copied, from an older node": {
+			bad: node(3, copies(1, "node-1"), older), options: options(), problems: []string{"NodeKeyDuplicate Node node-3 node-1"},
+		},
+		"key of another node, held: a copy of its disk": {
+			bad: node(3, holds(2)), options: options(), problems: []string{"NodeKeyDuplicate Node node-3 node-2"},
+		},
+		"own key, held by an older node": {
+			bad: node(3, holds(1), older), options: options(), problems: []string{"NodeKeyDuplicate Node node-3 node-1"},
+		},
+		"next key of another node, copied": {
+			bad: node(3, nextKey(keyOf(2, "node-2"))), options: options(), peers: []string{"node-3"}, endpoint: "192.0.2.3:51820",
 			problems: []string{"NodeKeyDuplicate Node node-3 node-2"},
 		},
-		"own key, from an older node": {
-			bad:      node(3, func(n *cluster.Node) { n.WireGuard.PublicKey, n.Created = [32]byte{1}, time.Time{} }),
-			options:  options(),
-			problems: []string{"NodeKeyDuplicate Node node-3 node-1"},
+		"next key without proof": {
+			bad: node(3, nextKey(cluster.NodeKey{PublicKey: keyOf(5, "node-3").PublicKey})), options: options(),
+			peers: []string{"node-3"}, endpoint: "192.0.2.3:51820",
+			problems: []string{"NodeKeyUnproven Node node-3"},
 		},
 		"own address, from an older node": {
-			bad:     node(3, addresses("192.0.2.1"), func(n *cluster.Node) { n.Created = time.Time{} }),
-			options: options(), problems: []string{"NodeAddressRefused Node node-3 192.0.2.1"},
+			bad: node(3, addresses("192.0.2.1"), older), options: options(), peers: []string{"node-3"},
+			problems: []string{"NodeAddressRefused Node node-3 node-1"},
+		},
+		"address of another node": {
+			bad: node(3, addresses("192.0.2.2")), options: options(), peers: []string{"node-3"}, endpoint: "192.0.2.2:51820",
+			problems: []string{"NodeAddressDuplicate Node node-3 node-2"},
+		},
+		"address of another node, from an older node": {
+			bad: node(3, addresses("192.0.2.2"), older), options: options(), peers: []string{"node-3"}, endpoint: "192.0.2.2:51820",
+			problems: []string{"NodeAddressDuplicate Node node-2 node-3"},
 		},
 		"address of another node, as IPv4 in IPv6": {
-			bad: node(3, addresses("::ffff:192.0.2.2")), options: options(), problems: []string{"NodeAddressRefused Node node-3 192.0.2.2"},
+			bad: node(3, addresses("::ffff:192.0.2.2")), options: options(), peers: []string{"node-3"}, endpoint: "192.0.2.2:51820",
+			problems: []string{"NodeAddressDuplicate Node node-3 192.0.2.2"},
 		},
 		"address among the pods": {
-			bad: node(3, addresses("10.244.2.9")), options: options(), problems: []string{"NodeAddressRefused Node node-3 10.244.0.0/16"},
+			bad: node(3, addresses("10.244.2.9")), options: options(), peers: []string{"node-3"},
+			problems: []string{"NodeAddressRefused Node node-3 10.244.0.0/16"},
 		},
 		"address in another's podCIDR, cluster CIDR unknown": {
-			bad: node(3, addresses("10.244.2.9")), options: options(noClusterCIDR),
+			bad: node(3, addresses("10.244.2.9")), options: options(noClusterCIDR), peers: []string{"node-3"},
 			problems: []string{"NodeAddressRefused Node node-3 10.244.2.0/24"},
 		},
 		"loopback address": {
-			bad: node(3, addresses("127.0.0.1")), options: options(), problems: []string{"NodeAddressRefused Node node-3 127.0.0.1"},
+			bad: node(3, addresses("127.0.0.1")), options: options(), peers: []string{"node-3"},
+			problems: []string{"NodeAddressRefused Node node-3 127.0.0.1"},
 		},
 		"one bad address of two": {
-			bad: node(3, addresses("127.0.0.1", "192.0.2.3")), options: options(), peers: []string{"node-3"},
+			bad: node(3, addresses("127.0.0.1", "192.0.2.3")), options: options(), peers: []string{"node-3"}, endpoint: "192.0.2.3:51820",
 			problems: []string{"NodeAddressRefused Node node-3 127.0.0.1"},
+		},
+		"endpoint on loopback":       refusedEndpoint("127.0.0.1", ""),
+		"endpoint on IPv6 loopback":  refusedEndpoint("::1", ""),
+		"endpoint on multicast":      refusedEndpoint("224.0.0.251", ""),
+		"endpoint on IPv6 multicast": refusedEndpoint("ff02::1", ""),
+		"unspecified endpoint":       refusedEndpoint("0.0.0.0", ""),
+		"unspecified IPv6 endpoint":  refusedEndpoint("::", ""),
+		"endpoint in this network":   refusedEndpoint("0.1.2.3", ""),
+		"broadcast endpoint":         refusedEndpoint("255.255.255.255", ""),
+		"link-local endpoint":        refusedEndpoint("169.254.169.254", ""),
+		"link-local IPv6 endpoint":   refusedEndpoint("fe80::1", ""),
+		"endpoint on this node":      refusedEndpoint("192.0.2.1", "node-1"),
+		"endpoint on another node":   refusedEndpoint("2001:db8::2", "node-2"),
+		"endpoint among the pods":    refusedEndpoint("10.244.9.9", "10.244.0.0/16"),
+		"endpoint on a Service":      refusedEndpoint("10.96.0.1", "10.96.0.0/12"),
+		"endpoint in a podCIDR, cluster CIDR unknown": {
+			bad: node(3, endpoint("10.244.2.9", 0)), options: options(noClusterCIDR), peers: []string{"node-3"},
+			problems: []string{"NodeEndpointRefused Node node-3 node-2"},
+		},
+		"InternalIP on a Service": {
+			bad: node(3, addresses("10.96.0.1")), options: options(), peers: []string{"node-3"},
+			problems: []string{"NodeAddressRefused Node node-3 10.96.0.0/12"},
+		},
+		"podCIDR around a node, cluster CIDR unknown": {
+			bad: node(3, addresses("198.51.100.3"), podCIDRs("192.0.2.2/31")), options: options(noClusterCIDR),
+			problems: []string{"PodCIDRContainsNode Node node-3 node-2"},
+		},
+		"podCIDR around its own node": {
+			bad: node(3, podCIDRs("192.0.2.2/31")), options: options(noClusterCIDR), problems: []string{"PodCIDRContainsNode Node node-3 node-2"},
+		},
+		"absurd MTU": {
+			bad: node(3, uplinkMTU(68)), options: options(), peers: []string{"node-3"}, endpoint: "192.0.2.3:51820",
+			problems: []string{"NodeMTURefused Node node-3 68"},
+		},
+		"endless MTU": {
+			bad: node(3, uplinkMTU(1<<30)), options: options(), peers: []string{"node-3"}, endpoint: "192.0.2.3:51820",
+			problems: []string{"NodeMTURefused Node node-3 1073741824"},
 		},
 		"podCIDR of another node": {
 			bad: node(3, podCIDRs("10.244.2.0/24")), options: options(), problems: []string{"PodCIDROverlap Node node-3 node-2"},
@@ -191,7 +279,7 @@ func TestPlanRefuses(t *testing.T) {
 			bad: node(3, podCIDRs("10.244.1.64/26")), options: options(), problems: []string{"PodCIDROverlap Node node-3 node-1"},
 		},
 		"one podCIDR of two": {
-			bad: node(3, podCIDRs("10.244.2.128/25", "fd00:0:0:3::/64")), options: options(), peers: []string{"node-3"},
+			bad: node(3, podCIDRs("10.244.2.128/25", "fd00:0:0:3::/64")), options: options(), peers: []string{"node-3"}, endpoint: "192.0.2.3:51820",
 			problems: []string{"PodCIDROverlap Node node-3 node-2"},
 		},
 		"podCIDR outside": {
@@ -220,6 +308,12 @@ func TestPlanRefuses(t *testing.T) {
 			for _, p := range got.Peers {
 				if p.Node != "node-2" {
 					names = append(names, p.Node)
+					if got := p.Endpoint; got.IsValid() != (test.endpoint != "") || (got.IsValid() && got.String() != test.endpoint) {
+						t.Errorf("%s is sent to at %s, want %q", p.Node, got, test.endpoint)
+					}
+					if p.Next != [32]byte{} {
+						t.Errorf("%s changes its key to one that is not its own", p.Node)
+					}
 				} else if diff := cmp.Diff(alone.Peers[0], p, byValue); diff != "" {
 					t.Errorf("node-2 changed (-alone +got):\n%s", diff)
 				}
@@ -227,8 +321,13 @@ func TestPlanRefuses(t *testing.T) {
 			if !slices.Equal(names, test.peers) || len(got.Peers) != len(test.peers)+1 {
 				t.Errorf("peers beside node-2: %v, want %v (%d in all)", names, test.peers, len(got.Peers))
 			}
-			if diff := cmp.Diff(alone.Addresses, got.Addresses, byValue); diff != "" {
-				t.Errorf("own addresses changed:\n%s", diff)
+			for _, r := range alone.Routes {
+				if !slices.Contains(got.Routes, r) {
+					t.Errorf("the route %v to node-2 changed: %v", r, got.Routes)
+				}
+			}
+			if diff := cmp.Diff(alone.Addresses, got.Addresses, byValue); diff != "" || alone.MTU != got.MTU {
+				t.Errorf("own addresses or MTU (%d, was %d) changed:\n%s", got.MTU, alone.MTU, diff)
 			}
 		})
 	}
@@ -266,16 +365,32 @@ func TestPlanEndpointsAndMTU(t *testing.T) {
 		change    func(*mesh.Options)
 		endpoint  string
 		mtu       int
+		way       int // the MTU of the IPv4 route
 	}{
-		"both dual":             {node(1), node(2), nil, "192.0.2.2:51820", 1440},
-		"peer lists IPv6 first": {node(1), node(2, addresses("2001:db8::2", "192.0.2.2")), nil, "192.0.2.2:51820", 1440},
-		"own IPv6 only":         {node(1, addresses("2001:db8::1")), node(2), nil, "[2001:db8::2]:51820", 1420},
-		"peer IPv6 only":        {node(1), node(2, addresses("2001:db8::2")), nil, "[2001:db8::2]:51820", 1420},
+		"both dual":             {node(1), node(2), nil, "192.0.2.2:51820", 1440, 0},
+		"peer lists IPv6 first": {node(1), node(2, addresses("2001:db8::2", "192.0.2.2")), nil, "192.0.2.2:51820", 1440, 0},
+		"own IPv6 only":         {node(1, addresses("2001:db8::1")), node(2), nil, "[2001:db8::2]:51820", 1420, 0},
+		"peer IPv6 only":        {node(1), node(2, addresses("2001:db8::2")), nil, "[2001:db8::2]:51820", 1440, 1420},
 		"published port": {
-			node(1), node(2, func(n *cluster.Node) { n.WireGuard.Port = 4500 }), func(o *mesh.Options) { o.UplinkMTU = 9001 }, "192.0.2.2:4500", 8941,
+			node(1), node(2, func(n *cluster.Node) { n.WireGuard.Port = 4500 }), func(o *mesh.Options) { o.UplinkMTU = 9001 }, "192.0.2.2:4500", 8941, 0,
 		},
-		"unknown uplink": {node(1), node(2), func(o *mesh.Options) { o.UplinkMTU = 0 }, "192.0.2.2:51820", 1440},
-		"override":       {node(1), node(2), func(o *mesh.Options) { o.MTU = 1300 }, "192.0.2.2:51820", 1300},
+		"unknown uplink":         {node(1), node(2), func(o *mesh.Options) { o.UplinkMTU = 0 }, "192.0.2.2:51820", 1440, 0},
+		"override":               {node(1), node(2), func(o *mesh.Options) { o.MTU = 1300 }, "192.0.2.2:51820", 1300, 0},
+		"small uplink there":     {node(1), node(2, uplinkMTU(1400)), nil, "192.0.2.2:51820", 1440, 1340},
+		"small uplink, IPv6":     {node(1), node(2, uplinkMTU(1400), addresses("2001:db8::2")), nil, "[2001:db8::2]:51820", 1440, 1320},
+		"larger uplink there":    {node(1), node(2, uplinkMTU(9000)), nil, "192.0.2.2:51820", 1440, 0},
+		"small uplink, override": {node(1), node(2, uplinkMTU(1400)), func(o *mesh.Options) { o.MTU = 1400 }, "192.0.2.2:51820", 1400, 1340},
+		"behind NAT":             {node(1), node(2, behindNAT), nil, "", 1440, 1420},
+		"behind NAT, IPv4 here":  {node(1, addresses("192.0.2.1")), node(2, behindNAT), nil, "", 1440, 0},
+		"behind NAT, endpoint":   {node(1), node(2, behindNAT, endpoint("203.0.113.7", 0)), nil, "", 1440, 1420},
+		"public address":         {node(1), node(2, endpoint("203.0.113.7", 0)), nil, "203.0.113.7:51820", 1440, 0},
+		"public address, port":   {node(1), node(2, endpoint("203.0.113.7", 4500)), nil, "203.0.113.7:4500", 1440, 0},
+		"port alone":             {node(1), node(2, endpoint("", 4500)), nil, "192.0.2.2:4500", 1440, 0},
+		"address seen by others": {node(1), node(2, endpoint("192.0.2.2", 4500)), nil, "192.0.2.2:4500", 1440, 0},
+		"same public address":    {node(1, endpoint("203.0.113.7", 4500)), node(2, endpoint("203.0.113.7", 4501)), nil, "203.0.113.7:4501", 1440, 0},
+		"same InternalIP as here, at another place": {
+			node(1), node(2, addresses("192.0.2.1"), endpoint("203.0.113.7", 0)), nil, "203.0.113.7:51820", 1440, 0,
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			o := options()
@@ -284,8 +399,12 @@ func TestPlanEndpointsAndMTU(t *testing.T) {
 			}
 			got, problems := mesh.Plan(snapshot(test.own, test.peer), o)
 			wantProblems(t, problems)
-			if got.Peers[0].Endpoint.String() != test.endpoint || got.MTU != test.mtu {
-				t.Errorf("endpoint %s, MTU %d, want %s, %d", got.Peers[0].Endpoint, got.MTU, test.endpoint, test.mtu)
+			at := ""
+			if e := got.Peers[0].Endpoint; e.IsValid() {
+				at = e.String()
+			}
+			if at != test.endpoint || got.MTU != test.mtu || got.Routes[0].MTU != test.way {
+				t.Errorf("endpoint %q, MTU %d, %d on the way, want %q, %d, %d", at, got.MTU, got.Routes[0].MTU, test.endpoint, test.mtu, test.way)
 			}
 		})
 	}
@@ -305,8 +424,8 @@ func TestPlanUnreachableWithoutClusterCIDR(t *testing.T) {
 	}
 }
 
-// TestPlanNeverShares plans for random clusters of nodes that lie: whatever they claim, no prefix, endpoint or key is in
-// the Config twice, the order of the nodes does not matter, and every node agrees about who owns a podCIDR.
+// TestPlanNeverShares plans for random clusters of nodes that lie: whatever they claim, no prefix or key is in the
+// Config twice, nothing is sent to the own node, the order of the nodes does not matter, and every node agrees about who owns a podCIDR.
 func TestPlanNeverShares(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
@@ -320,7 +439,7 @@ func TestPlanNeverShares(t *testing.T) {
 				addresses(pick("192.0.2.1", "192.0.2.2", "10.244.2.3"), pick("2001:db8::1", "2001:db8::2", "fe80::1")),
 				func(n *cluster.Node) {
 					n.Created = time.Unix(int64(random.IntN(2)), 0)
-					n.WireGuard.PublicKey = [32]byte{byte(random.IntN(3))}
+					holds(random.IntN(3))(n)
 				}))
 		}
 		o := options()
@@ -345,17 +464,17 @@ func shared(t *testing.T, s cluster.Snapshot, c mesh.Config) {
 	t.Helper()
 	self, _ := s.Node(s.Self)
 	taken := slices.Clone(c.Addresses)
-	endpoints := map[netip.Addr]bool{}
+	own := map[netip.Addr]bool{}
 	keys := map[[32]byte]bool{self.WireGuard.PublicKey: true}
 	for _, a := range self.Addresses {
-		endpoints[a] = true
+		own[a] = true
 		taken = append(taken, netip.PrefixFrom(a, a.BitLen()))
 	}
 	for _, p := range c.Peers {
-		if keys[p.PublicKey] || endpoints[p.Endpoint.Addr()] {
-			t.Fatalf("shared key or endpoint: %+v\nof %+v", p, s.Nodes)
+		if keys[p.PublicKey] || own[p.Endpoint.Addr()] {
+			t.Fatalf("shared key, or an own address as endpoint: %+v\nof %+v", p, s.Nodes)
 		}
-		keys[p.PublicKey], endpoints[p.Endpoint.Addr()] = true, true
+		keys[p.PublicKey] = true
 		for _, allowed := range p.AllowedIPs {
 			for _, other := range taken {
 				if allowed.Overlaps(other) {

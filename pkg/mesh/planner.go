@@ -1,100 +1,238 @@
 package mesh
 
 import (
+	"cmp"
 	"maps"
 	"net/netip"
-	"reflect"
 	"slices"
 
 	"github.com/warren-cni/warren/pkg/cluster"
+	"github.com/warren-cni/warren/pkg/podcidr"
 )
 
-// Planner keeps the mesh of a node up to date with the cluster's Nodes.
+// Planner is the mesh of one node, kept up to date as Nodes change. What a change costs does not grow with the number of the Nodes that
+// it does not concern, and what a Planner holds depends on the Nodes as they are, not on the order in which they came.
 type Planner struct {
-	self     string
-	options  Options
-	nodes    map[string]*cluster.Node
-	accepted map[string][]netip.Prefix
-	config   Config
-	problems []cluster.Problem
+	self    string
+	options Options
+	members map[string]*member
+	index   index
+	claims  claims
+	// views are what follows from each member.
+	views map[string]*view
+	// stale are the names of members whose view has to be made again.
+	stale map[string]struct{}
+	// base is what the views depend on besides the members; link is the Config without peers and routes.
+	base base
+	link Config
+	// config is the whole Config, nil where it has to be put together again.
+	config *Config
 }
 
 // Update is what a change of Nodes comes to.
 type Update struct {
-	// Change is how the Config differs.
 	Change Change
-	// PodCIDRs are the podCIDRs of nodes whose accepted ones differ, nil for those that are gone.
+	// PodCIDRs are, of each node for which they differ, the podCIDRs that it may have, in the order of its Node; nil for a node
+	// that is gone. What is refused is not among them, and must not give the node's pods the identity of another's addresses.
 	PodCIDRs map[string][]netip.Prefix
 }
 
-// NewPlanner returns the planner of the node self, which knows no Node.
+// NewPlanner returns the Planner of the node self, without any Nodes. It takes the MTU of the uplink with each Update, not from
+// the options.
 func NewPlanner(self string, o Options) *Planner {
-	return &Planner{self: self, options: o, nodes: map[string]*cluster.Node{}, accepted: map[string][]netip.Prefix{}}
+	return &Planner{
+		self: self, options: o, members: map[string]*member{}, index: newIndex(),
+		claims: claims{clusterCIDRs: o.ClusterCIDRs, serviceCIDRs: o.ServiceCIDRs, again: map[*claim]struct{}{}},
+		views:  map[string]*view{}, stale: map[string]struct{}{},
+	}
 }
 
-// Config returns the mesh that is wanted.
-func (p *Planner) Config() Config { return p.config }
-
-// Problems returns the claims that were refused, and what the own node lacks.
-func (p *Planner) Problems() []cluster.Problem { return p.problems }
-
-// Update takes in Nodes that changed, nil for those that are gone, and the MTU of the uplink.
+// Update takes in Nodes that changed, nil for one that is gone, and the MTU of the link that carries the node's traffic to the others; 0
+// where it is not known yet. It returns what that changes; the first one changes the link in any case.
 func (p *Planner) Update(nodes map[string]*cluster.Node, uplinkMTU int) Update {
-	for name, node := range nodes {
-		if node == nil {
-			delete(p.nodes, name)
-		} else {
-			p.nodes[name] = node
+	for name, n := range nodes {
+		p.take(name, n)
+	}
+	p.claims.settle(func(c *claim) { p.touch(c.of) })
+	if b := p.newBase(uplinkMTU); b != p.base {
+		p.base = b
+		for name := range p.members {
+			p.stale[name] = struct{}{}
 		}
 	}
-	p.options.UplinkMTU = uplinkMTU
-	s := cluster.Snapshot{Self: p.self}
-	for _, name := range slices.Sorted(maps.Keys(p.nodes)) {
-		s.Nodes = append(s.Nodes, *p.nodes[name])
+	u := p.refresh()
+	if link := p.newLink(len(u.PodCIDRs) > 0); !equalLinks(link, p.link) {
+		p.link, u.Change.Link = link, true
 	}
-	before, had := p.config, p.accepted
-	p.config, p.problems = Plan(s, p.options)
-	p.accepted = PodCIDRs(s, p.options.ClusterCIDRs)
-	update := Update{Change: diff(before, p.config), PodCIDRs: map[string][]netip.Prefix{}}
-	for name, accepted := range p.accepted {
-		if old, known := had[name]; !known || !slices.Equal(old, accepted) {
-			update.PodCIDRs[name] = accepted
-		}
+	if u.Change.Link || len(u.PodCIDRs) > 0 || !u.Change.Empty() {
+		p.config = nil
 	}
-	for name := range had {
-		if _, there := p.accepted[name]; !there {
-			update.PodCIDRs[name] = nil
-		}
-	}
-	return update
+	return u
 }
 
-// diff returns how a Config differs from another.
-func diff(before, now Config) Change {
-	var c Change
-	rest := func(c Config) Config { c.Peers, c.Routes = nil, nil; return c }
-	c.Link = !reflect.DeepEqual(rest(before), rest(now))
-	c.Peers, c.RemovedPeers = changed(before.Peers, now.Peers, func(p Peer) string { return p.Node })
-	c.Routes, c.RemovedRoutes = changed(before.Routes, now.Routes, func(r Route) netip.Prefix { return r.Destination })
+// take replaces a member.
+func (p *Planner) take(name string, n *cluster.Node) {
+	before := p.members[name]
+	if before != nil {
+		p.touch(before)
+		p.index.remove(before)
+		for _, c := range before.all() {
+			p.claims.remove(c)
+		}
+		delete(p.members, name)
+	}
+	p.stale[name] = struct{}{}
+	if n == nil {
+		return
+	}
+	m := p.newMember(*n, before)
+	p.members[name] = m
+	p.index.add(m)
+	for _, c := range m.all() {
+		p.claims.add(c)
+	}
+	p.touch(m)
+}
+
+// touch has the views made again that depend on a member.
+func (p *Planner) touch(m *member) {
+	p.index.rivals(m, func(o *member) { p.stale[o.node.Name] = struct{}{} })
+}
+
+// refresh makes the stale views again and returns how they differ.
+func (p *Planner) refresh() Update {
+	u := Update{PodCIDRs: map[string][]netip.Prefix{}}
+	came, went := map[netip.Prefix]Route{}, map[netip.Prefix]Route{}
+	for name := range p.stale {
+		before, after := p.views[name], &view{}
+		m := p.members[name]
+		switch {
+		case m != nil:
+			after = p.newView(m)
+			if before == nil || !slices.Equal(before.podCIDRs, after.podCIDRs) {
+				u.PodCIDRs[name] = after.podCIDRs
+			}
+			p.views[name] = after
+		case before == nil: // came and went
+		default:
+			u.PodCIDRs[name] = nil
+			delete(p.views, name)
+		}
+		if before == nil {
+			before = &view{}
+		}
+		switch {
+		case after.peer == nil && before.peer != nil:
+			u.Change.RemovedPeers = append(u.Change.RemovedPeers, *before.peer)
+		case after.peer != nil && (before.peer == nil || !before.peer.equal(after.peer)):
+			u.Change.Peers = append(u.Change.Peers, *after.peer)
+		}
+		for _, r := range before.routes {
+			went[r.Destination] = r
+		}
+		for _, r := range after.routes {
+			came[r.Destination] = r
+		}
+	}
+	clear(p.stale)
+	u.Change.setRoutes(came, went)
+	byNode := func(a, b Peer) int { return cmp.Compare(a.Node, b.Node) }
+	slices.SortFunc(u.Change.Peers, byNode)
+	slices.SortFunc(u.Change.RemovedPeers, byNode)
+	return u
+}
+
+// setRoutes takes the routes of some nodes, by destination: a prefix that goes from one to another changes its route.
+func (c *Change) setRoutes(came, went map[netip.Prefix]Route) {
+	for destination, r := range came {
+		if before, ok := went[destination]; !ok || before != r {
+			c.Routes = append(c.Routes, r)
+		}
+	}
+	for destination, r := range went {
+		if _, stays := came[destination]; !stays {
+			c.RemovedRoutes = append(c.RemovedRoutes, r)
+		}
+	}
+	slices.SortFunc(c.Routes, compareRoutes)
+	slices.SortFunc(c.RemovedRoutes, compareRoutes)
+}
+
+// Config returns the whole mesh as it is now. It is not changed later.
+func (p *Planner) Config() Config {
+	if p.config != nil {
+		return *p.config
+	}
+	c := p.link
+	for _, name := range slices.Sorted(maps.Keys(p.views)) {
+		v := p.views[name]
+		c.KnownPodCIDRs = append(c.KnownPodCIDRs, v.podCIDRs...)
+		c.Routes = append(c.Routes, v.routes...)
+		if v.peer != nil {
+			c.Peers = append(c.Peers, *v.peer)
+		}
+	}
+	slices.SortFunc(c.KnownPodCIDRs, comparePrefixes)
+	slices.SortFunc(c.Routes, compareRoutes)
+	p.config = &c
 	return c
 }
 
-// changed returns what is new or differs, and what is gone.
-func changed[T any, K comparable](before, now []T, key func(T) K) (set, gone []T) {
-	old := make(map[K]T, len(before))
-	for _, t := range before {
-		old[key(t)] = t
+// Problems returns what is refused or missing.
+func (p *Planner) Problems() []cluster.Problem {
+	var problems []cluster.Problem
+	for _, v := range p.views {
+		problems = append(problems, v.problems...)
 	}
-	for _, t := range now {
-		if was, there := old[key(t)]; !there || !reflect.DeepEqual(was, t) {
-			set = append(set, t)
-		}
-		delete(old, key(t))
+	self, ok := p.views[p.self]
+	if !ok {
+		problems = append(problems, nodeUnknown(p.self))
+	} else if slices.ContainsFunc(self.podCIDRs, isIPv6) && p.link.MTU < minIPv6MTU {
+		problems = append(problems, mtuTooSmall(p.self, p.link.MTU))
 	}
-	for _, t := range before {
-		if _, left := old[key(t)]; left {
-			gone = append(gone, t)
-		}
-	}
-	return set, gone
+	return cluster.SortProblems(problems)
 }
+
+// newLink returns the Config without peers and routes. It looks at all podCIDRs only where they changed and have to be kept from
+// the default route one by one.
+func (p *Planner) newLink(podCIDRsChanged bool) Config {
+	c := Config{Encrypted: p.options.Encrypted, MTU: p.base.mtu}
+	if self := p.views[p.self]; self != nil {
+		c.PodCIDRs = slices.SortedFunc(slices.Values(self.podCIDRs), comparePrefixes)
+	}
+	if !c.Encrypted {
+		return c
+	}
+	c.ListenPort = p.options.ListenPort
+	for _, podCIDR := range c.PodCIDRs {
+		a := podcidr.NodeAddress(podCIDR)
+		c.Addresses = append(c.Addresses, netip.PrefixFrom(a, a.BitLen()))
+	}
+	switch {
+	case len(p.options.ClusterCIDRs) > 0:
+		c.Unreachable = slices.Clone(p.options.ClusterCIDRs)
+	case !podCIDRsChanged:
+		c.Unreachable = p.link.Unreachable
+		return c
+	default:
+		for _, v := range p.views {
+			c.Unreachable = append(c.Unreachable, v.podCIDRs...)
+		}
+	}
+	slices.SortFunc(c.Unreachable, comparePrefixes)
+	c.Unreachable = slices.Compact(c.Unreachable)
+	return c
+}
+
+func equalLinks(a, b Config) bool {
+	return a.Encrypted == b.Encrypted && a.ListenPort == b.ListenPort && a.MTU == b.MTU && slices.Equal(a.PodCIDRs, b.PodCIDRs) &&
+		slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.Unreachable, b.Unreachable)
+}
+
+func comparePrefixes(a, b netip.Prefix) int {
+	return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
+}
+
+func compareRoutes(a, b Route) int { return comparePrefixes(a.Destination, b.Destination) }
+
+func isIPv6(p netip.Prefix) bool { return p.Addr().Is6() }

@@ -8,8 +8,22 @@ import (
 	"github.com/warren-cni/warren/pkg/cluster"
 )
 
+// The annotations that problems name.
+const (
+	fieldKey      = "metadata.annotations[warren.cni/wireguard-public-key]"
+	fieldNextKey  = "metadata.annotations[warren.cni/wireguard-next-public-key]"
+	fieldEndpoint = "metadata.annotations[warren.cni/endpoint]"
+	fieldMTU      = "metadata.annotations[warren.cni/mtu]"
+)
+
 func nodeProblem(code, node, field, message, remedy string) cluster.Problem {
 	return cluster.Problem{Code: code, Object: "Node " + node, Field: field, Message: message, Remedy: remedy}
+}
+
+// ownedProblem names the node that keeps what another one claims.
+func ownedProblem(owner string, p cluster.Problem) cluster.Problem {
+	p.Owner = owner
+	return p
 }
 
 func podCIDRField(index int) string { return fmt.Sprintf("spec.podCIDRs[%d]", index) }
@@ -25,11 +39,17 @@ func nodeWithoutPodCIDR(node string) cluster.Problem {
 }
 
 func nodeWithoutAddress(node string) cluster.Problem {
-	return nodeProblem("NodeWithoutAddress", node, "status.addresses", "the node has no InternalIP, so its pods are not reachable from here",
+	return nodeProblem("NodeWithoutAddress", node, "status.addresses", "the node has no InternalIP, so the tunnel waits until the node sends first",
 		"set the kubelet's --node-ip, or see why the cloud provider gives none")
 }
 
-func nodeWithoutNextHop(node string, p netip.Prefix) cluster.Problem {
+func nodeWithoutNextHop(node string) cluster.Problem {
+	return nodeProblem("NodeWithoutAddress", node, "status.addresses",
+		"the node has no InternalIP, which without encryption is the next hop, so its pods are not reachable from here",
+		"set the kubelet's --node-ip, or see why the cloud provider gives none")
+}
+
+func nodeWithoutNextHopOf(node string, p netip.Prefix) cluster.Problem {
 	return nodeProblem("NodeWithoutAddress", node, "status.addresses",
 		fmt.Sprintf("the node has no InternalIP of the family of its podCIDR %s, which without encryption is the next hop", p),
 		"give the kubelet one --node-ip of each family, or use --encryption on")
@@ -40,55 +60,100 @@ func nodeWithoutKey(node string) cluster.Problem {
 		"see whether warrend runs on that node, and what it logs")
 }
 
-func keyTaken(node, owner string) cluster.Problem {
-	return nodeProblem("NodeKeyDuplicate", node, "metadata.annotations",
-		fmt.Sprintf("the node has published the WireGuard key of Node %s, so its pods are not reachable from here", owner),
-		"delete wireguard.key in the state directory of a node that was copied from another, and restart warrend there; where none was copied, treat the node as stolen")
+func keyUnproven(node, field string) cluster.Problem {
+	return nodeProblem("NodeKeyUnproven", node, field,
+		"the node has not proven that it holds the private key that belongs to the WireGuard key which it has published, so the key does not count",
+		"see whether warrend runs on that node, and what it logs; where it runs well, treat the node as stolen")
 }
 
-func addressUnusable(node string, a netip.Addr) cluster.Problem {
-	return nodeProblem("NodeAddressRefused", node, "status.addresses", fmt.Sprintf("InternalIP %s is not an address that other nodes can send to", a),
-		"set the kubelet's --node-ip")
+func keyTaken(node, field, owner string) cluster.Problem {
+	return ownedProblem(owner, nodeProblem("NodeKeyDuplicate", node, field,
+		fmt.Sprintf("the node has the WireGuard key of Node %s, so the key does not count for it", owner),
+		"delete wireguard.key in the state directory of a node that was copied from another, and restart warrend there; where none was copied, treat the node as stolen"))
 }
 
-func addressTaken(node string, a netip.Addr, owner string) cluster.Problem {
-	return nodeProblem("NodeAddressRefused", node, "status.addresses", fmt.Sprintf("InternalIP %s is that of Node %s", a, owner),
-		"give each node an address of its own, or delete the Node that no longer exists")
+// addressProblem is about an address of a node: an InternalIP, or the endpoint that the operator gave.
+func addressProblem(c *claim, message string) cluster.Problem {
+	if c.field == fieldEndpoint {
+		return nodeProblem("NodeEndpointRefused", c.of.node.Name, c.field,
+			fmt.Sprintf("the endpoint %s %s: the tunnel waits until this node sends first", c.prefix.Addr(), message),
+			"correct the annotation; where the operator has not written it, treat the node as stolen")
+	}
+	return nodeProblem("NodeAddressRefused", c.of.node.Name, c.field, fmt.Sprintf("InternalIP %s %s", c.prefix.Addr(), message),
+		"set the kubelet's --node-ip, and choose a pod network (--cluster-cidr, podCIDRs) that holds no node")
 }
 
-func addressAmongPods(node string, a netip.Addr, p netip.Prefix) cluster.Problem {
-	return nodeProblem("NodeAddressRefused", node, "status.addresses", fmt.Sprintf("InternalIP %s is inside the pods' range %s", a, p),
-		"choose a pod network (--cluster-cidr, podCIDRs) that holds no node")
+func addressUnusable(c *claim) cluster.Problem {
+	return addressProblem(c, "is not an address that other nodes can send to")
 }
 
-func podCIDRUnusable(node string, index int, p netip.Prefix) cluster.Problem {
-	return nodeProblem("PodCIDRRefused", node, podCIDRField(index),
-		fmt.Sprintf("%s is no range for pods: too small, or it holds loopback, link-local or multicast addresses", p),
+func addressInside(c *claim, p netip.Prefix, whose string) cluster.Problem {
+	return addressProblem(c, fmt.Sprintf("is inside the %s range %s", whose, p))
+}
+
+func addressInPodCIDR(c, keeper *claim) cluster.Problem {
+	owner := keeper.of.node.Name
+	return ownedProblem(owner, addressProblem(c, fmt.Sprintf("is inside the podCIDR %s of Node %s", keeper.prefix, owner)))
+}
+
+func addressTaken(c *claim, owner string) cluster.Problem {
+	return ownedProblem(owner, addressProblem(c, fmt.Sprintf("is that of Node %s", owner)))
+}
+
+func addressShared(c *claim, owner string) cluster.Problem {
+	return ownedProblem(owner, nodeProblem("NodeAddressDuplicate", c.of.node.Name, c.field,
+		fmt.Sprintf("InternalIP %s is that of Node %s too: the node of the two that is not there is not reachable from here unless it sends first", c.prefix.Addr(), owner),
+		"delete the Node that no longer exists, or give each node an address of its own; where both are right, treat the node that has not this address as stolen"))
+}
+
+func endpointTaken(c *claim, endpoint netip.AddrPort, owner string) cluster.Problem {
+	return ownedProblem(owner, nodeProblem("NodeEndpointRefused", c.of.node.Name, c.field,
+		fmt.Sprintf("the endpoint %s is where Node %s is: the tunnel waits until this node sends first", endpoint, owner),
+		"correct the annotation: nodes behind one address need ports of their own; where the operator has not written it, treat the node as stolen"))
+}
+
+func podCIDRUnusable(c *claim) cluster.Problem {
+	return nodeProblem("PodCIDRRefused", c.of.node.Name, c.field,
+		fmt.Sprintf("%s is no range for pods: too small, or it holds loopback, link-local or multicast addresses", c.prefix),
 		"delete the Node and let it register again with a podCIDR from the cluster's controller")
 }
 
-func podCIDROutside(node string, index int, p netip.Prefix, clusterCIDRs []netip.Prefix) cluster.Problem {
+func podCIDROutside(c *claim, clusterCIDRs []netip.Prefix) cluster.Problem {
 	ranges := make([]string, len(clusterCIDRs))
-	for i, c := range clusterCIDRs {
-		ranges[i] = c.String()
+	for i, r := range clusterCIDRs {
+		ranges[i] = r.String()
 	}
-	return nodeProblem("PodCIDROutsideClusterCIDR", node, podCIDRField(index),
-		fmt.Sprintf("%s is outside the cluster CIDR %s, so nothing is sent there", p, strings.Join(ranges, ", ")),
+	return nodeProblem("PodCIDROutsideClusterCIDR", c.of.node.Name, c.field,
+		fmt.Sprintf("%s is outside the cluster CIDR %s, so nothing is sent there", c.prefix, strings.Join(ranges, ", ")),
 		"set --cluster-cidr to the ranges that kube-controller-manager allocates from")
 }
 
-func podCIDROverlaps(node string, index int, p netip.Prefix, o owned) cluster.Problem {
-	return nodeProblem("PodCIDROverlap", node, podCIDRField(index),
-		fmt.Sprintf("%s overlaps %s of Node %s, which is older and keeps it", p, o.prefix, o.node),
-		"delete the Node that is not in use, or let it register again with a podCIDR of its own")
+func podCIDROverlaps(c, keeper *claim) cluster.Problem {
+	owner := keeper.of.node.Name
+	return ownedProblem(owner, nodeProblem("PodCIDROverlap", c.of.node.Name, c.field,
+		fmt.Sprintf("%s overlaps %s of Node %s, which is older and keeps it", c.prefix, keeper.prefix, owner),
+		"delete the Node that is not in use, or let it register again with a podCIDR of its own"))
 }
 
-func podCIDRHoldsNode(node string, index int, p netip.Prefix, a netip.Addr, owner string) cluster.Problem {
-	return nodeProblem("PodCIDRContainsNode", node, podCIDRField(index), fmt.Sprintf("%s holds %s, the address of Node %s", p, a, owner),
-		"choose a pod network that holds no node")
+func podCIDRHoldsNode(c, keeper *claim) cluster.Problem {
+	owner := keeper.of.node.Name
+	return ownedProblem(owner, nodeProblem("PodCIDRContainsNode", c.of.node.Name, c.field,
+		fmt.Sprintf("%s holds %s, the address of Node %s", c.prefix, keeper.prefix.Addr(), owner), "choose a pod network that holds no node"))
 }
 
 func mtuTooSmall(node string, mtu int) cluster.Problem {
 	return nodeProblem("MTUTooSmall", node, "", fmt.Sprintf("the MTU of pods is %d, and IPv6 needs %d", mtu, minIPv6MTU),
 		"raise the uplink's MTU or --mtu")
+}
+
+func wayTooSmall(node string, mtu int) cluster.Problem {
+	return nodeProblem("MTUTooSmall", node, fieldMTU,
+		fmt.Sprintf("the MTU of the way to this node's pods is %d, and IPv6 needs %d: larger packets are cut in pieces or lost", mtu, minIPv6MTU),
+		"raise the MTU of that node's uplink")
+}
+
+func uplinkMTUAbsurd(node string, mtu int) cluster.Problem {
+	return nodeProblem("NodeMTURefused", node, fieldMTU,
+		fmt.Sprintf("the MTU %d is none of a link that carries the tunnel (%d to %d): it is ignored", mtu, minUplinkMTU, maxMTU),
+		"see what the uplink of that node is, and whether warrend runs there")
 }

@@ -251,16 +251,21 @@ func (n *node) signalTunnel(t *testing.T, s os.Signal) error {
 }
 
 // snapshot returns the cluster as node self sees it, with the given nodes.
-func snapshot(self *node, nodes ...*node) cluster.Snapshot {
+func snapshot(t *testing.T, self *node, nodes ...*node) cluster.Snapshot {
+	t.Helper()
 	s := cluster.Snapshot{Self: self.name()}
 	for _, n := range nodes {
 		v4, v6 := uplink(n.number)
 		own4, own6 := n.podCIDRs()
+		proof, err := n.key.Proof(n.name(), "")
+		if err != nil {
+			t.Fatal(err)
+		}
 		s.Nodes = append(s.Nodes, cluster.Node{
 			Name:      n.name(),
 			PodCIDRs:  []netip.Prefix{own4, own6},
 			Addresses: []netip.Addr{v4, v6},
-			WireGuard: &cluster.WireGuard{NodeKey: cluster.NodeKey{PublicKey: n.key.Public()}, Port: wireGuardPort},
+			WireGuard: &cluster.WireGuard{NodeKey: cluster.NodeKey{PublicKey: n.key.Public(), Proof: proof}, Port: wireGuardPort},
 		})
 	}
 	return s
@@ -287,7 +292,7 @@ func (n *node) plan(t *testing.T, nodes ...*node) mesh.Config {
 
 func (n *node) planWith(t *testing.T, encrypted bool, nodes ...*node) mesh.Config {
 	t.Helper()
-	c, problems := mesh.Plan(snapshot(n, nodes...), mesh.Options{
+	c, problems := mesh.Plan(snapshot(t, n, nodes...), mesh.Options{
 		ClusterCIDRs: []netip.Prefix{pods4, pods6}, ListenPort: wireGuardPort, UplinkMTU: 1500, Encrypted: encrypted,
 	})
 	if len(problems) > 0 {

@@ -1,0 +1,310 @@
+package mesh
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+
+	"github.com/warren-cni/warren/pkg/cluster"
+	"github.com/warren-cni/warren/pkg/podcidr"
+)
+
+// view is what follows from one member.
+type view struct {
+	// podCIDRs are those that count, in the order of the Node.
+	podCIDRs []netip.Prefix
+	// peer is nil for the own node, and for one that cannot be a peer.
+	peer     *Peer
+	routes   []Route
+	problems []cluster.Problem
+}
+
+// base is what a view depends on besides the members: facts of the own node.
+type base struct {
+	// uplink is the MTU of the own uplink, mtu that of the link.
+	uplink, mtu int
+	// source4 and source6 are the own addresses on the link, has6 says whether the node itself has IPv6, and only6 whether it has
+	// nothing else.
+	source4, source6 netip.Addr
+	has6, only6      bool
+}
+
+// newBase works out the facts of the own node.
+func (p *Planner) newBase(uplinkMTU int) base {
+	b := base{uplink: cmp.Or(uplinkMTU, ethernetMTU)}
+	if m := p.members[p.self]; m != nil {
+		has4 := false
+		for _, a := range countingAddresses(m.addresses) {
+			has4, b.has6 = has4 || a.Is4(), b.has6 || a.Is6()
+		}
+		b.only6 = b.has6 && !has4
+		for _, podCIDR := range counting(m.podCIDRs) {
+			switch a := podcidr.NodeAddress(podCIDR); {
+			case a.Is4() && !b.source4.IsValid():
+				b.source4 = a
+			case a.Is6() && !b.source6.IsValid():
+				b.source6 = a
+			}
+		}
+	}
+	b.mtu = p.options.MTU
+	switch {
+	case b.mtu > 0:
+	case !p.options.Encrypted:
+		b.mtu = b.uplink
+	case b.only6:
+		b.mtu = b.uplink - overheadIPv6
+	default:
+		b.mtu = b.uplink - overheadIPv4
+	}
+	return b
+}
+
+// newView works out what follows from a member.
+func (p *Planner) newView(m *member) *view {
+	v := &view{podCIDRs: counting(m.podCIDRs)}
+	for _, c := range m.all() {
+		if !c.counts() {
+			v.problems = append(v.problems, c.refusal)
+		}
+	}
+	switch {
+	case len(m.podCIDRs) == 0:
+		v.refuse(nodeWithoutPodCIDR(m.node.Name))
+	case m.own:
+	case p.options.Encrypted:
+		p.addPeer(v, m)
+	default:
+		p.addPlain(v, m)
+	}
+	return v
+}
+
+// addPeer makes a node a peer, with routes through the link.
+func (p *Planner) addPeer(v *view, m *member) {
+	if !p.keyCounts(v, m) || len(v.podCIDRs) == 0 {
+		return
+	}
+	v.peer = &Peer{
+		Node:          m.node.Name,
+		PublicKey:     m.tunnel.PublicKey,
+		Next:          p.nextKey(v, m),
+		Endpoint:      p.endpoint(v, m),
+		AllowedIPs:    slices.SortedFunc(slices.Values(v.podCIDRs), comparePrefixes),
+		NodeAddresses: p.nodeAddresses(m),
+	}
+	uplink := p.peerMTU(v, m)
+	for _, podCIDR := range v.podCIDRs {
+		source := p.base.source4
+		if isIPv6(podCIDR) {
+			source = p.base.source6
+		}
+		// A family in which this node has no address of its own gets no route: the peer would refuse what comes from any other
+		// address, and without a route the sender learns it at once.
+		if source.IsValid() {
+			v.routes = append(v.routes, Route{Destination: podCIDR, Source: source, MTU: p.routeMTU(v, podCIDR, uplink)})
+		}
+	}
+}
+
+// keyCounts says whether a node has a public key that it has proven, and that no other node keeps.
+func (p *Planner) keyCounts(v *view, m *member) bool {
+	if m.tunnel == nil {
+		v.refuse(nodeWithoutKey(m.node.Name))
+		return false
+	}
+	return p.isKeeper(v, m, m.tunnel.PublicKey, fieldKey)
+}
+
+// nextKey returns the key that a node is about to use, or the zero key.
+func (p *Planner) nextKey(v *view, m *member) [32]byte {
+	next := m.tunnel.Next
+	if next == nil || next.PublicKey == m.tunnel.PublicKey || !p.isKeeper(v, m, next.PublicKey, fieldNextKey) {
+		return [32]byte{}
+	}
+	return next.PublicKey
+}
+
+// isKeeper says whether a key that a node has published counts for that node.
+func (p *Planner) isKeeper(v *view, m *member, key [32]byte, field string) bool {
+	switch keeper := p.index.keys[key][0]; {
+	case !keeper.proven:
+		v.refuse(keyUnproven(m.node.Name, field))
+	case keeper.of != m:
+		v.refuse(keyTaken(m.node.Name, field, keeper.of.node.Name))
+	default:
+		return true
+	}
+	return false
+}
+
+// endpoint returns where a node is sent to first; it is invalid where the node has to come to us. What the operator said takes the
+// InternalIPs' place, so that nothing is sent to these where it is refused.
+func (p *Planner) endpoint(v *view, m *member) netip.AddrPort {
+	switch {
+	case m.tunnel.BehindNAT:
+		return netip.AddrPort{}
+	case m.endpoint != nil:
+		return p.operatorsEndpoint(v, m)
+	case len(m.addresses) == 0:
+		v.refuse(nodeWithoutAddress(m.node.Name))
+		return netip.AddrPort{}
+	}
+	usable := p.usableAddresses(v, m)
+	if len(usable) == 0 { // each refused claim is a Problem already
+		return netip.AddrPort{}
+	}
+	address := usable[0]
+	if i := slices.IndexFunc(usable, func(a netip.Addr) bool { return a.Is6() == p.base.only6 }); i >= 0 {
+		address = usable[i]
+	}
+	return netip.AddrPortFrom(address, m.port())
+}
+
+// operatorsEndpoint returns the endpoint that an operator, or whoever can write the Node's annotations, has given a node. It must not be where
+// another node is.
+func (p *Planner) operatorsEndpoint(v *view, m *member) netip.AddrPort {
+	address := m.endpoint.prefix.Addr()
+	if !m.endpoint.counts() {
+		return netip.AddrPort{}
+	}
+	for _, o := range p.index.addresses[address] {
+		if o != m && o.answersAt(address) {
+			v.refuse(endpointTaken(m.endpoint, netip.AddrPortFrom(address, m.port()), o.node.Name))
+			return netip.AddrPort{}
+		}
+	}
+	for _, o := range p.index.endpoints[address] {
+		if o == m {
+			break // those that keep the endpoint before this one are done
+		}
+		if o.port() == m.port() && o.endpoint.counts() && !o.tunnel.BehindNAT {
+			v.refuse(endpointTaken(m.endpoint, netip.AddrPortFrom(address, m.port()), o.node.Name))
+			return netip.AddrPort{}
+		}
+	}
+	return netip.AddrPortFrom(address, m.port())
+}
+
+// usableAddresses returns the InternalIPs at which a node can be sent to, in the order of its Node.
+//
+// The own node's are not among them. One that another node has too stays, and is reported: who is right does not show from the
+// Nodes, each of which says of itself what it likes at any time, and taking it from either would let a stolen node cut off
+// another. Who gets what is sent there by mistake cannot answer without the key.
+func (p *Planner) usableAddresses(v *view, m *member) []netip.Addr {
+	var usable []netip.Addr
+	for _, c := range m.addresses {
+		a := c.prefix.Addr()
+		if !c.counts() {
+			continue
+		}
+		claimants := p.index.addresses[a] // this node is one
+		keeper := claimants[slices.IndexFunc(claimants, func(o *member) bool { return o.answersAt(a) })]
+		switch {
+		case keeper.own:
+			v.refuse(addressTaken(c, keeper.node.Name))
+			continue
+		case keeper != m:
+			v.refuse(addressShared(c, keeper.node.Name))
+		}
+		usable = append(usable, a)
+	}
+	return usable
+}
+
+// nodeAddresses returns the InternalIPs that pods may reach through the tunnel: the first node that claims one has it.
+func (p *Planner) nodeAddresses(m *member) []netip.Addr {
+	var own []netip.Addr
+	for _, a := range countingAddresses(m.addresses) {
+		inside := slices.ContainsFunc(p.options.NodeCIDRs, func(c netip.Prefix) bool { return c.Contains(a) })
+		if inside && p.index.addresses[a][0] == m {
+			own = append(own, a)
+		}
+	}
+	slices.SortFunc(own, netip.Addr.Compare)
+	return slices.Compact(own)
+}
+
+// peerMTU returns the MTU of a node's uplink, 0 where it is not known.
+func (p *Planner) peerMTU(v *view, m *member) int {
+	uplink := m.tunnel.MTU
+	if uplink != 0 && (uplink < minUplinkMTU || uplink > maxMTU) {
+		v.refuse(uplinkMTUAbsurd(m.node.Name, uplink))
+		return 0
+	}
+	return uplink
+}
+
+// routeMTU returns the greatest packet that gets to a podCIDR where that is less than the link's MTU, and 0 elsewhere. So a node
+// with a small MTU, or one that says so, slows down the traffic to itself and no other.
+func (p *Planner) routeMTU(v *view, podCIDR netip.Prefix, peerUplink int) int {
+	uplink := peerUplink
+	if p.options.MTU == 0 && (uplink == 0 || p.base.uplink < uplink) {
+		uplink = p.base.uplink
+	}
+	if uplink == 0 {
+		return 0
+	}
+	outer := v.peer.Endpoint.Addr()
+	mtu := uplink - overheadIPv4
+	if outer.Is6() || (!outer.IsValid() && p.base.has6) { // a node that comes to us may come by either
+		mtu = uplink - overheadIPv6
+	}
+	if isIPv6(podCIDR) && mtu < minIPv6MTU {
+		if mtu < p.base.mtu {
+			v.refuse(wayTooSmall(v.peer.Node, mtu))
+		}
+		mtu = minIPv6MTU
+	}
+	if mtu >= p.base.mtu {
+		return 0
+	}
+	return mtu
+}
+
+// addPlain adds routes to a node's pods by the node's address, for a mesh without encryption.
+func (p *Planner) addPlain(v *view, m *member) {
+	if len(m.addresses) == 0 {
+		v.refuse(nodeWithoutNextHop(m.node.Name))
+		return
+	}
+	usable := p.usableAddresses(v, m)
+	if len(usable) == 0 {
+		return
+	}
+	for _, podCIDR := range v.podCIDRs {
+		hop := slices.IndexFunc(usable, func(a netip.Addr) bool { return a.Is4() == podCIDR.Addr().Is4() })
+		if hop < 0 {
+			v.refuse(nodeWithoutNextHopOf(m.node.Name, podCIDR))
+			continue
+		}
+		v.routes = append(v.routes, Route{Destination: podCIDR, Via: usable[hop]})
+	}
+}
+
+func (v *view) refuse(problem cluster.Problem) { v.problems = append(v.problems, problem) }
+
+// counting returns the prefixes of the claims that count.
+func counting(claims []*claim) []netip.Prefix {
+	prefixes := make([]netip.Prefix, 0, len(claims))
+	for _, c := range claims {
+		if c.counts() {
+			prefixes = append(prefixes, c.prefix)
+		}
+	}
+	return prefixes
+}
+
+// countingAddresses returns the addresses that count.
+func countingAddresses(claims []*claim) []netip.Addr {
+	var addresses []netip.Addr
+	for _, prefix := range counting(claims) {
+		addresses = append(addresses, prefix.Addr())
+	}
+	return addresses
+}
+
+func (p *Peer) equal(o *Peer) bool {
+	return p.Node == o.Node && p.PublicKey == o.PublicKey && p.Next == o.Next && p.Endpoint == o.Endpoint &&
+		slices.Equal(p.AllowedIPs, o.AllowedIPs) && slices.Equal(p.NodeAddresses, o.NodeAddresses)
+}
