@@ -18,8 +18,23 @@ type denials struct {
 	sums map[denialLabels]uint64
 }
 
-// denialLabels are a policy and a direction, or else the reason that a rule gives which stands whatever the policies.
-type denialLabels struct{ policy, direction, reason string }
+// denialLabels are a policy and a direction, or else the reason that a rule gives which stands whatever the policies, or where a
+// packet went in clear.
+type denialLabels struct{ policy, direction, reason, clear string }
+
+// destination is a rule's words for where packets go in clear, in one word; those that it does not know are told as they are.
+func destination(words string) string {
+	switch words {
+	case "to a node":
+		return "node"
+	case "to a pod of another node":
+		return "pod"
+	case "out of the cluster":
+		return "world"
+	default:
+		return words
+	}
+}
 
 // add takes a reading and returns the sums of what stands; group knows the chains of groups.
 func (d *denials) add(read []firewall.Denial, group func(chain string) (string, []string, bool)) map[denialLabels]uint64 {
@@ -48,7 +63,10 @@ func (d *denials) add(read []firewall.Denial, group func(chain string) (string, 
 // labelsOf returns what a counter is a part of. Each policy of a group counts, because none of them allows the packet.
 func labelsOf(d firewall.Denial, group func(chain string) (string, []string, bool)) []denialLabels {
 	direction, policies, ok := group(d.Chain)
+	words, inClear := strings.CutPrefix(d.Comment, firewall.InClear)
 	switch {
+	case inClear:
+		return []denialLabels{{clear: destination(words)}}
 	case !ok && hashed(d.Chain):
 		return nil // a group that came or went since the counters were read
 	case !ok:

@@ -28,7 +28,10 @@ func TestDenialsAddUp(t *testing.T) {
 		policies, ok := map[string][]string{"WARREN-I-A": {"shop/a"}, "WARREN-I-AB": {"shop/a", "shop/b"}}[chain]
 		return "ingress", policies, ok
 	}
-	policyA, policyB := denialLabels{"shop/a", "ingress", ""}, denialLabels{"shop/b", "ingress", ""}
+	policyA, policyB := denialLabels{policy: "shop/a", direction: "ingress"}, denialLabels{policy: "shop/b", direction: "ingress"}
+	out := func(where string, packets uint64) firewall.Denial {
+		return count(netfilter.IPv4, "WARREN-GUARD", firewall.InClear+where, packets)
+	}
 	var d denials
 	for i, step := range []struct {
 		read []firewall.Denial
@@ -40,6 +43,10 @@ func TestDenialsAddUp(t *testing.T) {
 		{[]firewall.Denial{a(1), a6(5), ab(1)}, map[denialLabels]uint64{policyA: 1013, policyB: 1}}, // began again
 		{[]firewall.Denial{gate(3), gone(9)}, map[denialLabels]uint64{{reason: "start gate"}: 3}},   // whose group nobody knows
 		{[]firewall.Denial{nameless(3), gate(4)}, map[denialLabels]uint64{{reason: "start gate"}: 4, {reason: "WARREN-GUARD"}: 3}},
+		{
+			[]firewall.Denial{out("to a node", 1), out("out of the cluster", 2), out("to a pod of another node", 3), out("to the moon", 4)},
+			map[denialLabels]uint64{{clear: "node"}: 1, {clear: "world"}: 2, {clear: "pod"}: 3, {clear: "to the moon"}: 4},
+		},
 	} {
 		if diff := cmp.Diff(step.want, d.add(step.read, group), cmp.AllowUnexported(denialLabels{})); diff != "" {
 			t.Errorf("reading %d (-want +got):\n%s", i, diff)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"net/http"
 	"time"
@@ -11,6 +12,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/warren-cni/warren/pkg/mesh"
+	"github.com/warren-cni/warren/pkg/wgdevice"
 )
 
 // scrapePatience is how long a scrape waits for the kernel's counters.
@@ -22,7 +26,8 @@ type metrics struct {
 	denials denials
 
 	ready, encryption, problems, policies, pods, peers, lastApply *prometheus.Desc
-	denied, dropped, flowLines, flowSuppressed                    *prometheus.Desc
+	denied, dropped, clear, flowLines, flowSuppressed             *prometheus.Desc
+	handshake, received, sent                                     *prometheus.Desc
 }
 
 // newMetrics describes the figures.
@@ -42,15 +47,20 @@ func newMetrics(n *node) *metrics {
 		denied: desc("denied_packets_total",
 			"Packets that no policy of an isolated pod allows, by each policy that isolates it and the direction.", "policy", "direction"),
 		dropped:        desc("dropped_packets_total", "Packets that the rules drop which stand whatever the policies, by reason.", "reason"),
+		clear:          desc("clear_packets_total", "Packets of pods that left the node unencrypted as they are meant to, by where they went.", "destination"),
 		flowLines:      desc("flow_log_lines_total", "Packets that got a line in the log because a policy asks for it."),
 		flowSuppressed: desc("flow_log_suppressed_total", "Packets that got none because there were too many."),
+		handshake:      desc("peer_handshake_age_seconds", "Time since the last handshake with a node, +Inf before the first.", "node"),
+		received:       desc("peer_received_bytes_total", "Bytes received from a node through the tunnel since it has its key.", "node"),
+		sent:           desc("peer_sent_bytes_total", "Bytes sent to a node through the tunnel since it has its key.", "node"),
 	}
 }
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		m.ready, m.encryption, m.problems, m.policies, m.pods, m.peers, m.lastApply, m.denied, m.dropped, m.flowLines, m.flowSuppressed,
+		m.ready, m.encryption, m.problems, m.policies, m.pods, m.peers, m.lastApply, m.denied, m.dropped, m.clear, m.flowLines, m.flowSuppressed,
+		m.handshake, m.received, m.sent,
 	} {
 		ch <- d
 	}
@@ -79,30 +89,77 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	for code, count := range byCode {
 		gauge(m.problems, float64(count), code)
 	}
-	m.collectPackets(ch)
+	ctx, cancel := context.WithTimeout(context.Background(), scrapePatience) // a Collector gets no context
+	defer cancel()
+	m.collectPackets(ctx, ch)
+	if m.node.options.encryptionMode {
+		m.collectPeers(ctx, ch, o.mesh.Peers)
+	}
 }
 
 // collectPackets tells what was dropped and what was logged. Counters that cannot be read are left out: all other figures stand.
-func (m *metrics) collectPackets(ch chan<- prometheus.Metric) {
+func (m *metrics) collectPackets(ctx context.Context, ch chan<- prometheus.Metric) {
 	counter := func(d *prometheus.Desc, value uint64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(value), labels...)
 	}
 	counter(m.flowLines, m.node.flows.lines.Load())
 	counter(m.flowSuppressed, m.node.flows.suppressed.Load())
-	ctx, cancel := context.WithTimeout(context.Background(), scrapePatience) // a Collector gets no context
-	defer cancel()
 	read, err := m.node.filter.Denied(ctx)
 	if err != nil {
 		m.node.log.Warn("reading the counters of dropped packets", "error", err)
 		return
 	}
 	for labels, packets := range m.denials.add(read, m.node.planner.group) {
-		if labels.reason != "" {
+		switch {
+		case labels.clear != "":
+			counter(m.clear, packets, labels.clear)
+		case labels.reason != "":
 			counter(m.dropped, packets, labels.reason)
-		} else {
+		default:
 			counter(m.denied, packets, labels.policy, labels.direction)
 		}
 	}
+}
+
+// collectPeers tells of the tunnel's peers by their nodes. Those of a tunnel that does not answer are left out.
+func (m *metrics) collectPeers(ctx context.Context, ch chan<- prometheus.Metric, planned []mesh.Peer) {
+	device, err := m.node.tunnel.Status(ctx)
+	if err != nil {
+		m.node.log.Warn("reading the tunnel's peers", "error", err)
+		return
+	}
+	now := m.node.clock()
+	for node, p := range byNode(planned, device.Peers) {
+		age := math.Inf(1)
+		if !p.LastHandshake.IsZero() {
+			age = now.Sub(p.LastHandshake).Seconds()
+		}
+		ch <- prometheus.MustNewConstMetric(m.handshake, prometheus.GaugeValue, age, node)
+		ch <- prometheus.MustNewConstMetric(m.received, prometheus.CounterValue, float64(p.ReceivedBytes), node)
+		ch <- prometheus.MustNewConstMetric(m.sent, prometheus.CounterValue, float64(p.SentBytes), node)
+	}
+}
+
+// byNode returns the state of the planned peers by their nodes, without keys and addresses. A node that changes its key is two
+// peers, which count as one. A planned peer that the device lacks has had no handshake.
+func byNode(planned []mesh.Peer, device []wgdevice.PeerStatus) map[string]wgdevice.PeerStatus {
+	byKey := make(map[[32]byte]wgdevice.PeerStatus, len(device))
+	for _, p := range device {
+		byKey[p.PublicKey] = p
+	}
+	nodes := make(map[string]wgdevice.PeerStatus, len(planned))
+	for _, p := range planned {
+		now, next := byKey[p.PublicKey], byKey[p.Next] // no peer has the zero key
+		sum := wgdevice.PeerStatus{
+			LastHandshake: now.LastHandshake,
+			ReceivedBytes: now.ReceivedBytes + next.ReceivedBytes, SentBytes: now.SentBytes + next.SentBytes,
+		}
+		if next.LastHandshake.After(sum.LastHandshake) {
+			sum.LastHandshake = next.LastHandshake
+		}
+		nodes[p.Node] = sum
+	}
+	return nodes
 }
 
 // number is a truth value as a figure.

@@ -12,7 +12,11 @@ import (
 	"github.com/warren-cni/warren/pkg/netfilter"
 )
 
-// Denial counts what the DROP rules of one chain that have the same comment have dropped.
+// InClear begins the comments of rules that count what leaves the node unencrypted, as it is meant to.
+const InClear = "in clear: "
+
+// Denial counts what the DROP rules of one chain that have the same comment have dropped, or those that count what leaves InClear
+// have seen.
 type Denial struct {
 	Family netfilter.Family
 	Table  string
@@ -25,7 +29,7 @@ type Denial struct {
 // denialsLast is for how long Denied gives the same answer where there is a clock: it reads all the rules back.
 const denialsLast = 5 * time.Second
 
-// Denied returns what the rules of ours have dropped, up to five seconds ago, by table and chain as they stand. The numbers only
+// Denied returns what the rules of ours have dropped or counted, up to five seconds ago, by table and chain as they stand. The numbers only
 // grow while a chain stands, also when it is written anew; what was dropped between the last reading and a rewrite is lost. Any
 // goroutine may call it.
 func (w *Firewall) Denied(ctx context.Context) ([]Denial, error) {
@@ -63,7 +67,7 @@ func parseDenials(p place, saved string) []Denial {
 	var all []Denial
 	for line := range strings.Lines(saved) {
 		counters, rule, ok := strings.Cut(strings.TrimSpace(line), " -A ")
-		if !ok || !ours(rule) || jumpTarget(rule) != "DROP" {
+		if !ok || !ours(rule) || jumpTarget(rule) != "DROP" && !strings.Contains(rule, " "+InClear) {
 			continue
 		}
 		packets, bytes, _ := strings.Cut(strings.Trim(counters, "[]"), ":")

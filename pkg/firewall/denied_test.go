@@ -39,7 +39,7 @@ func TestDeniedCountsPackets(t *testing.T) {
 			return netfilter.Ruleset{V4: netfilter.Rules{
 				Chains: []netfilter.Chain{
 					{Table: "mangle", Name: "WARREN-I-A", Rules: []netfilter.Rule{
-						rule(other, "-p udp --dport 7 -j RETURN"), rule(reason, "-p udp --dport 9 -j DROP"),
+						rule(InClear+"to a node", "-p udp --dport 7"), rule(other, "-p udp --dport 7 -j RETURN"), rule(reason, "-p udp --dport 9 -j DROP"),
 					}},
 					{Table: "raw", Name: "WARREN-RAW", Rules: []netfilter.Rule{rule("loopback", "-p udp --dport 11 -j DROP")}},
 				},
@@ -65,21 +65,22 @@ func TestDeniedCountsPackets(t *testing.T) {
 				t.Errorf("what was dropped (-want +got):\n%s", diff)
 			}
 		}
+		inClear := func(packets uint64) Denial { return denial("mangle", "WARREN-I-A", InClear+"to a node", packets) }
 		n.apply(w, plan("not counted", "shop/api, shop/db"))
-		expect(denial("raw", "WARREN-RAW", "loopback", 0), denial("mangle", "WARREN-I-A", "shop/api, shop/db", 0))
+		expect(denial("raw", "WARREN-RAW", "loopback", 0), inClear(0), denial("mangle", "WARREN-I-A", "shop/api, shop/db", 0))
 		knock(t, 9, 9, 11, 7, 7)
 		now = now.Add(denialsLast - 1)
-		expect(denial("raw", "WARREN-RAW", "loopback", 0), denial("mangle", "WARREN-I-A", "shop/api, shop/db", 0)) // as before
+		expect(denial("raw", "WARREN-RAW", "loopback", 0), inClear(0), denial("mangle", "WARREN-I-A", "shop/api, shop/db", 0)) // as before
 		now = now.Add(1)
-		expect(denial("raw", "WARREN-RAW", "loopback", 1), denial("mangle", "WARREN-I-A", "shop/api, shop/db", 2))
+		expect(denial("raw", "WARREN-RAW", "loopback", 1), inClear(2), denial("mangle", "WARREN-I-A", "shop/api, shop/db", 2))
 		n.apply(w, plan("the rule before changed", "shop/api, shop/db"))
 		knock(t, 9)
 		now = now.Add(denialsLast)
-		expect(denial("raw", "WARREN-RAW", "loopback", 1), denial("mangle", "WARREN-I-A", "shop/api, shop/db", 3))
+		expect(denial("raw", "WARREN-RAW", "loopback", 1), inClear(2), denial("mangle", "WARREN-I-A", "shop/api, shop/db", 3))
 		n.apply(w, plan("the rule before changed", "shop/api"))
 		knock(t, 9)
 		now = now.Add(denialsLast)
-		expect(denial("raw", "WARREN-RAW", "loopback", 1), denial("mangle", "WARREN-I-A", "shop/api", 1))
+		expect(denial("raw", "WARREN-RAW", "loopback", 1), inClear(2), denial("mangle", "WARREN-I-A", "shop/api", 1))
 	})
 }
 
