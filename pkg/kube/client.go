@@ -44,6 +44,9 @@ func newClients(config *rest.Config, wrap transport.WrapperFunc) (clients, error
 	}
 	config = rest.CopyConfig(config)
 	config.Wrap(wrap)
+	if config.Dial == nil {
+		config.Dial = newDialer().DialContext
+	}
 	config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
 	config.ContentType = runtime.ContentTypeProtobuf
 	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON

@@ -57,7 +57,7 @@ func newFollower[O apiObject, T any](a *API, k kind[O, T]) *follower[O, T] {
 // run follows the kind until the context ends.
 func (f *follower[O, T]) run(ctx context.Context) {
 	list := cache.NewListWatchFromClient(f.client, f.resource, metav1.NamespaceAll, fields.Everything())
-	cache.NewReflectorWithOptions(list, f.sample, f, cache.ReflectorOptions{Name: f.resource}).RunWithContext(ctx)
+	cache.NewReflectorWithOptions(list, f.sample, f, cache.ReflectorOptions{Name: f.resource, Backoff: retries()}).RunWithContext(ctx)
 }
 
 // Add takes over an object that is new.

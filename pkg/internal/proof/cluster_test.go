@@ -34,6 +34,7 @@ type cluster struct {
 	client kubernetes.Interface
 	node   *lab.Node
 	proxy  *proxy
+	daemon *lab.Process
 }
 
 // newCluster starts all of it. There are three Nodes, of which one is there.
@@ -49,7 +50,8 @@ func newCluster(t *testing.T, name string) *cluster {
 	for _, number := range []int{1, 2, 3} {
 		c.createNode(number)
 	}
-	c.node, c.proxy = node, c.start(node)
+	c.node = node
+	c.proxy, c.daemon = c.start(node)
 	return c
 }
 
@@ -75,25 +77,32 @@ func (c *cluster) newNode(name string) *lab.Node {
 }
 
 // start starts tunnel and daemon of a node and waits until pods can be attached.
-func (c *cluster) start(node *lab.Node) *proxy {
+func (c *cluster) start(node *lab.Node) (*proxy, *lab.Process) {
 	c.t.Helper()
-	between, kubeconfig := newProxy(c.t, c.config, node.Do)
+	between := newProxy(c.t, c.config, node.Do)
 	if _, err := node.StartTunnel(c.t.Context()); err != nil {
 		c.t.Fatal(err)
 	}
-	daemon, err := node.StartDaemon(c.t.Context(), nil, "--log-level", "debug", "--objects", "", "--kubeconfig", kubeconfig)
-	if err != nil {
-		c.t.Fatal(err)
-	}
+	daemon := c.startDaemon(node, between)
 	c.t.Cleanup(func() {
 		if c.t.Failed() {
 			c.t.Logf("the log of the daemon ends in:\n%s", daemon.Log(40))
 		}
 	})
-	if err = node.Ready(c.t.Context(), daemon, 0); err != nil {
+	if err := node.Ready(c.t.Context(), daemon, 0); err != nil {
 		c.t.Fatal(err)
 	}
-	return between
+	return between, daemon
+}
+
+// startDaemon starts a node's daemon, which reaches the API server through a proxy, and does not wait for it.
+func (c *cluster) startDaemon(node *lab.Node, between *proxy) *lab.Process {
+	c.t.Helper()
+	daemon, err := node.StartDaemon(c.t.Context(), nil, "--log-level", "debug", "--objects", "", "--kubeconfig", between.kubeconfig)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return daemon
 }
 
 // createNode creates the object of a node of the lab's numbering.

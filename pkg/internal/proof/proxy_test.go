@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httputil"
+	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -23,6 +24,10 @@ import (
 type proxy struct {
 	http.Handler
 
+	// kubeconfig is the path of one that leads to the proxy, and port is where it listens.
+	kubeconfig string
+	port       uint16
+
 	mu      sync.Mutex
 	watches map[*watch]bool
 	// flowing is closed while watches get their events.
@@ -37,9 +42,8 @@ type proxy struct {
 // watch is a request that has an answer without an end.
 type watch struct{ cancel context.CancelFunc }
 
-// newProxy makes a proxy that speaks plain HTTP on loopback in the namespace that within runs functions in, and returns the path of
-// a kubeconfig that leads to it.
-func newProxy(t *testing.T, config *rest.Config, within func(func() error) error) (p *proxy, kubeconfig string) {
+// newProxy makes a proxy that speaks plain HTTP on loopback in the namespace that within runs functions in.
+func newProxy(t *testing.T, config *rest.Config, within func(func() error) error) *proxy {
 	t.Helper()
 	target, err := url.Parse(config.Host)
 	if err != nil {
@@ -49,7 +53,7 @@ func newProxy(t *testing.T, config *rest.Config, within func(func() error) error
 	if err != nil {
 		t.Fatal(err)
 	}
-	p = &proxy{watches: map[*watch]bool{}, flowing: make(chan struct{})}
+	p := &proxy{watches: map[*watch]bool{}, flowing: make(chan struct{})}
 	close(p.flowing)
 	forward := &httputil.ReverseProxy{
 		Rewrite:        func(r *httputil.ProxyRequest) { r.SetURL(target) },
@@ -78,13 +82,14 @@ func newProxy(t *testing.T, config *rest.Config, within func(func() error) error
 		}
 		group.Wait()
 	})
-	kubeconfig = filepath.Join(t.TempDir(), "kubeconfig")
+	p.kubeconfig = filepath.Join(t.TempDir(), "kubeconfig")
+	p.port = netip.MustParseAddrPort(listener.Addr().String()).Port()
 	text := fmt.Sprintf(`{apiVersion: v1, kind: Config, current-context: c, clusters: [{name: c, cluster: {server: "http://%s"}}],
 users: [{name: u, user: {}}], contexts: [{name: c, context: {cluster: c, user: u}}]}`, listener.Addr())
-	if err = os.WriteFile(kubeconfig, []byte(text), 0o600); err != nil {
+	if err = os.WriteFile(p.kubeconfig, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return p, kubeconfig
+	return p
 }
 
 // isWatch says whether a request is for a watch.
