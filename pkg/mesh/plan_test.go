@@ -202,19 +202,19 @@ func TestPlanRefuses(t *testing.T) {
 		},
 		"own address, from an older node": {
 			bad: node(3, addresses("192.0.2.1"), older), options: options(), peers: []string{"node-3"},
-			problems: []string{"NodeAddressRefused Node node-3 node-1"},
+			problems: []string{"NodeAddressDuplicate Node node-3 node-1"},
 		},
 		"address of another node": {
 			bad: node(3, addresses("192.0.2.2")), options: options(), peers: []string{"node-3"}, endpoint: "192.0.2.2:51820",
-			problems: []string{"NodeAddressDuplicate Node node-3 node-2"},
+			problems: []string{"NodeAddressDuplicate Node node-3 node-2", "NodeAddressDuplicate Node node-2 node-3"},
 		},
 		"address of another node, from an older node": {
 			bad: node(3, addresses("192.0.2.2"), older), options: options(), peers: []string{"node-3"}, endpoint: "192.0.2.2:51820",
-			problems: []string{"NodeAddressDuplicate Node node-2 node-3"},
+			problems: []string{"NodeAddressDuplicate Node node-2 node-3", "NodeAddressDuplicate Node node-3 node-2"},
 		},
 		"address of another node, as IPv4 in IPv6": {
 			bad: node(3, addresses("::ffff:192.0.2.2")), options: options(), peers: []string{"node-3"}, endpoint: "192.0.2.2:51820",
-			problems: []string{"NodeAddressDuplicate Node node-3 192.0.2.2"},
+			problems: []string{"NodeAddressDuplicate Node node-3 192.0.2.2", "NodeAddressDuplicate Node node-2 192.0.2.2"},
 		},
 		"address among the pods": {
 			bad: node(3, addresses("10.244.2.9")), options: options(), peers: []string{"node-3"},

@@ -96,14 +96,10 @@ func addressInPodCIDR(c, keeper *claim) cluster.Problem {
 	return ownedProblem(owner, addressProblem(c, fmt.Sprintf("is inside the podCIDR %s of Node %s", keeper.prefix, owner)))
 }
 
-func addressTaken(c *claim, owner string) cluster.Problem {
-	return ownedProblem(owner, addressProblem(c, fmt.Sprintf("is that of Node %s", owner)))
-}
-
-func addressShared(c *claim, owner string) cluster.Problem {
-	return ownedProblem(owner, nodeProblem("NodeAddressDuplicate", c.of.node.Name, c.field,
-		fmt.Sprintf("InternalIP %s is that of Node %s too: the node of the two that is not there is not reachable from here unless it sends first", c.prefix.Addr(), owner),
-		"delete the Node that no longer exists, or give each node an address of its own; where both are right, treat the node that has not this address as stolen"))
+func addressShared(c *claim, other string) cluster.Problem {
+	return ownedProblem(other, nodeProblem("NodeAddressDuplicate", c.of.node.Name, c.field,
+		fmt.Sprintf("InternalIP %s is that of Node %s too: the one of the two that is not there is not reachable from here unless it sends first", c.prefix.Addr(), other),
+		"delete the Node that no longer exists, or give each node an address of its own; where neither helps, treat the node that has not this address as stolen"))
 }
 
 func endpointTaken(c *claim, endpoint netip.AddrPort, owner string) cluster.Problem {

@@ -188,9 +188,9 @@ func (p *Planner) operatorsEndpoint(v *view, m *member) netip.AddrPort {
 
 // usableAddresses returns the InternalIPs at which a node can be sent to, in the order of its Node.
 //
-// The own node's are not among them. One that another node has too stays, and is reported: who is right does not show from the
-// Nodes, each of which says of itself what it likes at any time, and taking it from either would let a stolen node cut off
-// another. Who gets what is sent there by mistake cannot answer without the key.
+// The own node's are not among them. One that a third node has too stays with both, and both are reported: who is right does not
+// show from the Nodes, each of which says of itself what it likes at any time, and taking it from either would let a stolen node
+// cut off another. Who gets what is sent there by mistake cannot answer without the key.
 func (p *Planner) usableAddresses(v *view, m *member) []netip.Addr {
 	var usable []netip.Addr
 	for _, c := range m.addresses {
@@ -198,14 +198,12 @@ func (p *Planner) usableAddresses(v *view, m *member) []netip.Addr {
 		if !c.counts() {
 			continue
 		}
-		claimants := p.index.addresses[a] // this node is one
-		keeper := claimants[slices.IndexFunc(claimants, func(o *member) bool { return o.answersAt(a) })]
-		switch {
-		case keeper.own:
-			v.refuse(addressTaken(c, keeper.node.Name))
-			continue
-		case keeper != m:
-			v.refuse(addressShared(c, keeper.node.Name))
+		claimants := p.index.addresses[a]
+		if i := slices.IndexFunc(claimants, func(o *member) bool { return o != m && o.answersAt(a) }); i >= 0 {
+			v.refuse(addressShared(c, claimants[i].node.Name))
+			if claimants[i].own { // which comes first
+				continue
+			}
 		}
 		usable = append(usable, a)
 	}
