@@ -26,14 +26,18 @@ type announcer struct {
 	// reporter is the node that shall report what all nodes see of an object.
 	reporter func(of kube.Reference) string
 	event    func(context.Context, kube.Event)
+	now      func() time.Time
 	wake     chan struct{}
+	// said is what was said of Nodes. There are only so many Events about an object: a hostile Node must not use them up, by
+	// something else that is wrong with it every second, before it does what matters.
+	said seldom
 
 	mu      sync.Mutex
 	waiting []cluster.Problem
 }
 
-func newAnnouncer(self string, s source) *announcer {
-	return &announcer{self: self, reporter: s.Reporter, event: s.Event, wake: make(chan struct{}, 1)}
+func newAnnouncer(self string, s source, now func() time.Time) *announcer {
+	return &announcer{self: self, reporter: s.Reporter, event: s.Event, now: now, wake: make(chan struct{}, 1)}
 }
 
 // add has a problem that is new announced.
@@ -80,7 +84,7 @@ func (a *announcer) objects(p cluster.Problem) []kube.Reference {
 		default:
 			return nil
 		}
-		if a.reports(p, object) {
+		if a.reports(p, object) && (kind != kindNode || a.said.due(strings.Join([]string{p.Code, key, p.Owner}, " "), a.now())) {
 			objects = append(objects, object)
 		}
 	}

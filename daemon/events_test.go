@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -17,7 +18,7 @@ func TestProblemsAreAnnounced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var got []string
 		news := &announcer{
-			self: "n1", wake: make(chan struct{}, 1),
+			self: "n1", wake: make(chan struct{}, 1), now: time.Now, //nolint:forbidigo // fake time
 			reporter: func(of kube.Reference) string {
 				return map[string]string{
 					"NetworkPolicy shop/ours": "n1", "NetworkPolicy shop/theirs": "n2", "Namespace /shop": "n1", "Namespace /bar": "n2",
@@ -80,5 +81,16 @@ func TestProblemsAreAnnounced(t *testing.T) {
 		expect("at first", nil, all, want)
 		expect("while they last", all, all[:2], nil)
 		expect("when one comes again", all[1:2], all[:2], want[:1])
+
+		// A Node that has something new wrong with it every time is said to be wrong once in a while.
+		again := func(message string) []cluster.Problem {
+			p := claimed("Node n2", "n1")
+			p.Message = message
+			return []cluster.Problem{p}
+		}
+		expect("another claim of the same thing", nil, again("it is wrong, too"), nil)
+		time.Sleep(seldomEvery) //nolint:forbidigo // fake time
+		expect("the next one, later", nil, again("it is wrong as well"),
+			[]string{"Warning PodCIDROverlap Node /n2: Node n2: spec.podCIDRs[0]: it is wrong as well; mend it"})
 	})
 }

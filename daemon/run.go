@@ -56,7 +56,7 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 	}
 	n.cuts = newCutter(n.planner.allows, log)
 	n.flows = newFlowLog(o.nodeName, n.planner, objects.Event, os.Stdout, n.clock)
-	n.news = newAnnouncer(o.nodeName, objects)
+	n.news = newAnnouncer(o.nodeName, objects, n.clock)
 	if n.filter, err = firewall.New(ctx, firewall.Options{Log: log, Admit: n.admit, Now: n.clock}); err != nil {
 		return err
 	}

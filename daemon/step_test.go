@@ -132,7 +132,7 @@ func newStepped(t *testing.T, address string, clusterCIDRs ...netip.Prefix) (*no
 	n := &node{
 		options: o, log: slog.New(slog.DiscardHandler), clock: clock, source: s, filter: m, tunnel: noTunnel{}, planner: p,
 		stepped: make(chan struct{}), cuts: newCutter(p.allows, slog.New(slog.DiscardHandler)),
-		flows: newFlowLog(o.nodeName, p, s.Event, io.Discard, clock), news: newAnnouncer(o.nodeName, s),
+		flows: newFlowLog(o.nodeName, p, s.Event, io.Discard, clock), news: newAnnouncer(o.nodeName, s, clock),
 	}
 	n.loop = reconcile.New(n.step, resync, n.clock)
 	own := netip.MustParsePrefix("10.244.1.0/24")
