@@ -37,6 +37,8 @@ node's podCIDRs to the first address of the other's, which its kernel answers. M
 node, in both directions and both families, and counts packets that carry the marker or a pod's address in clear (there must be
 none) and WireGuard's own. Before and after it asks the daemon whether guards, rules, sets and peers stand as planned.
 
+A packet in clear that was received was let out by another node, or forged by somebody on the way; the guards drop it.
+
 It needs neither tcpdump nor pods, harms no traffic, and sends at most 2000 small packets in a second. What is in clear by design
 (a pod's traffic to the world and to nodes' own addresses, which is translated to the node's address) is not its subject;
 "warrend status" lists it.

@@ -89,9 +89,7 @@ func conclude(e evidence) verification {
 		Seconds: e.duration.Seconds(), Links: e.report.Links, Dropped: e.report.Dropped, Unjudged: e.report.Unjudged,
 		GuardDrift: unique(slices.Concat(e.before.GuardDrift, e.after.GuardDrift)),
 		Drift:      unique(slices.Concat(e.before.Drift, e.after.Drift)),
-	}
-	for _, peer := range e.before.Peers {
-		v.Peers = append(v.Peers, e.peer(peer))
+		Peers:      e.peers(),
 	}
 	v.judgeLinks()
 	v.judgeKernel()
@@ -128,29 +126,36 @@ func unencrypted(f meshFacts) verification {
 	return v
 }
 
-// peer gathers what is known of a peer.
-func (e evidence) peer(f peerFacts) peerProof {
-	p := peerProof{Node: f.Node, Endpoint: f.Endpoint}
-	endpoints := []string{f.Endpoint}
+// peers gathers what is known of each peer.
+func (e evidence) peers() []peerProof {
+	peers := make([]peerProof, len(e.before.Peers))
+	byNode := make(map[string]*peerProof, len(peers))
+	endpoints := map[string]map[string]bool{}
+	for i, f := range e.before.Peers {
+		peers[i] = peerProof{Node: f.Node, Endpoint: f.Endpoint}
+		byNode[f.Node], endpoints[f.Node] = &peers[i], map[string]bool{f.Endpoint: true}
+	}
 	for _, device := range slices.Concat(e.before.Status.Peers, e.after.Status.Peers) {
-		if device.Node == f.Node {
-			endpoints, p.Endpoint = append(endpoints, device.Endpoint), device.Endpoint // where it is now
-			if device.LastHandshake.After(p.LastHandshake) {
-				p.LastHandshake = device.LastHandshake
+		p := byNode[device.Node]
+		if p == nil {
+			continue
+		}
+		p.Endpoint, endpoints[device.Node][device.Endpoint] = device.Endpoint, true // the last is where it is now
+		if device.LastHandshake.After(p.LastHandshake) {
+			p.LastHandshake = device.LastHandshake
+		}
+	}
+	for node, known := range endpoints {
+		for text := range known {
+			if remote, err := netip.ParseAddrPort(text); err == nil { // a peer behind NAT may have none
+				byNode[node].WireGuard = byNode[node].WireGuard.Plus(e.report.Remotes[remote])
 			}
 		}
 	}
-	for _, text := range unique(endpoints) {
-		if remote, err := netip.ParseAddrPort(text); err == nil { // a peer behind NAT may have none
-			p.WireGuard = p.WireGuard.Plus(e.report.Remotes[remote])
-		}
-	}
 	for _, t := range e.probes {
-		if t.node == f.Node {
-			p.Probes = append(p.Probes, t.proof())
-		}
+		byNode[t.node].Probes = append(byNode[t.node].Probes, t.proof())
 	}
-	return p
+	return peers
 }
 
 // proof sums up the probes to an address.
