@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/warren-cni/warren/pkg/cluster"
+	"github.com/warren-cni/warren/pkg/internal/measure"
 	"github.com/warren-cni/warren/pkg/mesh"
 )
 
@@ -25,6 +26,7 @@ func BenchmarkPlanner(b *testing.B) {
 			return p
 		}
 		b.Run(fmt.Sprintf("first/%d", size), func(b *testing.B) {
+			defer measure.PerOperation(b)()
 			for b.Loop() {
 				if p := full(); len(p.Problems()) > 0 {
 					b.Fatal(p.Problems()[0])
@@ -35,6 +37,7 @@ func BenchmarkPlanner(b *testing.B) {
 		alternates := func(name string, one, other map[string]*cluster.Node, told int) {
 			b.Run(fmt.Sprintf("%s/%d", name, size), func(b *testing.B) {
 				p := full()
+				defer measure.PerOperation(b)()
 				for b.Loop() {
 					for _, change := range []map[string]*cluster.Node{one, other} {
 						if u := p.Update(change, 1500); len(u.Change.Peers)+len(u.Change.RemovedPeers) != told || u.Change.Link {
@@ -50,6 +53,8 @@ func BenchmarkPlanner(b *testing.B) {
 		alternates("nothing new", same, same, 0)
 		b.Run(fmt.Sprintf("join, whole config/%d", size), func(b *testing.B) {
 			p := full()
+			p.Config()
+			defer measure.PerOperation(b)()
 			for b.Loop() {
 				p.Update(map[string]*cluster.Node{newcomer.Name: newcomer}, 1500)
 				p.Config()

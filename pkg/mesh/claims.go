@@ -95,7 +95,7 @@ func (s *claims) settle(changed func(*claim)) {
 		for c := range s.again {
 			batch = append(batch, c)
 		}
-		clear(s.again)
+		s.again = map[*claim]struct{}{}
 		slices.SortFunc(batch, compareClaims)
 		for _, c := range batch {
 			before, held := *c, c.judged && c.holds()

@@ -44,7 +44,8 @@ type Peer struct {
 // Route leads to a remote node's podCIDR.
 type Route struct {
 	Destination netip.Prefix
-	// Source is the node's own first address in that family, so that policies can name the node's own traffic.
+	// Source is the node's own first address in that family, so that policies can name the node's own traffic. Where pods reach nodes'
+	// InternalIPs through the tunnel, it is the node's own one.
 	Source netip.Addr
 	// Via is the next hop with encryption off; invalid where the route goes through the link.
 	Via netip.Addr

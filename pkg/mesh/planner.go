@@ -2,7 +2,6 @@ package mesh
 
 import (
 	"cmp"
-	"maps"
 	"net/netip"
 	"slices"
 
@@ -20,13 +19,15 @@ type Planner struct {
 	claims  claims
 	// views are what follows from each member.
 	views map[string]*view
-	// stale are the names of members whose view has to be made again.
-	stale map[string]struct{}
+	// stale are the names of members whose view has to be made again, troubled of those with problems.
+	stale, troubled map[string]struct{}
 	// base is what the views depend on besides the members; link is the Config without peers and routes.
 	base base
 	link Config
-	// config is the whole Config, nil where it has to be put together again.
+	// config is the whole Config as somebody asked for it the last time, nil where nobody has; since are the views as they were
+	// then, of those that are others now.
 	config *Config
+	since  map[string]*view
 }
 
 // Update is what a change of Nodes comes to.
@@ -43,7 +44,7 @@ func NewPlanner(self string, o Options) *Planner {
 	return &Planner{
 		self: self, options: o, members: map[string]*member{}, index: newIndex(),
 		claims: claims{clusterCIDRs: o.ClusterCIDRs, serviceCIDRs: o.ServiceCIDRs, again: map[*claim]struct{}{}},
-		views:  map[string]*view{}, stale: map[string]struct{}{},
+		views:  map[string]*view{}, stale: map[string]struct{}{}, troubled: map[string]struct{}{}, since: map[string]*view{},
 	}
 }
 
@@ -63,9 +64,6 @@ func (p *Planner) Update(nodes map[string]*cluster.Node, uplinkMTU int) Update {
 	u := p.refresh()
 	if link := p.newLink(len(u.PodCIDRs) > 0); !equalLinks(link, p.link) {
 		p.link, u.Change.Link = link, true
-	}
-	if u.Change.Link || len(u.PodCIDRs) > 0 || !u.Change.Empty() {
-		p.config = nil
 	}
 	return u
 }
@@ -121,6 +119,7 @@ func (p *Planner) refresh() Update {
 		if before == nil {
 			before = &view{}
 		}
+		p.note(name, before, after)
 		switch {
 		case after.peer == nil && before.peer != nil:
 			u.Change.RemovedPeers = append(u.Change.RemovedPeers, *before.peer)
@@ -134,11 +133,10 @@ func (p *Planner) refresh() Update {
 			came[r.Destination] = r
 		}
 	}
-	clear(p.stale)
+	p.stale = map[string]struct{}{} // to walk one that was large once costs as much as then
 	u.Change.setRoutes(came, went)
-	byNode := func(a, b Peer) int { return cmp.Compare(a.Node, b.Node) }
-	slices.SortFunc(u.Change.Peers, byNode)
-	slices.SortFunc(u.Change.RemovedPeers, byNode)
+	slices.SortFunc(u.Change.Peers, comparePeers)
+	slices.SortFunc(u.Change.RemovedPeers, comparePeers)
 	return u
 }
 
@@ -158,31 +156,104 @@ func (c *Change) setRoutes(came, went map[netip.Prefix]Route) {
 	slices.SortFunc(c.RemovedRoutes, compareRoutes)
 }
 
+// note remembers what refresh changes, for those who ask for everything.
+func (p *Planner) note(name string, before, after *view) {
+	if _, known := p.since[name]; !known {
+		p.since[name] = before
+	}
+	delete(p.troubled, name)
+	if len(after.problems) > 0 {
+		p.troubled[name] = struct{}{}
+	}
+}
+
+// fewViews is how many views are exchanged in a Config one by one: each costs a move of what comes after it.
+const fewViews = 16
+
 // Config returns the whole mesh as it is now. It is not changed later.
 func (p *Planner) Config() Config {
-	if p.config != nil {
-		return *p.config
-	}
 	c := p.link
-	for _, name := range slices.Sorted(maps.Keys(p.views)) {
-		v := p.views[name]
-		c.KnownPodCIDRs = append(c.KnownPodCIDRs, v.podCIDRs...)
-		c.Routes = append(c.Routes, v.routes...)
-		if v.peer != nil {
-			c.Peers = append(c.Peers, *v.peer)
+	switch {
+	case p.config != nil && len(p.since) <= fewViews:
+		c.Peers, c.Routes, c.KnownPodCIDRs = p.config.Peers, p.config.Routes, p.config.KnownPodCIDRs
+		if len(p.since) > 0 {
+			c.Peers, c.Routes, c.KnownPodCIDRs = slices.Clone(c.Peers), slices.Clone(c.Routes), slices.Clone(c.KnownPodCIDRs)
 		}
+		for _, was := range p.since {
+			c.drop(was)
+		}
+		for name := range p.since {
+			c.add(p.views[name])
+		}
+	default:
+		for _, v := range p.views {
+			c.append(v)
+		}
+		slices.SortFunc(c.Peers, comparePeers)
+		slices.SortFunc(c.Routes, compareRoutes)
+		slices.SortFunc(c.KnownPodCIDRs, comparePrefixes)
 	}
-	slices.SortFunc(c.KnownPodCIDRs, comparePrefixes)
-	slices.SortFunc(c.Routes, compareRoutes)
 	p.config = &c
+	p.since = map[string]*view{}
 	return c
+}
+
+// append adds a view at the end, unsorted.
+func (c *Config) append(v *view) {
+	c.KnownPodCIDRs = append(c.KnownPodCIDRs, v.podCIDRs...)
+	c.Routes = append(c.Routes, v.routes...)
+	if v.peer != nil {
+		c.Peers = append(c.Peers, *v.peer)
+	}
+}
+
+// add adds a view in its places; nil adds nothing.
+func (c *Config) add(v *view) {
+	if v == nil {
+		return
+	}
+	for _, podCIDR := range v.podCIDRs {
+		c.KnownPodCIDRs = insert(c.KnownPodCIDRs, podCIDR, comparePrefixes)
+	}
+	for _, r := range v.routes {
+		c.Routes = insert(c.Routes, r, compareRoutes)
+	}
+	if v.peer != nil {
+		c.Peers = insert(c.Peers, *v.peer, comparePeers)
+	}
+}
+
+// drop takes a view away.
+func (c *Config) drop(v *view) {
+	for _, podCIDR := range v.podCIDRs {
+		c.KnownPodCIDRs = remove(c.KnownPodCIDRs, podCIDR, comparePrefixes)
+	}
+	for _, r := range v.routes {
+		c.Routes = remove(c.Routes, r, compareRoutes)
+	}
+	if v.peer != nil {
+		c.Peers = remove(c.Peers, *v.peer, comparePeers)
+	}
+}
+
+func insert[T any](sorted []T, x T, compare func(a, b T) int) []T {
+	at, _ := slices.BinarySearchFunc(sorted, x, compare)
+	return slices.Insert(sorted, at, x)
+}
+
+func remove[T any](sorted []T, x T, compare func(a, b T) int) []T {
+	at, found := slices.BinarySearchFunc(sorted, x, compare)
+	if !found {
+		return sorted
+	}
+	return slices.Delete(sorted, at, at+1)
 }
 
 // Problems returns what is refused or missing.
 func (p *Planner) Problems() []cluster.Problem {
 	var problems []cluster.Problem
-	for _, v := range p.views {
-		problems = append(problems, v.problems...)
+	for name := range p.troubled {
+		problems = append(problems, p.views[name].problems...)
 	}
 	self, ok := p.views[p.self]
 	if !ok {
@@ -232,6 +303,8 @@ func equalLinks(a, b Config) bool {
 func comparePrefixes(a, b netip.Prefix) int {
 	return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
 }
+
+func comparePeers(a, b Peer) int { return cmp.Compare(a.Node, b.Node) }
 
 func compareRoutes(a, b Route) int { return comparePrefixes(a.Destination, b.Destination) }
 

@@ -23,7 +23,7 @@ type view struct {
 type base struct {
 	// uplink is the MTU of the own uplink, mtu that of the link.
 	uplink, mtu int
-	// source4 and source6 are the own addresses on the link, has6 says whether the node itself has IPv6, and only6 whether it has
+	// source4 and source6 are the sources of the routes, has6 says whether the node itself has IPv6, and only6 whether it has
 	// nothing else.
 	source4, source6 netip.Addr
 	has6, only6      bool
@@ -46,6 +46,7 @@ func (p *Planner) newBase(uplinkMTU int) base {
 				b.source6 = a
 			}
 		}
+		p.answerAsAsked(&b, m)
 	}
 	b.mtu = p.options.MTU
 	switch {
@@ -58,6 +59,21 @@ func (p *Planner) newBase(uplinkMTU int) base {
 		b.mtu = b.uplink - overheadIPv4
 	}
 	return b
+}
+
+// answerAsAsked gives the routes to other nodes' pods the own InternalIP as source where pods reach it through the tunnel: what
+// answers a datagram from no address of its own choice would otherwise come from one that was not asked. What the node itself begins
+// gets its first address from the guard's translation.
+func (p *Planner) answerAsAsked(b *base, own *member) {
+	four, six := b.source4.IsValid(), b.source6.IsValid()
+	for _, a := range p.nodeAddresses(own) {
+		switch {
+		case a.Is4() && four:
+			b.source4, four = a, false
+		case a.Is6() && six:
+			b.source6, six = a, false
+		}
+	}
 }
 
 // newView works out what follows from a member.
