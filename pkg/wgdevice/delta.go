@@ -86,6 +86,26 @@ func (m *memory) steps(p *mesh.Peer, now time.Time) []step {
 	return []step{m.step(p, owner, keepalive, now), m.step(&waiting, next, keepaliveNext, now)}
 }
 
+// wake returns what makes the device shake hands at once by the next keys of peers that it has: with its own key changed it starts anew
+// with each, and a peer that has changed at the same moment answers by no other key. WireGuard sends something when a keepalive is
+// turned on.
+func (m *memory) wake(peers []mesh.Peer) []step {
+	off, on := time.Duration(0), keepaliveNext
+	var steps []step
+	for _, p := range m.waiting(peers) {
+		state, exists := m.peers[p.Next]
+		if !exists {
+			continue // it is made in this call, and begins so
+		}
+		for _, interval := range []*time.Duration{&off, &on} {
+			state.keepalive = *interval
+			c := wgtypes.PeerConfig{PublicKey: p.Next, UpdateOnly: true, PersistentKeepaliveInterval: interval}
+			steps = append(steps, step{config: c, after: state})
+		}
+	}
+	return steps
+}
+
 // step returns one of the device's peers of a node, as it has to be.
 func (m *memory) step(p *mesh.Peer, key wgtypes.Key, interval time.Duration, now time.Time) step {
 	before, exists := m.peers[key]

@@ -215,6 +215,38 @@ func TestDeltaNextKey(t *testing.T) {
 	settle(t, m, device, start(), last)
 }
 
+// TestWake is a node that changes its key while others do, too.
+func TestWake(t *testing.T) {
+	steady, changing, changed, coming := testPeer(1, "10.1.0.0/24"), testPeer(2, "10.2.0.0/24"), testPeer(3, "10.3.0.0/24"), testPeer(4, "10.4.0.0/24")
+	changing.Next, changed.Next = [32]byte{8}, [32]byte{9}
+	m, device := &memory{}, &wgtypes.Device{}
+	settle(t, m, device, start(), steady, changing, changed)
+	for i := range device.Peers {
+		if device.Peers[i].PublicKey == changed.Next {
+			device.Peers[i].LastHandshakeTime = start()
+		}
+	}
+	m.see(device, start())
+	coming.Next = [32]byte{10}
+	off, on := time.Duration(0), keepaliveNext
+	want := []wgtypes.PeerConfig{
+		{PublicKey: changing.Next, UpdateOnly: true, PersistentKeepaliveInterval: &off},
+		{PublicKey: changing.Next, UpdateOnly: true, PersistentKeepaliveInterval: &on},
+	}
+	var got []wgtypes.PeerConfig
+	before := m.peers[changing.Next]
+	steps := m.wake([]mesh.Peer{steady, changing, changed, coming})
+	for _, s := range steps {
+		got = append(got, s.config)
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("only the next key that is not used yet shakes hands at once (-want +got):\n%s", diff)
+	}
+	if m.did(steps); !reflect.DeepEqual(m.peers[changing.Next], before) {
+		t.Errorf("then the peer is %+v, and was %+v", m.peers[changing.Next], before)
+	}
+}
+
 // TestDeltaNodeAddresses is a peer whose own address pods may reach through the tunnel.
 func TestDeltaNodeAddresses(t *testing.T) {
 	address := netip.MustParseAddr("192.0.2.1")

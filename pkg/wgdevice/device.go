@@ -221,7 +221,11 @@ func (d *Device) configure(ctx context.Context, mode Mode, want request, changes
 		c.ListenPort = &port
 	}
 	had := slices.SortedFunc(maps.Keys(m.peers), func(a, b wgtypes.Key) int { return slices.Compare(a[:], b[:]) })
-	if err = m.write(client, c, m.delta(want.Peers, had, now), changes); err != nil {
+	steps := m.delta(want.Peers, had, now)
+	if c.PrivateKey != nil {
+		steps = append(steps, m.wake(want.Peers)...)
+	}
+	if err = m.write(client, c, steps, changes); err != nil {
 		return err
 	}
 	m.key, m.planned = want.key, make(map[string]mesh.Peer, len(want.Peers))

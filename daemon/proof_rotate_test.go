@@ -1,0 +1,238 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/warren-cni/warren/pkg/lab"
+	"github.com/warren-cni/warren/pkg/lab/soak"
+	"github.com/warren-cni/warren/pkg/lab/tagged"
+	"github.com/warren-cni/warren/pkg/wgdevice"
+)
+
+const (
+	// rotationGap is the longest time without a packet of a kind that a change of a key may cost, at a hundred of a kind in a second, and
+	// rotationLoss how many packets of a kind that is.
+	rotationGap  = 50 * time.Millisecond
+	rotationLoss = int(rotationGap / often)
+	// shortNotice is how long the next key is published before it is used, where news takes some milliseconds.
+	shortNotice = time.Second
+)
+
+// rotating is a stage of two nodes with a pod on each. The pods send to each other a hundred packets of each kind in a second, and use
+// connections.
+type rotating struct {
+	*guarded
+	flows []*lasting
+}
+
+// newRotating starts the nodes and the traffic.
+func newRotating(t *testing.T, name string) *rotating {
+	t.Helper()
+	s := newStage(t, name, 2)
+	r := &rotating{guarded: &guarded{stage: s}}
+	for i := range s.Nodes {
+		s.startTunnel(i)
+		r.startDaemon(i)
+	}
+	for i := range s.Nodes {
+		s.ready(i)
+	}
+	for i := range s.Nodes {
+		r.pods = append(r.pods, s.pod(i, fmt.Sprintf("pod-%d", i+1)))
+	}
+	for i, pod := range r.pods {
+		s.reaches(pod, r.pods[1-i])
+		for _, address := range r.pods[1-i].Addresses {
+			r.flows = append(r.flows, s.lasts(pod.Netns(), address))
+		}
+	}
+	return r
+}
+
+// startDaemon starts a node's daemon with a short notice.
+func (r *rotating) startDaemon(i int) {
+	r.t.Helper()
+	r.stage.startDaemon(i, []string{"WARREN_ROTATE_NOTICE=" + shortNotice.String()})
+}
+
+// rotate changes the key of a node and waits until the other one uses it.
+func (r *rotating) rotate(i int) {
+	r.t.Helper()
+	before := r.status(i).Encryption.PublicKey
+	out, err := r.Nodes[i].Command(r.t.Context(), "rotate-key", "--wait")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	if !strings.Contains(out, "\ndone ") || !strings.Contains(out, "key in use  "+before) {
+		r.t.Errorf("rotate-key says:\n%s", out)
+	}
+	if after := r.status(i).Encryption.PublicKey; after == before || !strings.Contains(out, "next key    "+after) {
+		r.t.Errorf("%s has key %s and had %s; rotate-key says:\n%s", r.Nodes[i].Name, after, before, out)
+	}
+	r.settles(i)
+}
+
+// settles waits until a node has one key, and the other node no other of it.
+func (r *rotating) settles(i int) {
+	r.t.Helper()
+	r.eventually(func() error {
+		next := filepath.Join(r.Nodes[i].StateDir(), wgdevice.KeyFile+".next")
+		if _, err := os.Stat(next); !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("%s is still there: %w", next, err)
+		}
+		status, err := r.Nodes[i].Status(r.t.Context())
+		if err != nil {
+			return err
+		}
+		other, err := r.Nodes[1-i].Status(r.t.Context())
+		if err != nil {
+			return err
+		}
+		if len(other.Peers) != 1 || other.Peers[0].PublicKey != status.Encryption.PublicKey || len(other.Peers[0].AllowedIPs) != 2 {
+			return fmt.Errorf("%s has key %s, and its peer knows %+v", r.Nodes[i].Name, status.Encryption.PublicKey, other.Peers)
+		}
+		return nil
+	})
+}
+
+// traffic is what arrived while something happened.
+type traffic struct {
+	// lost is how many packets of a kind did not arrive, on average of the kinds, and gap the longest time without one.
+	lost float64
+	gap  time.Duration
+}
+
+// during lets both pods send while something happens.
+func (r *rotating) during(happens func()) traffic {
+	r.t.Helper()
+	var counters [2]*tagged.Counter
+	var guns [2]*tagged.Gun
+	for i, pod := range r.pods {
+		counters[i] = r.counter(pod.Netns())
+		guns[1-i] = r.fire(r.pods[1-i], tagged.Fire{Tag: tagAllowed, Targets: pod.Addresses, Port: port, Every: often})
+	}
+	for _, c := range counters {
+		r.arrives(c, 50, nil)
+	}
+	happens()
+	for _, c := range counters {
+		r.arrives(c, 50, nil)
+	}
+	var seen traffic
+	for i, c := range counters {
+		guns[1-i].Cease()
+		r.pause(10 * often) // until what was sent has arrived
+		kinds := float64(c.Kinds(nil))
+		if kinds != 6 {
+			r.t.Errorf("%v kinds of packets arrive, not each protocol in each family", kinds)
+		}
+		seen.lost = max(seen.lost, (float64(guns[1-i].Sent())-float64(c.Packets(nil)))/kinds)
+		seen.gap = max(seen.gap, c.Gap(nil))
+	}
+	return seen
+}
+
+// unbroken demands that all connections go on.
+func (r *rotating) unbroken(what string) {
+	r.t.Helper()
+	for _, f := range r.flows {
+		before := f.exchanges.Load()
+		r.eventually(func() error {
+			if err, broken := f.broken.Load().(error); broken {
+				r.t.Fatalf("%s: a connection broke: %v", what, err)
+			}
+			if f.exchanges.Load() < before+2 {
+				return errNothing
+			}
+			return nil
+		})
+	}
+}
+
+// The keys of two nodes change, one by one and at once, while their pods send to each other: no connection breaks, nothing is in clear,
+// and nobody misses more than some packets.
+func TestProofKeyRotation(t *testing.T) {
+	t.Parallel()
+	r := newRotating(t, "wprotate")
+	rounds, both := soak.Trials(20), soak.Trials(5)
+	quiet := r.during(func() { r.pause(time.Duration(rounds) * shortNotice) })
+	var one, two traffic
+	counts := r.cipherOnly("rotations", func() {
+		one = r.during(func() {
+			for i := range rounds {
+				r.rotate(i % 2)
+			}
+		})
+		r.unbroken("one by one")
+		two = r.during(func() {
+			for range both {
+				var group sync.WaitGroup
+				for i := range r.Nodes {
+					group.Go(func() { r.rotate(i) })
+				}
+				group.Wait()
+			}
+		})
+		r.unbroken("both at once")
+	})
+	summary(t, "%d rotations: %.1f packets of a kind lost in all, longest gap %v (%v without rotations); %d of both nodes at once: %.1f lost, longest gap %v; %v",
+		rounds, one.lost, one.gap, quiet.gap, both, two.lost, two.gap, counts)
+	// A busy machine makes gaps by itself, and loses nothing by them.
+	for _, seen := range []struct {
+		traffic
+		rotations int
+	}{{one, rounds}, {two, 2 * both}} {
+		if seen.lost > float64(rotationLoss*seen.rotations) || seen.gap > max(rotationGap, 2*quiet.gap) {
+			t.Errorf("%d rotations cost %.1f packets of a kind and a gap of %v; without them there is one of %v",
+				seen.rotations, seen.lost, seen.gap, quiet.gap)
+		}
+	}
+	if counts.WireGuard == 0 {
+		t.Errorf("the wire shows no WireGuard: %v", counts)
+	}
+	r.unguarded(0)
+}
+
+// A daemon is killed at any step of a change of its key, and a node is away during one: the change ends by the key that was to come, all
+// connections go on, and nothing is in clear.
+func TestProofKeyRotationOutlivesCrashes(t *testing.T) {
+	t.Parallel()
+	r := newRotating(t, "wprokill")
+	random, kills, away := soak.Random(t), soak.Trials(20), soak.Trials(5)
+	counts := r.cipherOnly("crashes during rotations", func() {
+		for range kills {
+			out, err := r.Nodes[0].Command(t.Context(), "rotate-key")
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.pause(time.Duration(random.Int64N(int64(shortNotice + 20*often))))
+			r.endDaemon(0, (*lab.Process).Kill)
+			r.startDaemon(0)
+			r.settles(0)
+			if key := r.status(0).Encryption.PublicKey; !strings.Contains(out, "next key    "+key) {
+				t.Errorf("in the end the key is %s; rotate-key said:\n%s", key, out)
+			}
+			r.unbroken("killed")
+		}
+		for range away {
+			r.endDaemon(1, (*lab.Process).Kill)
+			if _, err := r.Nodes[0].Command(t.Context(), "rotate-key", "--wait"); err != nil {
+				t.Fatal(err)
+			}
+			r.startDaemon(1)
+			r.settles(0)
+			r.unbroken("away")
+		}
+	})
+	summary(t, "%d rotations with a SIGKILL of the daemon, %d with the other node away: no connection broke; %v", kills, away, counts)
+	if counts.WireGuard == 0 {
+		t.Errorf("the wire shows no WireGuard: %v", counts)
+	}
+}
