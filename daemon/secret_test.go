@@ -125,9 +125,28 @@ func TestKeysStaySecret(t *testing.T) {
 	start(0)
 	s.ready(0)
 
+	rotation, err := s.Nodes[0].Command(t.Context(), "rotate-key", "--wait")
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := privateKey(t, s.Nodes[0])
+	if tells(good, [][]byte{[]byte(now.String())}) || !strings.Contains(rotation, now.PublicKey().String()) {
+		t.Errorf("the key did not change: %s", rotation)
+	}
+	secrets = append(secrets, spellings(now)...)
+	if tells([]byte(rotation), secrets) {
+		t.Error("the change of a key tells a private key")
+	}
+
 	for i, node := range s.Nodes {
 		answers := map[string][]byte{"/metrics": scrape(t, node, "/metrics"), "/readyz": scrape(t, node, "/readyz"), "/debug/pprof/cmdline": scrape(t, node, "/debug/pprof/cmdline")}
 		answers["render"] = []byte(render(t, s, node))
+		// What it proves depends on how busy the machine is; what it says must not.
+		proven, err := node.Command(t.Context(), "verify", "--duration", "1s", "-o", "json")
+		if !strings.Contains(proven, s.Nodes[1-i].Name) {
+			t.Errorf("verify on %s: %q, %v", node.Name, proven, err)
+		}
+		answers["verify"] = []byte(proven)
 		for _, command := range []string{"status", "status -o json", "explain --from shop/client --to shop/server --port 8080"} {
 			words := strings.Fields(command)
 			answer, err := node.Command(t.Context(), words[0], words[1:]...)
