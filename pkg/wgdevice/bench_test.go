@@ -159,7 +159,7 @@ func onBench(b *testing.B) *benchNode {
 		b.Fatal(err)
 	}
 	n := &benchNode{device: wgdevice.New(wgdevice.Options{Log: slog.New(slog.DiscardHandler), Mode: testMode()})}
-	if n.key, err = wgdevice.LoadOrCreateKey(b.TempDir()); err != nil {
+	if n.key, err = keyIn(b.TempDir()); err != nil {
 		b.Fatal(err)
 	}
 	if testMode() == wgdevice.ModeUserspace {

@@ -17,11 +17,11 @@ import (
 
 func TestKeyIsMadeOnce(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
-	first, err := wgdevice.LoadOrCreateKey(dir)
+	first, err := keyIn(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	again, err := wgdevice.LoadOrCreateKey(dir)
+	again, err := keyIn(dir)
 	if err != nil || again.Public() != first.Public() {
 		t.Errorf("the second load gave another key, or %v", err)
 	}
@@ -33,7 +33,7 @@ func TestKeyIsMadeOnce(t *testing.T) {
 	if entries, errRead := os.ReadDir(dir); errRead != nil || len(entries) != 1 {
 		t.Errorf("the state directory holds %v, %v", entries, errRead)
 	}
-	other, err := wgdevice.LoadOrCreateKey(t.TempDir())
+	other, err := keyIn(t.TempDir())
 	if err != nil || other.Public() == first.Public() {
 		t.Errorf("two nodes got one key, or %v", err)
 	}
@@ -64,7 +64,7 @@ func TestKeyIsNeverReplaced(t *testing.T) {
 			if err := os.Chmod(path, test.mode); err != nil {
 				t.Fatal(err)
 			}
-			_, err := wgdevice.LoadOrCreateKey(dir)
+			_, err := keyIn(dir)
 			if err == nil || !strings.Contains(err.Error(), test.message) || !strings.Contains(err.Error(), path) {
 				t.Errorf("error %v, want one with %q and the path", err, test.message)
 			}
@@ -81,7 +81,7 @@ func TestKeyIsNeverReplaced(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(dir, wgdevice.KeyFile), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := wgdevice.LoadOrCreateKey(dir); err == nil {
+	if _, err := keyIn(dir); err == nil {
 		t.Error("a file that cannot be read gave a key")
 	}
 	// A state directory that cannot be written leaves nothing half-made.
@@ -89,14 +89,14 @@ func TestKeyIsNeverReplaced(t *testing.T) {
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := wgdevice.LoadOrCreateKey(filepath.Join(file, "state")); err == nil {
+	if _, err := keyIn(filepath.Join(file, "state")); err == nil {
 		t.Error("a state directory that cannot be made gave a key")
 	}
 }
 
 func TestKeyShowsNothing(t *testing.T) {
 	dir := t.TempDir()
-	key, err := wgdevice.LoadOrCreateKey(dir)
+	key, err := keyIn(dir)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -132,12 +132,3 @@ func (k *Keys) Commit() error {
 
 // path is the path of one of the files.
 func (k *Keys) path(name string) string { return filepath.Join(k.dir, name) }
-
-// LoadOrCreateKey returns the key in use of OpenKeys.
-func LoadOrCreateKey(dir string) (Key, error) {
-	keys, err := OpenKeys(dir)
-	if err != nil {
-		return Key{}, err
-	}
-	return keys.Current(), nil
-}

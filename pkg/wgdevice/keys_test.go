@@ -31,6 +31,15 @@ func openKeys(t *testing.T, dir string) *wgdevice.Keys {
 	return keys
 }
 
+// keyIn returns the key in use of a directory.
+func keyIn(dir string) (wgdevice.Key, error) {
+	keys, err := wgdevice.OpenKeys(dir)
+	if err != nil {
+		return wgdevice.Key{}, err
+	}
+	return keys.Current(), nil
+}
+
 // files returns the names and modes of what is in a directory.
 func files(t *testing.T, dir string) []string {
 	t.Helper()

@@ -107,7 +107,7 @@ func newLab(t *testing.T, size int) *lab {
 func (l *lab) addNode(t *testing.T, number byte) *node {
 	t.Helper()
 	n := &node{host: newHost(t), number: number, device: newDevice(t, testMode())}
-	key, err := wgdevice.LoadOrCreateKey(t.TempDir())
+	key, err := keyIn(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}

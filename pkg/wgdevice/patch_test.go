@@ -140,7 +140,7 @@ func TestFollow(t *testing.T) {
 	l.joinAll(t, true)
 	marker := newMarker()
 	a.reach(t, b, marker)
-	next, err := wgdevice.LoadOrCreateKey(t.TempDir())
+	next, err := keyIn(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
