@@ -143,6 +143,11 @@ func TestPlannerJudgesAgain(t *testing.T) {
 		t.Errorf("the holder of a key that was copied publishes it: %+v", u.Change)
 	}
 	wantProblems(t, p.Problems(), "NodeKeyDuplicate Node node-3 node-2")
+	again := node(2)
+	again.UID = "of the Node that was made again"
+	p = newPlanned(t, options(), node(1), node(2))
+	p.set(again)
+	wantProblems(t, p.Problems(), "NodeKeyUnproven Node node-2")
 	p = newPlanned(t, options(), node(1), node(2, endpoint("203.0.113.7", 4500)), node(3, endpoint("203.0.113.7", 4500)))
 	wantProblems(t, p.Problems(), "NodeEndpointRefused Node node-3 node-2")
 	p.set(node(2, endpoint("203.0.113.7", 4501)))
