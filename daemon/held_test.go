@@ -27,8 +27,10 @@ const (
 type held struct {
 	name   string
 	socket net.Conn
-	// answers is how many came back, pause the longest time between two, in nanoseconds.
+	// answers is how many came back, and pause the longest time between two.
 	answers, pause atomic.Int64
+	// last is when the last one came.
+	last atomic.Pointer[time.Time]
 	// broken is why the connection ended; read it once ended is closed.
 	broken error
 	ended  chan struct{}
@@ -112,7 +114,7 @@ func (h *held) run() {
 	ticker := time.NewTicker(20 * time.Millisecond)
 	defer ticker.Stop()
 	buffer := make([]byte, lab.MarkerSize)
-	for last := now(); ; <-ticker.C {
+	for h.answered(); ; <-ticker.C {
 		patience := 30 * time.Second // longer than anybody waits: a connection of TCP repeats what gets lost
 		if h.socket.LocalAddr().Network() == "udp" {
 			patience = 200 * time.Millisecond
@@ -122,10 +124,10 @@ func (h *held) run() {
 		if err == nil {
 			_, err = io.ReadFull(h.socket, buffer)
 		}
-		h.pause.Store(max(h.pause.Load(), int64(time.Since(last))))
 		switch {
 		case err == nil:
-			last = now()
+			h.pause.Store(max(h.pause.Load(), int64(time.Since(*h.last.Load()))))
+			h.answered()
 			h.answers.Add(1)
 		case errors.Is(err, net.ErrClosed):
 			return
@@ -136,6 +138,12 @@ func (h *held) run() {
 	}
 }
 
+// answered notes the time.
+func (h *held) answered() {
+	last := now()
+	h.last.Store(&last)
+}
+
 // lost is an error where the connection broke, or nothing came back on it for too long.
 func (h *held) lost() error {
 	select {
@@ -143,7 +151,7 @@ func (h *held) lost() error {
 		return fmt.Errorf("%s: %w", h.name, h.broken)
 	default:
 	}
-	if pause := time.Duration(h.pause.Load()); pause > heldPause {
+	if pause := max(time.Duration(h.pause.Load()), time.Since(*h.last.Load())); pause > heldPause {
 		return fmt.Errorf("%s: nothing came back for %v", h.name, pause)
 	}
 	return nil

@@ -344,6 +344,12 @@ func TestProofHostileNode(t *testing.T) {
 		}
 		return nil
 	})
+	v.eventually(func() error { // else the count above would prove nothing
+		if n := len(lost(connections)); n < len(connections) {
+			return fmt.Errorf("without a peer %d of %d connections are lost", n, len(connections))
+		}
+		return nil
+	})
 	v.startDaemon(far, nil)
 	if err := v.Nodes[far].Ready(t.Context(), v.daemons[far], 1); err != nil {
 		t.Fatal(err)
