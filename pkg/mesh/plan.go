@@ -50,9 +50,3 @@ func Plan(s cluster.Snapshot, o Options) (Config, []cluster.Problem) {
 	p.Update(s.Delta().Nodes, o.UplinkMTU)
 	return p.Config(), p.Problems()
 }
-
-// PodCIDRs returns the podCIDRs that each node may have, in the order of its Node: what Plan refuses is not among them, and must not
-// give its pods the identity of another node's addresses either.
-func PodCIDRs(s cluster.Snapshot, clusterCIDRs []netip.Prefix) map[string][]netip.Prefix {
-	return NewPlanner(s.Self, Options{ClusterCIDRs: clusterCIDRs}).Update(s.Delta().Nodes, 0).PodCIDRs
-}
