@@ -164,12 +164,9 @@ func (s *stage) endDaemon(i int, end func(*lab.Process) error) {
 	}
 }
 
-// endTunnel ends a node's tunnel where that is a process.
+// endTunnel ends a node's tunnel.
 func (s *stage) endTunnel(i int, end func(*lab.Process) error) {
 	s.t.Helper()
-	if s.tunnels[i] == nil {
-		return
-	}
 	if err := end(s.tunnels[i]); err != nil {
 		s.t.Fatal(err)
 	}
@@ -216,9 +213,7 @@ func (g *guarded) crash(end func(*lab.Process) error) {
 	}
 	g.pause(meanwhile)
 	for i := range g.Nodes {
-		if g.tunnels[i] != nil {
-			g.startTunnel(i)
-		}
+		g.startTunnel(i)
 	}
 	g.startDaemons()
 	g.flows()

@@ -12,6 +12,10 @@ const (
 	overheadIPv6 = 80
 )
 
+// padding: WireGuard fills a packet up to a multiple of so many bytes (whitepaper, section 5.4.6), as far as its link's MTU allows.
+// What fits a way that takes less must fit when it is filled up.
+const padding = 16
+
 // ethernetMTU is assumed of an uplink that is not known.
 const ethernetMTU = 1500
 

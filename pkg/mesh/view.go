@@ -264,6 +264,9 @@ func (p *Planner) routeMTU(v *view, podCIDR netip.Prefix, peerUplink int) int {
 	if outer.Is6() || (!outer.IsValid() && p.base.has6) { // a node that comes to us may come by either
 		mtu = uplink - overheadIPv6
 	}
+	if mtu < p.base.mtu {
+		mtu -= mtu % padding
+	}
 	if isIPv6(podCIDR) && mtu < minIPv6MTU {
 		if mtu < p.base.mtu {
 			v.refuse(wayTooSmall(v.peer.Node, mtu))
