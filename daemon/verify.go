@@ -59,7 +59,7 @@ func verifyCommand() *cobra.Command {
 	var duration time.Duration
 	var output string
 	cmd := &cobra.Command{
-		Use:     verifyName + " [--duration 10s] [-o table|json]",
+		Use:     verifyName,
 		Short:   "Prove on this node's links that pod traffic is encrypted",
 		Long:    verifyLong,
 		Example: verifyExamples,
