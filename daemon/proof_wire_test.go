@@ -16,8 +16,12 @@ import (
 	"github.com/warren-cni/warren/pkg/lab/tagged"
 )
 
-// often is the time between two packets of a kind: a hundred a second.
-const often = 10 * time.Millisecond
+// often is the time between two packets of a kind where each of them counts: a hundred a second; spaced is that between those of which
+// there are many kinds.
+const (
+	often  = 10 * time.Millisecond
+	spaced = 3 * often
+)
 
 // A Service of the proofs, whose address each node translates to a pod of the last node.
 const (
@@ -67,7 +71,7 @@ done`, service4, last.Addresses[0], service6, last.Addresses[1])
 // send lets a pod fire until the test ends.
 func (g *guarded) send(from *lab.Pod, targets []netip.Addr) {
 	g.t.Helper()
-	gun := g.fire(from, tagged.Fire{Tag: tagAllowed, Targets: targets, Port: port, Every: often, Payload: marker[:]})
+	gun := g.fire(from, tagged.Fire{Tag: tagAllowed, Targets: targets, Port: port, Every: spaced, Payload: marker[:]})
 	g.t.Cleanup(gun.Cease)
 }
 
@@ -84,7 +88,7 @@ func (g *guarded) whisper(from ns.NetNS, targets []netip.Addr, payload []byte) {
 	}
 	g.t.Cleanup(func() { _ = socket.Close() })
 	go func() {
-		ticker := time.NewTicker(often)
+		ticker := time.NewTicker(spaced)
 		defer ticker.Stop()
 		for range ticker.C {
 			for _, target := range targets {

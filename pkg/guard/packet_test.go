@@ -67,6 +67,7 @@ func TestInbound(t *testing.T) {
 		hook("pod from no address, IPv6", from("wrn1", "::"), "DROP"),
 		hook("pod to the node's loopback", with(from("wrn1", "10.244.1.7"), toLoopback), "DROP"),
 		hook("remote pod by the tunnel", from("warren0", "10.244.2.9"), ""),
+		hook("another node's own answer by the tunnel", from("warren0", "192.168.0.2"), ""),
 		hook("the node to itself", from("lo", "10.244.1.1"), ""),
 		hook("another host", from("eth0", "192.0.2.1"), ""),
 		hook("another host, IPv6", from("eth0", "2001:db8::1"), ""),
@@ -129,6 +130,7 @@ func TestPlaintextGuard(t *testing.T) {
 	}
 	run(t, dual(), append(steps,
 		hook("encrypted", route("", "warren0", "10.244.1.7", "10.244.2.9"), ""),
+		hook("to a node, encrypted", route("", "warren0", "10.244.1.7", "192.168.0.2"), ""),
 		hook("without a tunnel", route("", "eth0", "10.244.1.7", "10.244.2.9"), "DROP"),
 		hook("without a tunnel, translated", route("", "eth0", "192.168.0.1", "10.244.2.9"), "DROP"),
 		hook("to a node not known yet", route("", "eth0", "10.244.1.7", "10.244.77.9"), "DROP"),
@@ -155,6 +157,7 @@ func TestTranslation(t *testing.T) {
 	}
 	run(t, dual(), append(steps,
 		hook("pod to a remote pod", route("", "warren0", "10.244.1.7", "10.244.2.9"), ""),
+		hook("pod to a node by the tunnel", route("", "warren0", "10.244.1.7", "192.168.0.2"), ""),
 		hook("pod to a remote pod of a Service", with(route("", "warren0", "10.244.1.7", "10.244.2.9"), dnat), ""),
 		hook("the node to a remote pod", with(route("", "warren0", "10.244.1.1", "10.244.2.9"), fromNode), ""),
 		hook("the node's other address to a remote pod", with(route("", "warren0", "192.168.0.1", "10.244.2.9"), fromNode), "SNAT 10.244.1.1"),
