@@ -307,7 +307,7 @@ func TestDeltaWalk(t *testing.T) {
 	random := rand.New(rand.NewPCG(seed, 0))
 	m, device := &memory{peers: map[wgtypes.Key]peerState{}}, &wgtypes.Device{}
 	var old []mesh.Peer
-	for range 2000 {
+	for range 1000 {
 		want := randomPeers(random)
 		var todo []step
 		if random.IntN(2) == 0 {
