@@ -32,13 +32,14 @@ patches:
               - name: warrend
                 env:
                   - {name: WARREN_CLUSTER_CIDR, value: "$cluster_cidr"}
+                  - {name: WARREN_SERVICE_CIDR, value: "$service_cidr"}
                   - {name: WARREN_ENCRYPTION, value: "$ENCRYPTION"}
 END
 }
 
 check_encryption
 networks=$(networks_of "${IP_FAMILY:-ipv4}")
-cluster_cidr=${networks% *}
+read -r cluster_cidr service_cidr <<<"$networks"
 [ -f "$image_archive" ] || die "$image_archive is missing: run make image"
 docker_is_up || die "no docker answers"
 scripts/tools/build.sh kind kubectl
