@@ -1,0 +1,122 @@
+package main
+
+import (
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/wgctrl"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/warren-cni/warren/pkg/lab"
+	"github.com/warren-cni/warren/pkg/lab/tagged"
+	"github.com/warren-cni/warren/pkg/mesh"
+	"github.com/warren-cni/warren/pkg/wgdevice"
+)
+
+// clockPatience is how long after a correction of the clock it may take until both directions work.
+const clockPatience = 30 * time.Second
+
+// The clock of all nodes is an hour off, one way or the other, while they shake hands, and is then corrected: a new session can be had
+// both ways soon, though WireGuard takes no handshake that is older than one it has seen. Only a virtual machine has a clock of its own;
+// elsewhere the clock stays right, and no key changes.
+func TestClockIsCorrected(t *testing.T) {
+	t.Parallel()
+	r := newRotating(t, "wdclock")
+	var counters [2]*tagged.Counter
+	for i, pod := range r.pods {
+		counters[i] = r.counter(pod.Netns())
+		gun := r.fire(r.pods[1-i], tagged.Fire{Tag: tagAllowed, Targets: pod.Addresses, Port: port, Every: often})
+		t.Cleanup(gun.Cease)
+	}
+	anew := func(what string) {
+		t.Helper()
+		since := now()
+		r.forgetSessions()
+		for i := range counters {
+			r.arrives(counters[i], 50, nil)
+		}
+		took := time.Since(since)
+		t.Logf("%s: traffic both ways after %v", what, took)
+		if took > clockPatience {
+			t.Errorf("%s: it took %v until traffic flowed both ways", what, took)
+		}
+	}
+	keys := [2]string{r.status(0).Encryption.PublicKey, r.status(1).Encryption.PublicKey}
+	anew("the clock is right")
+	if lab.TestedWireGuard() != string(wgdevice.ModeKernel) {
+		for i, key := range keys {
+			if now := r.status(i).Encryption.PublicKey; now != key {
+				t.Errorf("the key of %s changed", r.Nodes[i].Name)
+			}
+		}
+		return
+	}
+
+	setClock(t, time.Hour)
+	r.rotate(0) // so that both have seen handshakes of that hour
+	r.rotate(1)
+	anew("an hour ahead")
+	setClock(t, -time.Hour)
+	anew("corrected from an hour ahead")
+	setClock(t, -time.Hour)
+	anew("an hour behind")
+	setClock(t, time.Hour)
+	anew("corrected from an hour behind")
+
+	// The clock is corrected while no daemon runs. The control: without one nobody helps.
+	setClock(t, time.Hour)
+	r.rotate(0)
+	r.rotate(1)
+	anew("an hour ahead again")
+	for i := range r.Nodes {
+		r.endDaemon(i, (*lab.Process).Kill)
+	}
+	setClock(t, -time.Hour)
+	r.forgetSessions()
+	r.pause(time.Second) // what is under way arrives
+	before := counters[0].Packets(nil) + counters[1].Packets(nil)
+	r.pause(7 * time.Second) // a handshake is tried again after five
+	if more := counters[0].Packets(nil) + counters[1].Packets(nil) - before; more > 0 {
+		t.Errorf("without a daemon %d packets arrive: this test shows nothing", more)
+	}
+	for i := range r.Nodes {
+		r.startDaemon(i)
+	}
+	anew("corrected before the daemons started")
+}
+
+// setClock sets the clock of this machine forward.
+func setClock(t *testing.T, by time.Duration) {
+	t.Helper()
+	at := unix.NsecToTimespec(now().Add(by).UnixNano())
+	if err := unix.ClockSettime(unix.CLOCK_REALTIME, &at); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// forgetSessions makes both devices start all sessions anew.
+func (r *rotating) forgetSessions() {
+	r.t.Helper()
+	for _, n := range r.Nodes {
+		err := n.WireGuard(func(client *wgctrl.Client) error {
+			device, err := client.Device(mesh.Link)
+			if err != nil {
+				return err
+			}
+			other, err := wgtypes.GeneratePrivateKey()
+			if err != nil {
+				return err
+			}
+			for _, key := range []wgtypes.Key{other, device.PrivateKey} {
+				if err = client.ConfigureDevice(mesh.Link, wgtypes.Config{PrivateKey: &key}); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			r.t.Fatal(err)
+		}
+	}
+}
