@@ -68,7 +68,7 @@ func TestNodesReachEachOtherAndTheCaptureSeesIt(t *testing.T) {
 
 func TestNewClearsWhatAKilledRunLeft(t *testing.T) {
 	first := newLab(t, "labsweep", 1)
-	process, err := first.Nodes[0].start(t.Context(), "sleep", nil, []string{"sh", "-c", "echo runs; exec sleep 1000"})
+	process, err := first.Nodes[0].Start(t.Context(), "sleep", nil, []string{"sh", "-c", "echo runs; exec sleep 1000"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -114,7 +114,7 @@ func TestProcesses(t *testing.T) {
 		t.Error(err)
 	}
 
-	process, err := node.start(t.Context(), "fails", nil, []string{"sh", "-c", "echo for a reason; exit 1"})
+	process, err := node.Start(t.Context(), "fails", nil, []string{"sh", "-c", "echo for a reason; exit 1"})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -114,7 +114,7 @@ func (n *Node) StartTunnel(ctx context.Context) (*Process, error) {
 	if n.lab.options.WireGuard == string(wgdevice.ModeUserspace) {
 		args = append(args, "--wireguard", n.lab.options.WireGuard)
 	}
-	return n.start(ctx, "tunnel", nil, args)
+	return n.Start(ctx, "tunnel", nil, args)
 }
 
 // StartDaemon starts `warrend run` with further flags, and env beside the environment. It does not wait; see Ready.
@@ -129,7 +129,7 @@ func (n *Node) StartDaemon(ctx context.Context, env []string, flags ...string) (
 	if n.lab.options.WireGuard != "" {
 		args = append(args, "--wireguard", n.lab.options.WireGuard)
 	}
-	return n.start(ctx, "warrend", env, append(append(args, n.paths()...), flags...))
+	return n.Start(ctx, "warrend", env, append(append(args, n.paths()...), flags...))
 }
 
 // Command runs a command of warrend's with the node's paths, and returns what it wrote to stdout.

@@ -23,9 +23,9 @@ type Process struct {
 	err     error // valid once done is closed
 }
 
-// start starts a program on the node. It gets SIGTERM when ctx ends. Its output is appended to name.log in the node's
+// Start starts a program on the node. It gets SIGTERM when ctx ends. Its output is appended to name.log in the node's
 // directory; env is added to the environment.
-func (n *Node) start(ctx context.Context, name string, env, args []string) (*Process, error) {
+func (n *Node) Start(ctx context.Context, name string, env, args []string) (*Process, error) {
 	path := filepath.Join(n.dir, name+".log")
 	log, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {

@@ -40,6 +40,7 @@ func groups() []group {
 		{"first-packets", "pods that send, and are sent to, from their first instant", firstSuite().run},
 		{"revoke", "a change that forbids an established connection to that connection's last packet", revokeSuite().run},
 		{"datapath", "what gets through under policies, of what does without", datapathSuite().run},
+		{"encryption", "from node to node, against WireGuard's own program configured by hand", encryptionSuite().run},
 		{"churn", "events of a pod's watch, against bare decoding", churnSuite().run},
 		{"restart", "adopting what stands, against iptables-save and ipset save", restartSuite().run},
 		{"mesh", "WireGuard's peers: all at once, against a bare client, and one of many", meshSuite().run},
@@ -161,6 +162,25 @@ func datapathSuite() suite {
 			},
 			figure{text: "x " + traffic.name + ", 1000 on others", of: sample{of, "x-others"}, least: 0.97, beside: []string{"cpu-x-others"}},
 		)
+	}
+	return s
+}
+
+func encryptionSuite() suite {
+	s := suite{dir: "pkg/internal/bench", pattern: "^BenchmarkEncryption$", benchtime: "9x", once: true}
+	for _, mtu := range []string{"auto", "1420", "8920"} {
+		for _, path := range []string{"pods", "nodes"} {
+			for _, flows := range []string{"1", "4"} {
+				of := fmt.Sprintf("Encryption/mtu=%s/%s/flows=%s", mtu, path, flows)
+				about := fmt.Sprintf(", %s to %s, %s flows, MTU %s", path, path, flows, mtu)
+				s.figures = append(
+					s.figures,
+					figure{text: "x stream" + about, of: sample{of, "x-stream"}, least: 0.97, beside: []string{"bare-Gb/s"}},
+					figure{text: "x processor" + about, of: sample{of, "x-cpu"}, most: 1.02},
+					figure{text: "x round trip" + about, of: sample{of, "x-trip"}, most: 1.05},
+				)
+			}
+		}
 	}
 	return s
 }

@@ -156,20 +156,20 @@ func (t *target) connect(b *testing.B) {
 // runStream writes to the stream for a slice of time, and returns the bytes that arrived.
 func (t *target) runStream() (int64, error) {
 	before := t.streamed.Load()
-	err := write(t.stream, make([]byte, 1<<17))
+	err := write(t.stream, make([]byte, 1<<17), slice)
 	return t.streamed.Load() - before, err
 }
 
 // runPackets sends small packets for a slice of time, and returns those that arrived.
 func (t *target) runPackets() (int64, error) {
 	before := t.counted.Load()
-	err := write(t.packets, make([]byte, 32))
+	err := write(t.packets, make([]byte, 32), slice)
 	return t.counted.Load() - before, err
 }
 
-// write writes the same again and again.
-func write(to io.Writer, data []byte) error {
-	for end := time.Now().Add(slice); time.Now().Before(end); { //nolint:forbidigo // a measurement
+// write writes the same again and again for a while.
+func write(to io.Writer, data []byte, while time.Duration) error {
+	for end := time.Now().Add(while); time.Now().Before(end); { //nolint:forbidigo // a measurement
 		if _, err := to.Write(data); err != nil {
 			return err
 		}

@@ -36,20 +36,26 @@ func TestMain(m *testing.M) { os.Exit(programs.Main(m.Run)) }
 // stage is a lab for one benchmark.
 type stage struct {
 	*lab.Lab
-	b       *testing.B
-	daemons []*lab.Process
+	b *testing.B
+	// tunnels and daemons are the nodes', in their order.
+	tunnels, daemons []*lab.Process
 }
 
 // newStage makes nodes with tunnels, on which no daemon runs yet.
 func newStage(b *testing.B, name string, nodes int) *stage {
 	b.Helper()
+	return newStageOf(b, lab.Options{Name: name, Nodes: nodes})
+}
+
+// newStageOf completes the options and makes nodes with tunnels, on which no daemon runs yet.
+func newStageOf(b *testing.B, o lab.Options) *stage {
+	b.Helper()
 	binaries, err := programs.Dir(context.WithoutCancel(b.Context()))
 	if err != nil {
 		b.Fatal(err)
 	}
-	network, err := lab.New(b.Context(), lab.Options{
-		Name: name, Dir: b.TempDir(), Nodes: nodes, Warrend: filepath.Join(binaries, "warrend"), Plugins: []string{binaries},
-	})
+	o.Dir, o.Warrend, o.Plugins = b.TempDir(), filepath.Join(binaries, "warrend"), []string{binaries}
+	network, err := lab.New(b.Context(), o)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -68,9 +74,11 @@ func newStage(b *testing.B, name string, nodes int) *stage {
 		TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Namespace"}, ObjectMeta: metav1.ObjectMeta{Name: namespace},
 	})
 	for _, node := range s.Nodes {
-		if _, err = node.StartTunnel(b.Context()); err != nil {
+		tunnel, err := node.StartTunnel(b.Context())
+		if err != nil {
 			b.Fatal(err)
 		}
+		s.tunnels = append(s.tunnels, tunnel)
 	}
 	return s
 }
