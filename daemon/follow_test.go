@@ -52,7 +52,7 @@ func (w *watched) Follow(context.Context, mesh.Config) (int, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.looks++
-	return w.answers.pending, w.answers.err
+	return w.pending, w.err
 }
 
 // during sets the answers and returns how often the methods were called in that time.
