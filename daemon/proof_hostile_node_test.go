@@ -16,7 +16,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	"sigs.k8s.io/yaml"
 
 	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/keyproof"
@@ -50,7 +49,7 @@ func newVillainy(t *testing.T, name string) *villainy {
 	t.Helper()
 	v := &villainy{stage: newStage(t, name, 3)}
 	for i, node := range v.Nodes {
-		object := v.read(node.Name)
+		object := v.readNode(node.Name)
 		object.UID = types.UID("uid-of-" + node.Name)
 		object.CreationTimestamp = metav1.Date(2024, 1, 1+i, 0, 0, 0, 0, time.UTC)
 		if i == villain {
@@ -67,26 +66,12 @@ func newVillainy(t *testing.T, name string) *villainy {
 	}
 	for i, node := range v.Nodes {
 		v.pods[i] = v.pod(i, fmt.Sprintf("pod-%d", i+1))
-		v.nodes[i] = v.read(node.Name)
+		v.nodes[i] = v.readNode(node.Name)
 	}
 	for i := range v.Nodes {
 		v.healthy(i)
 	}
 	return v
-}
-
-// read reads a Node.
-func (v *villainy) read(name string) corev1.Node {
-	v.t.Helper()
-	var node corev1.Node
-	text, err := v.ReadText(name)
-	if err == nil {
-		err = yaml.Unmarshal(text, &node)
-	}
-	if err != nil {
-		v.t.Fatal(err)
-	}
-	return node
 }
 
 // others describes the device and the routes of a node, without what is of the villain.

@@ -239,12 +239,12 @@ func (g *guarded) silent(at int, from *lab.Pod) {
 }
 
 // knownPeers waits until a node's device has that many peers.
-func (g *guarded) knownPeers(i, peers int) {
-	g.t.Helper()
-	g.eventually(func() error {
-		status, err := g.Nodes[i].Status(g.t.Context())
+func (s *stage) knownPeers(i, peers int) {
+	s.t.Helper()
+	s.eventually(func() error {
+		status, err := s.Nodes[i].Status(s.t.Context())
 		if err == nil && len(status.Peers) != peers {
-			err = fmt.Errorf("%s has %d peers, %d are expected", g.Nodes[i].Name, len(status.Peers), peers)
+			err = fmt.Errorf("%s has %d peers, %d are expected", s.Nodes[i].Name, len(status.Peers), peers)
 		}
 		return err
 	})
