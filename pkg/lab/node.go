@@ -20,8 +20,8 @@ import (
 	"github.com/warren-cni/warren/pkg/wgdevice"
 )
 
-// startPatience is how long a daemon may take until it can serve pods.
-const startPatience = 20 * time.Second
+// startPatience is how long a daemon may take until it can serve pods, on an emulated processor, too.
+const startPatience = time.Minute
 
 // Node is a network namespace with an uplink on the wire and directories of its own.
 type Node struct {
