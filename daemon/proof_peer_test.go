@@ -35,23 +35,42 @@ type peers struct {
 // Whatever happens to a peer, traffic with it is back in time, and every node has every other one as a peer all the while.
 func TestProofPeerHeals(t *testing.T) {
 	t.Parallel()
-	p := &peers{stage: running(t, "wppeer", 3)}
+	for name, o := range map[string]lab.Options{
+		"IPv4 endpoints": {Name: "wppeer", Nodes: 3},
+		"IPv6 endpoints": {Name: "wppeer6", Nodes: 3, IPv6Nodes: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			newPeers(runningOf(t, o)).heal()
+		})
+	}
+}
+
+// newPeers lets the pods of a stage's first two nodes send to each other.
+func newPeers(s *stage) *peers {
+	s.t.Helper()
+	p := &peers{stage: s}
 	p.pods = [2]*lab.Pod{p.pod(0, "one"), p.pod(1, "two")}
 	for i, pod := range p.pods {
 		p.counters[i] = p.counter(pod.Netns())
 	}
 	p.open()
 	p.awaitArrivals()
+	return p
+}
 
+// heal lets everything happen, and measures how long it takes.
+func (p *peers) heal() {
+	p.t.Helper()
 	longest := map[string]time.Duration{}
 	note := func(what string, took, limit time.Duration) {
 		longest[what] = max(longest[what], took)
 		if took > limit {
-			t.Errorf("%s: traffic was back after %v, want %v", what, took, limit)
+			p.t.Errorf("%s: traffic was back after %v, want %v", what, took, limit)
 		}
 		for i := range p.Nodes {
 			if n := len(p.status(i).Peers); n != len(p.Nodes)-1 {
-				t.Errorf("%s: %s has %d peers", what, p.Nodes[i].Name, n)
+				p.t.Errorf("%s: %s has %d peers", what, p.Nodes[i].Name, n)
 			}
 		}
 	}
@@ -63,7 +82,7 @@ func TestProofPeerHeals(t *testing.T) {
 		note("address changed", p.interrupted(p.changeAddress), healNode)
 	}
 	note("podCIDR changed", p.changePodCIDR(), healNode)
-	summary(t, "%d rounds on 3 nodes, traffic both ways in both families; longest until it was back: %v", rounds, longest)
+	summary(p.t, "%d rounds on 3 nodes, traffic both ways in both families; longest until it was back: %v", rounds, longest)
 }
 
 // open lets the pods send to each other, every 5 ms.

@@ -180,28 +180,49 @@ func (s *stage) endTunnel(i int, end func(*lab.Process) error) {
 // traffic comes back each time.
 func TestProofNoPlaintextInCrashLoops(t *testing.T) {
 	t.Parallel()
-	g := newGuarded(running(t, "wpcrash", 3), 3)
-	rounds, deletions := soak.Trials(20), soak.Trials(5)
-	counts := g.cipherOnly("crash loops", func() {
-		for range rounds {
-			g.crash((*lab.Process).Kill)
-		}
-		for range rounds {
-			g.crash((*lab.Process).Stop)
-		}
-		for range deletions {
-			for i := range g.Nodes {
-				g.run(i, "ip link del warren0")
+	for name, o := range map[string]lab.Options{
+		"IPv4 endpoints": {Name: "wpcrash", Nodes: 3},
+		"IPv6 endpoints": {Name: "wpcrash6", Nodes: 3, IPv6Nodes: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			g := newGuarded(runningOf(t, o), 3)
+			rounds, deletions := soak.Trials(20), soak.Trials(5)
+			counts := g.cipherOnly("crash loops", func() {
+				for range rounds {
+					g.crash((*lab.Process).Kill)
+				}
+				for range rounds {
+					g.crash((*lab.Process).Stop)
+				}
+				for range deletions {
+					for i := range g.Nodes {
+						g.run(i, "ip link del warren0")
+					}
+					g.pause(often)
+					g.flows()
+				}
+			})
+			if counts.WireGuard == 0 {
+				t.Errorf("the wire shows no WireGuard: %v", counts)
 			}
-			g.pause(often)
-			g.flows()
-		}
-	})
-	if counts.WireGuard == 0 {
-		t.Errorf("the wire shows no WireGuard: %v", counts)
+			summary(t, "%s: %d SIGKILL and %d SIGTERM of daemon and tunnel, warren0 deleted %d times, on 3 nodes each: %v", name, rounds, rounds, deletions, counts)
+			g.reachedAt(o.IPv6Nodes)
+			g.unguarded(0)
+		})
 	}
-	summary(t, "%d SIGKILL and %d SIGTERM of daemon and tunnel, warren0 deleted %d times, on 3 nodes each: %v", rounds, rounds, deletions, counts)
-	g.unguarded(0)
+}
+
+// reachedAt demands that the tunnels of all nodes lead to addresses of one family.
+func (g *guarded) reachedAt(ipv6 bool) {
+	g.t.Helper()
+	for i, node := range g.Nodes {
+		for _, peer := range g.status(i).Peers {
+			if at, err := netip.ParseAddrPort(peer.Endpoint); err != nil || at.Addr().Is6() != ipv6 {
+				g.t.Errorf("%s sends to %s at %s (%v)", node.Name, peer.Node, peer.Endpoint, err)
+			}
+		}
+	}
 }
 
 // crash ends all tunnels and daemons, lets packets fly meanwhile, and waits until they arrive again.

@@ -86,7 +86,13 @@ func newStageOf(t *testing.T, o lab.Options) *stage {
 // running makes nodes with tunnels and daemons that are ready.
 func running(t *testing.T, name string, nodes int) *stage {
 	t.Helper()
-	s := newStage(t, name, nodes)
+	return runningOf(t, lab.Options{Name: name, Nodes: nodes})
+}
+
+// runningOf makes nodes by options, with tunnels and daemons that are ready.
+func runningOf(t *testing.T, o lab.Options) *stage {
+	t.Helper()
+	s := newStageOf(t, o)
 	for i := range s.Nodes {
 		s.startTunnel(i)
 	}

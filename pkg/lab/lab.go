@@ -58,6 +58,8 @@ type Options struct {
 	WireGuard string
 	// IPv4Only makes a cluster whose pods have IPv4 alone; the nodes still have both families.
 	IPv4Only bool
+	// IPv6Nodes makes Node objects that have IPv6 addresses alone, so that the tunnel's own packets are IPv6.
+	IPv6Nodes bool
 	// KnownNodesOnly keeps the cluster CIDR from the daemons, which then guard only the podCIDRs that they know.
 	KnownNodesOnly bool
 	// UplinkMTUs are the nodes' in their order; the last one is that of the nodes behind it, too, and without any all have 1500.

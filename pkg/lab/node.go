@@ -51,6 +51,9 @@ func (l *Lab) addNode(ctx context.Context, number byte) (*Node, error) {
 		lab:       l,
 		namespace: fmt.Sprintf("%s-%d", l.options.Name, number),
 	}
+	if l.options.IPv6Nodes {
+		n.Addresses = n.Addresses[1:]
+	}
 	if !l.options.IPv4Only {
 		n.PodCIDRs = append(n.PodCIDRs, netip.MustParsePrefix(fmt.Sprintf("fd00:10:244:%d::/64", number)))
 	}
