@@ -33,7 +33,7 @@ func TestInClear(t *testing.T) {
 		{"to another node, encryption off", off, route("wrn1", "eth0", "10.244.1.7", "192.168.0.2"), toNode},
 	} {
 		filter := load(t, guard.Compile(c.config))[netfilter.FamilyOf(c.packet.Src)]
-		verdict, err := filter.Walk("mangle", "POSTROUTING", with(c.packet, state("ESTABLISHED")))
+		verdict, err := filter.Walk("mangle", "POSTROUTING", with(with(c.packet, state("ESTABLISHED")), translated))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -59,5 +59,13 @@ func TestForgottenNodesAreFenced(t *testing.T) {
 	added := netfilter.Diff(one, two)
 	if len(added.V4.Sets) != 1 || len(added.V4.Sets[0].Add) != 1 || len(added.V4.Write) > 0 {
 		t.Errorf("a node that comes changes %+v", added)
+	}
+}
+
+// The address of zeros, which no set of the kernel's takes, is no node's.
+func TestNoAddressOfZeros(t *testing.T) {
+	hostile := guard.Compile(changed(func(c *guard.Config) { c.NodeAddresses = append(c.NodeAddresses, addresses("0.0.0.0", "::")...) }))
+	if change := netfilter.Diff(guard.Compile(dual()), hostile); !change.Empty() {
+		t.Errorf("it changes %+v", change)
 	}
 }

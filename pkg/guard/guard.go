@@ -104,8 +104,9 @@ func readySet(f netfilter.Family, ready []netip.Addr) netfilter.Set {
 	}
 }
 
-// nodeSet is the set of the nodes' addresses. Rules only count by it.
+// nodeSet is the set of the nodes' addresses. Rules only count by it. The kernel takes no address of zeros, which a hostile Node may say.
 func nodeSet(f netfilter.Family, nodes []netip.Addr) netfilter.Set {
+	nodes = slices.DeleteFunc(slices.Clone(nodes), netip.Addr.IsUnspecified)
 	return netfilter.Set{
 		Name: nodeSetName(f), Type: netfilter.HashIP, Role: netfilter.Allows, Comment: "addresses of all nodes", Entries: entries(f, nodes),
 	}

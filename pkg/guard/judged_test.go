@@ -32,7 +32,7 @@ func TestJudged(t *testing.T) {
 		{"world to a pod", route("eth0", "wrn1", "192.0.2.1", "10.244.1.7"), "", "DROP"},
 		{"world to a pod, IPv6", route("eth0", "wrn1", "2001:db8::1", "fd00:10:244:1::7"), "", "DROP"},
 		{"pod to the world, IPv6", route("wrn1", "eth0", "fd00:10:244:1::7", "2001:db8::1"), "", "DROP"},
-		{"established, of a pod", with(route("wrn1", "eth0", "10.244.1.7", "192.0.2.1"), answer), "", ""},
+		{"established, of a pod", with(with(route("wrn1", "eth0", "10.244.1.7", "192.0.2.1"), answer), translated), "", ""},
 		{"established, to a pod", with(route("eth0", "wrn1", "192.0.2.1", "10.244.1.7"), answer), "", ""},
 		{"an error about it", with(route("eth0", "wrn1", "192.0.2.1", "10.244.1.7"), related), "", ""},
 		{"established, but cut", with(with(route("eth0", "wrn1", "192.0.2.1", "10.244.1.7"), answer), cut), "DROP", "DROP"},
@@ -114,6 +114,16 @@ func (k *talk) says() string {
 	}
 	k.n.check(err)
 	return "answered"
+}
+
+// move lets the server listen elsewhere.
+func (k *talk) move(to ns.NetNS, at string) {
+	k.n.t.Helper()
+	k.n.check(k.server.Close())
+	k.n.check(to.Do(func(ns.NetNS) (err error) {
+		k.server, err = (&net.ListenConfig{}).ListenPacket(k.n.t.Context(), "udp", net.JoinHostPort(at, port))
+		return err
+	}))
 }
 
 func (k *talk) end() { k.n.check(errors.Join(k.client.Close(), k.server.Close())) }

@@ -248,3 +248,26 @@ func TestPackets(t *testing.T) {
 		n.expect("pod from a foreign address, no rules", n.probe(n.pod, foreign[f], lanHost[f], port, n.lan), foreign[f])
 	}
 }
+
+// What a pod sends to a node through the tunnel has the pod's address. When the way through the tunnel goes, it does not leave by the
+// uplink with that, where it never was translated.
+func TestBegunInTheTunnel(t *testing.T) {
+	n := newNetwork(t)
+	n.load(dual())
+	for _, f := range netfilter.Families {
+		t.Log(f)
+		length := map[netfilter.Family]string{netfilter.IPv4: "/32", netfilter.IPv6: "/128"}[f]
+		n.ip(n.remote, "addr add "+lanHost[f]+length+" dev p"+nodad(f))
+		n.ip(n.node, "neigh add "+lanHost[f]+" lladdr 02:00:00:00:00:02 dev warren0 nud permanent")
+		n.ip(n.node, "route add "+lanHost[f]+length+" dev warren0")
+		k := n.talk(n.pod, localPod[f], lanHost[f], n.remote, lanHost[f])
+		n.expect("through the tunnel", k.says(), "answered")
+		k.move(n.lan, lanHost[f])
+		n.ip(n.node, "route del "+lanHost[f]+length+" dev warren0")
+		n.expect("begun in the tunnel, by the uplink", k.says(), "")
+		n.load(changed(func(c *guard.Config) { c.Encrypted = false }))
+		n.expect("begun in the tunnel, encryption off", k.says(), "answered")
+		k.end()
+		n.load(dual())
+	}
+}

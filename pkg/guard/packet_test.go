@@ -40,6 +40,11 @@ func cut(p *trace.Packet) { p.ConnMark = netfilter.CutMark }
 
 func others(p *trace.Packet) { p.ConnMark = ^uint32(netfilter.CutMark) }
 
+// translated gives a packet's connection another source, and reply turns its direction round.
+func translated(p *trace.Packet) { p.SNAT = true }
+
+func reply(p *trace.Packet) { p.Reply = true }
+
 // fromNode gives a packet one of the node's addresses as its source.
 func fromNode(p *trace.Packet) { p.FromNode = true }
 
@@ -128,7 +133,13 @@ func TestPlaintextGuard(t *testing.T) {
 		hook("to a node", route("", "eth0", "192.168.0.1", "192.168.0.2"), ""),
 		hook("to an address of the own podCIDR that no pod has", route("", "eth0", "192.168.0.1", "10.244.1.99"), "DROP"),
 	}
+	begun := with(route("wrn1", "eth0", "10.244.1.7", "192.168.0.2"), state("ESTABLISHED"))
+	direct := with(route("wrn1", "eth0", "10.244.1.7", "10.96.0.9"), state("ESTABLISHED"))
 	run(t, dual(), append(steps,
+		hook("to a node, begun in the tunnel", begun, "DROP"),
+		hook("to a node, begun translated", with(begun, translated), ""),
+		hook("an answer to a node", with(begun, reply), ""),
+		hook("begun as it is meant to leave", direct, ""),
 		hook("encrypted", route("", "warren0", "10.244.1.7", "10.244.2.9"), ""),
 		hook("to a node, encrypted", route("", "warren0", "10.244.1.7", "192.168.0.2"), ""),
 		hook("without a tunnel", route("", "eth0", "10.244.1.7", "10.244.2.9"), "DROP"),
@@ -141,6 +152,7 @@ func TestPlaintextGuard(t *testing.T) {
 	))
 	run(t, changed(func(c *guard.Config) { c.Encrypted = false }), append(steps,
 		hook("to a remote pod by the uplink", route("", "eth0", "10.244.1.7", "10.244.2.9"), ""),
+		hook("to a node, begun in the tunnel", begun, ""),
 	))
 }
 

@@ -110,17 +110,31 @@ func (p plan) guard() []netfilter.Rule {
 	return append(rules, p.count()...)
 }
 
-// count counts what a pod sends that no tunnel carries. That ends the chain, so no rule here decides anything.
+// count counts what a pod sends that no tunnel carries. What is meant to leave with the pod's own address, and what is translated, no rule
+// here decides about. Anything else would show the pod's address on the wire: a connection that the tunnel carried until its way there
+// went, to a node that pods reach through it, or one that began while another program had taken our translation away. Conntrack
+// translates no connection but with its first packet.
 func (p plan) count() []netfilter.Rule {
 	var rules []netfilter.Rule
 	if !p.encrypted {
 		for _, f := range p.fence {
 			rules = append(rules, matching("in clear: to a pod of another node", append([]string{"-i", "wrn+"}, f.match("dst")...), "-j RETURN"))
 		}
+		return append(rules, p.countTo("")...)
 	}
-	return append(rules,
-		rule("in clear: to a node", "-i wrn+ -m set --match-set "+nodeSetName(p.family)+" dst -j RETURN"),
-		rule("in clear: out of the cluster", "-i wrn+ -j RETURN"))
+	for _, prefix := range p.outside {
+		rules = append(rules, p.countTo(" -d "+prefix.String())...)
+	}
+	rules = append(rules, rule("not translated", "-i wrn+ -m conntrack --ctdir ORIGINAL --ctstatus CONFIRMED ! --ctstate SNAT -j DROP"))
+	return append(rules, p.countTo("")...)
+}
+
+// countTo counts what goes to some destinations.
+func (p plan) countTo(match string) []netfilter.Rule {
+	return []netfilter.Rule{
+		rule("in clear: to a node", "-i wrn+"+match+" -m set --match-set "+nodeSetName(p.family)+" dst -j RETURN"),
+		rule("in clear: out of the cluster", "-i wrn+"+match+" -j RETURN"),
+	}
 }
 
 // judged drops what begins a connection from or to a pod and was not judged. What is the node's own never is: it comes

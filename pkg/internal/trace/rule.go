@@ -24,6 +24,7 @@ func (p *ruleParser) option() error {
 	p.words = p.words[1:]
 	arguments, known := map[string]int{
 		"!": 0, "-m": 1, "--comment": 1, "-i": 1, "-o": 1, "-s": 1, "-d": 1, "-p": 1, "--dport": 1, "--match-set": 2, "--ctstate": 1,
+		"--ctdir": 1, "--ctstatus": 1,
 		"--invert": 0, "--syn": 0, "--tcp-flags": 2, "--src-type": 1, "--mark": 1,
 		"--limit": 1, "--limit-burst": 1, "-j": 1, "-g": 1,
 	}[word]
@@ -189,14 +190,31 @@ func (p *ruleParser) state(word string, args []string) error {
 	case "--limit", "--limit-burst": // no packet here is one too many
 		return p.needs("limit", p.noNegation())
 	}
+	return p.connection(word, args)
+}
+
+// connection makes a match on what conntrack knows of the packet.
+func (p *ruleParser) connection(word string, args []string) error {
+	switch word + " " + args[0] {
+	case "--ctdir ORIGINAL":
+		p.add(func(_ *Filter, packet Packet) bool { return !packet.Reply })
+		return p.needs("conntrack", nil)
+	case "--ctstatus CONFIRMED": // NEW is the first packet here
+		p.add(func(_ *Filter, packet Packet) bool { return packet.State == "ESTABLISHED" || packet.State == "RELATED" })
+		return p.needs("conntrack", nil)
+	}
+	if word != "--ctstate" {
+		return fmt.Errorf("%s %s is unknown", word, args[0])
+	}
 	states := strings.Split(args[0], ",")
 	for _, s := range states {
-		if !slices.Contains([]string{"NEW", "ESTABLISHED", "RELATED", "INVALID", "UNTRACKED", "DNAT"}, s) {
+		if !slices.Contains([]string{"NEW", "ESTABLISHED", "RELATED", "INVALID", "UNTRACKED", "DNAT", "SNAT"}, s) {
 			return fmt.Errorf("the state %q is unknown", s)
 		}
 	}
 	p.add(func(_ *Filter, packet Packet) bool {
-		return slices.Contains(states, packet.State) || packet.DNAT && slices.Contains(states, "DNAT")
+		return slices.Contains(states, packet.State) || packet.DNAT && slices.Contains(states, "DNAT") ||
+			packet.SNAT && slices.Contains(states, "SNAT")
 	})
 	return p.needs("conntrack", nil)
 }

@@ -26,8 +26,8 @@ type Packet struct {
 	State string
 	// ConnMark is the mark of the packet's connection, Mark its own, with which a packet goes on to its next hook.
 	ConnMark, Mark uint32
-	// DNAT says that the connection's destination was translated.
-	DNAT bool
+	// DNAT and SNAT say that the connection's destination and source were translated, Reply that the packet goes to who began it.
+	DNAT, SNAT, Reply bool
 	// Spoofed says that the route back to the source does not go out of In.
 	Spoofed bool
 	// FromNode says that the source is an address of the node.
