@@ -208,6 +208,18 @@ func TestProofsStay(t *testing.T) {
 	}
 }
 
+// With encryption off there is no key to apply, at no step.
+func TestNoKeyWithoutEncryption(t *testing.T) {
+	r := newRotated(t, t.TempDir(), rotation{notice: testNotice})
+	if !r.advance() {
+		t.Error("with encryption the first key is not to be applied")
+	}
+	r.encrypted = false
+	if r.advance() {
+		t.Error("with encryption off there is a key to apply")
+	}
+}
+
 // decoded is what a text in base64 holds.
 func decoded(t *testing.T, text string) []byte {
 	t.Helper()

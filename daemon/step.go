@@ -55,6 +55,7 @@ func (n *node) step(ctx context.Context, full bool) error {
 		now.problems = append(now.problems, applyProblem("ClusterCIDRHoldsNode", "Node "+n.options.nodeName, err,
 			"set --cluster-cidr to the pods' network, which holds no node"))
 		n.filter.Forget() // it does not get this change, so the next one alone would not do
+		n.tunnelChanged.Store(true)
 	} else {
 		err = n.apply(ctx, &now, wanted, full)
 	}

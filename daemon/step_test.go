@@ -199,6 +199,9 @@ func TestWhatWasHeldBackIsApplied(t *testing.T) {
 	if err := n.step(t.Context(), false); err == nil || m.holds(chain) {
 		t.Fatalf("error %v, and the rules stand: %v, although the cluster CIDR holds the node", err, m.holds(chain))
 	}
+	if !n.tunnelChanged.Load() {
+		t.Error("the tunnel gets only the next change")
+	}
 	s.delta.Nodes["node-1"] = good
 	if err := n.step(t.Context(), false); err != nil || !m.holds(chain) {
 		t.Errorf("error %v, and the rules stand: %v", err, m.holds(chain))
