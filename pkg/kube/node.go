@@ -80,12 +80,21 @@ func podCIDRs(spec corev1.NodeSpec, found *findings) []netip.Prefix {
 	return prefixes
 }
 
+// maxInternalIPs is more than a node has. Its kubelet may write tens of thousands, each of which every other node would have to hold against
+// all claims, and to report.
+const maxInternalIPs = 64
+
 func internalIPs(status corev1.NodeStatus, found *findings) []netip.Addr {
 	path := field.NewPath("status", "addresses")
 	var addrs []netip.Addr
+	said := 0
 	for i, a := range status.Addresses {
 		if a.Type != corev1.NodeInternalIP {
 			continue
+		}
+		if said++; said > maxInternalIPs {
+			found.add(path.Index(i), "the Node has more than %d InternalIPs: this one and those behind it are ignored", maxInternalIPs)
+			break
 		}
 		addr, err := parseAddr(a.Address)
 		if err != nil {

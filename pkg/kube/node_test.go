@@ -48,6 +48,20 @@ func TestConvertNodeAddresses(t *testing.T) {
 	checkEqual(t, "fields of the problems", []string{"status.addresses[3].address", "status.addresses[4].address"}, fieldsOf(problems))
 }
 
+// A hostile kubelet gives the other nodes only so much to judge and to report, in good addresses and in bad ones.
+func TestConvertNodeWithTooManyAddresses(t *testing.T) {
+	for text, want := range map[string]int{"172.18.0.2": maxInternalIPs, "garbage": 0} {
+		var status corev1.NodeStatus
+		for range 10 * maxInternalIPs {
+			status.Addresses = append(status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: text})
+		}
+		node, problems := convertNode(&corev1.Node{Status: status})
+		if last := fieldsOf(problems); len(node.Addresses) != want || len(last) != 1+maxInternalIPs-want || last[len(last)-1] != "status.addresses[64]" {
+			t.Errorf("%q: %d addresses, problems with %q", text, len(node.Addresses), last)
+		}
+	}
+}
+
 func TestConvertNodeWireGuard(t *testing.T) {
 	key := [32]byte{1, 2, 3}
 	keyText := base64.StdEncoding.EncodeToString(key[:])
