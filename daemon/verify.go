@@ -44,7 +44,8 @@ It needs neither tcpdump nor pods, harms no traffic, and sends at most 2000 smal
 "warrend status" lists it.
 
 The exit status is 0 when encryption is proven, 1 when something contradicts it, and 2 when it is not proven: no WireGuard packet
-was seen although there are peers, a peer did not answer, packets escaped the capture, or the command could not do its work.`
+was seen although there are peers, a peer did not answer, no tunnel leads to a node, packets escaped the capture, or the command could not
+do its work.`
 
 	verifyExamples = `  # On the node, or in the daemon's container there:
   kubectl -n warren-system exec ds/warren -- warrend verify

@@ -29,6 +29,8 @@ type meshFacts struct {
 	// Own are the first addresses of the node's podCIDRs.
 	Own   []netip.Addr `json:"own"`
 	Peers []peerFacts  `json:"peers"`
+	// NoPeers are the other nodes, to which no tunnel leads.
+	NoPeers []string `json:"noPeers,omitempty"`
 	// GuardDrift is where the guards do not stand as planned, Drift where something else does not.
 	GuardDrift []string `json:"guardDrift,omitempty"`
 	Drift      []string `json:"drift,omitempty"`
@@ -65,8 +67,15 @@ func (n *node) verify(ctx context.Context) agentapi.Response {
 	for _, own := range o.mesh.Addresses {
 		f.Own = append(f.Own, own.Addr())
 	}
+	reached := map[string]bool{n.options.nodeName: true}
 	for _, p := range o.mesh.Peers {
 		f.Peers = append(f.Peers, peerFactsOf(p, f.Own))
+		reached[p.Node] = true
+	}
+	for _, node := range n.planner.snapshot().Nodes {
+		if !reached[node.Name] {
+			f.NoPeers = append(f.NoPeers, node.Name)
+		}
 	}
 	var err error
 	f.GuardDrift, f.Drift, err = n.kernelDrift(ctx, o.closed)

@@ -94,6 +94,9 @@ func conclude(e evidence) verification {
 	v.judgeLinks()
 	v.judgeKernel()
 	v.judgePeers()
+	if others := e.after.NoPeers; len(others) > 0 {
+		v.Doubts = append(v.Doubts, fmt.Sprintf("no tunnel leads to %d node(s), see `warrend status`: %s", len(others), strings.Join(others, ", ")))
+	}
 	if status.Encryption.Guard != "cluster-cidr" {
 		v.Notes = append(v.Notes, "the cluster CIDR is not known (--cluster-cidr): addresses count as pods' only in podCIDRs that are known, and the guards cover only those")
 	}

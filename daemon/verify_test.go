@@ -95,6 +95,12 @@ func TestConclude(t *testing.T) {
 		"a tunnel that does not answer": {func(e *evidence) { e.after.Status.Encryption.Mode = "unknown" }, notProven, "the tunnel does not answer"},
 		"both":                          {func(e *evidence) { e.report.Dropped, e.report.Links[1] = 7, leak() }, violated, "in clear"},
 		"no other node":                 {func(e *evidence) { e.before.Peers, e.report, e.probes = nil, capture.Report{}, nil }, proven, ""},
+		"no peer but a node": {
+			func(e *evidence) {
+				e.before.Peers, e.report, e.probes, e.after.NoPeers = nil, capture.Report{}, nil, []string{"worker-2"}
+			},
+			notProven, "no tunnel leads to 1 node(s), see `warrend status`: worker-2",
+		},
 		"a peer that moved": {func(e *evidence) {
 			e.after.Status.Peers = slices.Clone(e.after.Status.Peers)
 			e.after.Status.Peers[0].Endpoint = "198.51.100.2:40000"
