@@ -99,6 +99,10 @@ func (s *Sender) SendFrame(etherType uint16, packet []byte) error {
 		s.Addresses()
 	}
 	err := unix.Sendto(s.fd, packet, 0, &s.to)
+	for errors.Is(err, unix.EAGAIN) { // what was sent before is still on its way through the tunnel
+		_, _ = unix.Poll([]unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLOUT}}, -1) // the next attempt tells whether it failed
+		err = unix.Sendto(s.fd, packet, 0, &s.to)
+	}
 	if err != nil {
 		return fmt.Errorf("sending %d bytes: %w", len(packet), err)
 	}
