@@ -100,7 +100,7 @@ func (s *Sender) SendFrame(etherType uint16, packet []byte) error {
 	}
 	err := unix.Sendto(s.fd, packet, 0, &s.to)
 	for errors.Is(err, unix.EAGAIN) { // what was sent before is still on its way through the tunnel
-		_, _ = unix.Poll([]unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLOUT}}, -1) // the next attempt tells whether it failed
+		_, _ = unix.Poll([]unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLOUT}}, -1) //nolint:gosec // a descriptor; the next attempt tells of errors
 		err = unix.Sendto(s.fd, packet, 0, &s.to)
 	}
 	if err != nil {
