@@ -43,6 +43,8 @@ type follower struct {
 	// mu is held while the tunnel is written, so that nobody writes what follows from an older mesh.
 	mu   sync.Mutex
 	mesh mesh.Config
+	// since is when the next keys of the mesh were others the last time. An audit, which applies the same again, changes nothing of that.
+	since time.Time
 }
 
 func newFollower(d device, clock func() time.Time, log *slog.Logger) *follower {
@@ -53,6 +55,9 @@ func newFollower(d device, clock func() time.Time, log *slog.Logger) *follower {
 func (f *follower) apply(ctx context.Context, want mesh.Config, change *mesh.Change, key wgdevice.Key) (wgdevice.Changes, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if !slices.Equal(nextKeys(f.mesh), nextKeys(want)) {
+		f.since = f.clock()
+	}
 	f.mesh = want
 	select {
 	case f.applied <- struct{}{}:
@@ -71,42 +76,52 @@ func (f *follower) apply(ctx context.Context, want mesh.Config, change *mesh.Cha
 func (f *follower) run(ctx context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	var since time.Time
 	failed := false
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-f.applied:
-			since = f.clock()
 		case <-timer.C:
 		}
-		pending, peers, err := f.look(ctx)
+		pending, pause, err := f.look(ctx)
 		if err != nil && !failed && ctx.Err() == nil {
 			f.log.Warn("following the keys of peers", "error", err) // the next audit reports what lasts
 		}
 		failed = err != nil
-		pause := max(followPause, time.Duration(peers)*followPeer)
 		switch {
 		case failed:
 			pause = followRetry
 		case pending == 0:
 			timer.Stop()
 			continue
-		case f.clock().Sub(since) > followPatience:
-			pause = max(pause, followLatePause)
 		}
 		timer.Reset(pause)
 	}
 }
 
-// look moves the prefixes of those peers that use their next key now, and returns how many do not yet, and how many peers there are.
-func (f *follower) look(ctx context.Context) (pending, peers int, err error) {
+// look moves the prefixes of those peers that use their next key now, and returns how many do not yet, and the pause until the next look.
+func (f *follower) look(ctx context.Context) (pending int, pause time.Duration, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if !slices.ContainsFunc(f.mesh.Peers, func(p mesh.Peer) bool { return p.Next != [32]byte{} }) {
+	if len(nextKeys(f.mesh)) == 0 {
 		return 0, 0, nil
 	}
+	pause = max(followPause, time.Duration(len(f.mesh.Peers))*followPeer)
+	if f.clock().Sub(f.since) > followPatience {
+		pause = max(pause, followLatePause)
+	}
 	pending, err = f.device.Follow(ctx, f.mesh)
-	return pending, len(f.mesh.Peers), err
+	return pending, pause, err
+}
+
+// nextKeys returns the keys that peers are about to use.
+func nextKeys(m mesh.Config) [][32]byte {
+	var keys [][32]byte
+	for i := range m.Peers {
+		if next := m.Peers[i].Next; next != [32]byte{} {
+			keys = append(keys, next)
+		}
+	}
+	return keys
 }
