@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"runtime"
-	"runtime/debug"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -24,13 +23,6 @@ import (
 // busyCheck is how often a tunnel that waits for another one asks whether the device is free.
 const busyCheck = 10 * time.Millisecond
 
-// garbagePercent is how much garbage there may be, by what is used, before it is collected, and garbageLimit what the process may
-// have in all before it is collected more often.
-const (
-	garbagePercent = 400
-	garbageLimit   = 256 << 20
-)
-
 // RunTunnel runs WireGuard in this process, behind the TUN device warren0, until the context ends or the device is deleted,
 // which is an error. Where another tunnel has the device, or one that is just dying, it waits for it.
 //
@@ -41,7 +33,7 @@ func RunTunnel(ctx context.Context, log *slog.Logger) error {
 	if err := HideMemory(); err != nil {
 		return err
 	}
-	tune()
+	leaveProcessors()
 	tunnel, err := openTUN(ctx, log)
 	if ctx.Err() != nil && tunnel == nil {
 		return nil
@@ -54,17 +46,12 @@ func RunTunnel(ctx context.Context, log *slog.Logger) error {
 	return serveTunnel(ctx, wg, log)
 }
 
-// tune sets the runtime of the process up for WireGuard, unless the environment says how it is to be. On half of the processors its
-// goroutines wake each other less often, which costs more than it gains on few of them, and the others are left to the kernel's
-// part of the work and to pods. Its memory is mostly buffers in pools, which each collection of garbage throws away: fewer
-// of them save more than what they would free, up to a limit.
-func tune() {
+// leaveProcessors takes half of the processors for the process, unless the environment says how many. The others are for the kernel's
+// part of the work and for pods, and where there are few, goroutines that wake each other less often save more than more
+// processors gain.
+func leaveProcessors() {
 	if os.Getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(max(1, runtime.GOMAXPROCS(0)/2))
-	}
-	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetGCPercent(garbagePercent)
-		debug.SetMemoryLimit(garbageLimit)
 	}
 }
 
