@@ -58,6 +58,7 @@ func TestMetricsOfTheMesh(t *testing.T) {
 			return nil
 		})
 	}
+	above("warren_encryption_enabled", 1)
 	above(`warren_peer_received_bytes_total{node="node-2"}`, 200)
 	above(`warren_peer_sent_bytes_total{node="node-2"}`, 200)
 	if age := s.metric(`warren_peer_handshake_age_seconds{node="node-2"}`); age < 0 || age > 60 {

@@ -23,6 +23,9 @@ const resync = 9 * time.Second
 
 // run makes the node's parts, connects them and serves until the context ends.
 func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger) error {
+	if err := wgdevice.HideMemory(); err != nil {
+		return err
+	}
 	for _, dir := range []string{o.runDir, o.stateDir} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return fmt.Errorf("making a directory of the daemon: %w", err)

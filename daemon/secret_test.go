@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -19,6 +20,9 @@ import (
 	"github.com/warren-cni/warren/pkg/lab"
 	"github.com/warren-cni/warren/pkg/wgdevice"
 )
+
+// noCore matches the limits of a process that leaves no core dump.
+var noCore = regexp.MustCompile(`(?m)^Max core file size +0 +0 `)
 
 // spellings are the ways in which a private key could stand somewhere.
 func spellings(private wgtypes.Key) [][]byte {
@@ -139,6 +143,11 @@ func TestKeysStaySecret(t *testing.T) {
 	}
 
 	for i, node := range s.Nodes {
+		for _, process := range []int{s.daemons[i].PID(), s.childOf(s.tunnels[i])} {
+			if limits, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", process)); err != nil || !noCore.Match(limits) {
+				t.Errorf("process %d on %s may leave a core dump (%v):\n%s", process, node.Name, err, limits)
+			}
+		}
 		answers := map[string][]byte{"/metrics": scrape(t, node, "/metrics"), "/readyz": scrape(t, node, "/readyz"), "/debug/pprof/cmdline": scrape(t, node, "/debug/pprof/cmdline")}
 		answers["render"] = []byte(render(t, s, node))
 		// What it proves depends on how busy the machine is; what it says must not.

@@ -155,6 +155,9 @@ func TestVerifyWatchesKnownPodCIDRs(t *testing.T) {
 		s.startTunnel(i)
 	}
 	s.startDaemons()
+	if guard := s.status(0).Encryption.Guard; guard != "known nodes only" {
+		t.Errorf("the guard covers: %s", guard)
+	}
 	pod := s.pod(0, "pod")
 	v, status := s.verified()
 	if status != 0 || !slices.ContainsFunc(v.Notes, func(n string) bool { return strings.HasPrefix(n, "the cluster CIDR is not known") }) {
@@ -191,11 +194,11 @@ func TestVerifyWatchesKnownPodCIDRs(t *testing.T) {
 	}
 }
 
-// A node that does not encrypt says so.
+// A node that does not encrypt says so: to who verifies, in its status and by a metric.
 func TestVerifyTellsThatEncryptionIsOff(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "wdvoff", 1)
-	daemon, err := s.Nodes[0].StartDaemon(t.Context(), nil, "--encryption", "off")
+	daemon, err := s.Nodes[0].StartDaemon(t.Context(), nil, "--encryption", "off", "--metrics-address", "127.0.0.1:9476")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -203,5 +206,8 @@ func TestVerifyTellsThatEncryptionIsOff(t *testing.T) {
 	s.ready(0)
 	if out, status := s.verify(0, "table"); status != 1 || !strings.Contains(out, "VIOLATED:\n  encryption is off") {
 		t.Errorf("status %d:\n%s", status, out)
+	}
+	if now := s.status(0).Encryption; now.Mode != "off" || now.Guard != "none" || s.metric("warren_encryption_enabled") != 0 {
+		t.Errorf("the status says %+v, the metric is %v", now, s.metric("warren_encryption_enabled"))
 	}
 }
