@@ -8,6 +8,10 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/warren-cni/warren/pkg/keyproof"
 )
 
 // writeExample makes a directory of objects: two nodes, a pod on each, and the policies of the tiers.
@@ -20,11 +24,13 @@ func writeExample(t *testing.T) string {
 	}
 	var objects strings.Builder
 	for number := 1; number <= 2; number++ {
-		key := base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{byte(number)}, 32))
+		key, proof := provenKey(t, byte(number))
 		fmt.Fprintf(&objects, `---
 apiVersion: v1
 kind: Node
-metadata: {name: node-%[1]d, annotations: {warren.cni/wireguard-public-key: %[2]q, warren.cni/wireguard-port: "51820"}}
+metadata:
+  name: node-%[1]d
+  annotations: {warren.cni/wireguard-public-key: %[2]q, warren.cni/wireguard-key-proof: %[3]q, warren.cni/wireguard-port: "51820"}
 spec: {podCIDRs: [10.244.%[1]d.0/24]}
 status: {addresses: [{type: InternalIP, address: 192.0.2.%[1]d}]}
 ---
@@ -33,7 +39,7 @@ kind: Pod
 metadata: {namespace: api, name: api-%[1]d, uid: uid-%[1]d, labels: {app: api}}
 spec: {nodeName: node-%[1]d, containers: [{name: main, image: none}]}
 status: {podIPs: [{ip: 10.244.%[1]d.7}]}
-`, number, key)
+`, number, key, proof)
 	}
 	for name, text := range map[string]string{"tiers.yaml": string(tiers), "objects.yaml": objects.String()} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
@@ -41,6 +47,17 @@ status: {podIPs: [{ip: 10.244.%[1]d.7}]}
 		}
 	}
 	return dir
+}
+
+// provenKey returns the public key of a Node of the example and the proof of it, as annotations say them.
+func provenKey(t *testing.T, number byte) (key, proof string) {
+	t.Helper()
+	private := wgtypes.Key(bytes.Repeat([]byte{number}, wgtypes.KeyLen))
+	signed, err := keyproof.Sign(private, fmt.Sprintf("node-%d", number), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return private.PublicKey().String(), base64.StdEncoding.EncodeToString(signed[:])
 }
 
 // warrend runs a command of warrend's in this process.
