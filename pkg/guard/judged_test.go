@@ -88,6 +88,19 @@ func (n *network) talk(from ns.NetNS, source, destination string, to ns.NetNS, a
 	return k
 }
 
+// patiently says the same again while nothing is answered, for what must get through on a busy machine.
+func (k *talk) patiently() string {
+	k.n.t.Helper()
+	said := k.says()
+	for range 20 {
+		if said == "answered" {
+			break
+		}
+		said = k.says()
+	}
+	return said
+}
+
 // says sends a question and an answer and returns how far they come: "", "asked" or "answered".
 func (k *talk) says() string {
 	k.n.t.Helper()
