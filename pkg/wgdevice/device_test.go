@@ -332,7 +332,8 @@ func TestUplinkMTU(t *testing.T) {
 	wantMTU(9000, v4, "203.0.113.9", "203.0.113.10")
 	wantMTU(1400, v4, "203.0.113.9", "192.0.2.7") // the smaller one, whichever comes first
 	wantMTU(1400, v4, "192.0.2.7", "203.0.113.9")
-	wantMTU(1300, v4, "192.0.2.7", "203.0.113.9", "2001:db8:3::7")
+	wantMTU(1360, v4, "192.0.2.7", "203.0.113.9", "2001:db8:3::7") // a peer takes IPv6 from nobody
+	wantMTU(1300, netip.MustParseAddr("2001:db8:3::1"), "192.0.2.7", "2001:db8:3::7")
 	wantMTU(1400, v4, "198.18.0.1") // by the default route
 	wantMTU(1400, v4, "192.0.3.9")  // what leads into the tunnel leads to no node
 	n.do(t, func() error { return ipRoute("198.18.0.0/15", 0, unix.RTPROT_STATIC) })

@@ -11,7 +11,8 @@ import (
 	"github.com/warren-cni/warren/pkg/mesh"
 )
 
-// UplinkMTU returns the smallest MTU of the links by which the node's packets leave for its peers' addresses. Where no route leads to
+// UplinkMTU returns the smallest MTU of the links by which the node's packets leave for its peers' addresses, but no less than leastUplink
+// for the sake of a peer, where the node's own link takes that. Where no route leads to
 // any it is that of the link that has the node's address, or else, where that is no link of its own (an address on loopback), that
 // of the link of the default route.
 func UplinkMTU(node netip.Addr, peers []netip.Addr) (int, error) {
@@ -30,11 +31,17 @@ func UplinkMTU(node netip.Addr, peers []netip.Addr) (int, error) {
 			links[a.Index] = a.MTU
 		}
 	}
-	if mtu := k.smallestTo(links, peers); mtu > 0 {
-		return mtu, nil
+	own, err := k.ownMTU(links, node)
+	mtu := k.smallestTo(links, peers)
+	if mtu == 0 {
+		return own, err
 	}
-	return k.ownMTU(links, node)
+	return max(mtu, min(own, leastUplink)), nil
 }
+
+// leastUplink leaves IPv6 the packet that it needs, in a tunnel over IPv6. A node says itself where its peers reach it, and must not take
+// IPv6 from all others by naming a place behind a link, of a VPN perhaps, that takes less: what is sent there goes in fragments.
+const leastUplink = 1280 + 80
 
 // uplinks are the MTUs of the links that can be one, by index.
 type uplinks map[int]int
