@@ -19,6 +19,7 @@ import (
 
 	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/lab"
+	"github.com/warren-cni/warren/pkg/lab/soak"
 )
 
 // programs are those under test.
@@ -27,8 +28,8 @@ var programs lab.Programs
 func TestMain(m *testing.M) { os.Exit(programs.Main(m.Run)) }
 
 // The time that a change may take until it is seen, and that a probe waits when it must not get through.
-const (
-	changePatience = 15 * time.Second
+var (
+	changePatience = soak.Patience(15 * time.Second)
 	closedPatience = 700 * time.Millisecond
 )
 

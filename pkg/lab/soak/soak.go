@@ -1,5 +1,7 @@
-// Package soak says how often a proof tries what one counterexample would refute. `make test` runs a tenth of the trials that
-// `make soak` runs; WARREN_SOAK in the environment makes the difference.
+// Package soak says how often a proof tries what one counterexample would refute, and how fast. `make test` runs a tenth of the
+// trials that `make soak` runs; WARREN_SOAK in the environment makes the difference. WARREN_TEST_EMULATED says that the
+// processor is emulated, as it is in the guest of scripts/vm: it has no time left for anything else while it carries what
+// another one hardly notices.
 package soak
 
 import (
@@ -7,10 +9,33 @@ import (
 	"os"
 	"strconv"
 	"testing"
+	"time"
 )
 
 // variable holds a seed, or nothing but a word for any; without it the proofs are short.
 const variable = "WARREN_SOAK"
+
+// emulated is the variable that says so, and slowness how much slower such a processor is.
+const (
+	emulated = "WARREN_TEST_EMULATED"
+	slowness = 10
+)
+
+// Spaced is the time between two packets, or as many times that as an emulated processor needs.
+func Spaced(every time.Duration) time.Duration {
+	if os.Getenv(emulated) != "" {
+		return slowness * every
+	}
+	return every
+}
+
+// Patience is how long to wait for what takes at most that long, or a few times that on an emulated processor.
+func Patience(limit time.Duration) time.Duration {
+	if os.Getenv(emulated) != "" {
+		return slowness / 2 * limit
+	}
+	return limit
+}
 
 // Trials is how often something is tried that is tried full times in a soak.
 func Trials(full int) int {

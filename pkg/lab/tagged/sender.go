@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"sync/atomic"
 	"time"
 
@@ -14,6 +13,8 @@ import (
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/warren-cni/warren/pkg/lab/soak"
 )
 
 // podLink is a pod's link.
@@ -131,22 +132,13 @@ type Gun struct {
 	sent atomic.Int64
 }
 
-// emulatedVariable is in the environment of tests whose processor is emulated, as it is in the guest of scripts/vm. It has no
-// time left for anything else while it carries what another one hardly notices, so guns then fire less often.
-const (
-	emulatedVariable = "WARREN_TEST_EMULATED"
-	emulatedPace     = 10
-)
-
 // Start begins to fire from the network namespace of a pod, from the first moment at which its link has an address.
 func Start(ctx context.Context, space ns.NetNS, f Fire) (*Gun, error) {
 	sender, err := NewSender(space)
 	if err != nil {
 		return nil, err
 	}
-	if os.Getenv(emulatedVariable) != "" {
-		f.Every *= emulatedPace
-	}
+	f.Every = soak.Spaced(f.Every)
 	ctx, stop := context.WithCancel(ctx)
 	g := &Gun{stop: stop, done: make(chan struct{})}
 	go func() {
