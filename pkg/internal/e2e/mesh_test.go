@@ -50,11 +50,12 @@ func (c *cluster) testMesh(t *testing.T) {
 			// The newest process is the one that carries the packets; the older one starts it again.
 			const newest = "pgrep --newest --full '[w]arrend tunnel'"
 			before := onNode(t, c.worker, "pid=$("+newest+"); kill -9 $pid; echo $pid")
-			eventually(t, time.Minute, "there is another tunnel", func(context.Context) error {
-				if now := onNode(t, c.worker, newest+" || true"); now == before || now == "" {
-					return fmt.Errorf("the tunnel's process is %q", now)
+			eventually(t, time.Minute, "there is another tunnel", func(ctx context.Context) error {
+				now, err := try(ctx, command{name: "docker", args: []string{"exec", c.worker, "sh", "-c", newest}})
+				if err == nil && now == before {
+					err = fmt.Errorf("the tunnel's process is still %q", now)
 				}
-				return nil
+				return err
 			})
 		})
 	})
