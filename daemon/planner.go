@@ -28,6 +28,8 @@ type planner struct {
 	// config is the mesh that is wanted, and news how it differs from the one that plan handed on last.
 	config mesh.Config
 	news   mesh.Change
+	// hosts are the addresses of all nodes, sorted; what two nodes say is there twice.
+	hosts []netip.Addr
 	// guards are the rules that stand whatever the policies, with the start gate's set.
 	guards    netfilter.Ruleset
 	uplinkMTU int
@@ -80,6 +82,7 @@ func (p *planner) claimants(changed map[string]*cluster.Node) map[string]*cluste
 	if own, told := changed[p.options.nodeName]; told {
 		p.own = own
 	}
+	p.readdress(changed)
 	update := p.mesh.Update(changed, p.uplinkMTU)
 	p.note(update.Change)
 	all := maps.Clone(changed)
@@ -102,6 +105,25 @@ func (p *planner) claimants(changed map[string]*cluster.Node) map[string]*cluste
 		all[name] = &claimant
 	}
 	return all
+}
+
+// readdress takes in the addresses of Nodes that changed, without a look at the others.
+func (p *planner) readdress(changed map[string]*cluster.Node) {
+	for name, node := range changed {
+		before, _ := p.state.Node(name)
+		for _, a := range before.Addresses {
+			if at, found := slices.BinarySearchFunc(p.hosts, a, netip.Addr.Compare); found {
+				p.hosts = slices.Delete(p.hosts, at, at+1)
+			}
+		}
+		if node == nil {
+			continue
+		}
+		for _, a := range node.Addresses {
+			at, _ := slices.BinarySearchFunc(p.hosts, a, netip.Addr.Compare)
+			p.hosts = slices.Insert(p.hosts, at, a)
+		}
+	}
 }
 
 // note adds to what plan has to hand on. Where it is more than one change, or not only peers and routes, the mesh is to be applied as
@@ -141,7 +163,7 @@ func (p *planner) plan(news cluster.Bound, uplinkMTU int) plan {
 			ClusterCIDRs:  p.options.parsedCluster,
 			NonMasquerade: p.options.parsedNonMasq,
 			Encrypted:     p.options.encryptionMode,
-			NodeAddresses: p.nodeAddresses(),
+			NodeAddresses: p.hosts,
 			Ready:         slices.SortedFunc(maps.Keys(result.open), netip.Addr.Compare),
 		})
 		result.change = netfilter.MergeChanges(result.change, netfilter.Diff(before, p.guards))
@@ -220,15 +242,6 @@ func (p *planner) endpoints() []netip.Addr {
 		if peer.Endpoint.IsValid() {
 			all = append(all, peer.Endpoint.Addr())
 		}
-	}
-	return all
-}
-
-// nodeAddresses returns those of all nodes.
-func (p *planner) nodeAddresses() []netip.Addr {
-	var all []netip.Addr
-	for _, node := range p.state.Nodes() {
-		all = append(all, node.Addresses...)
 	}
 	return all
 }

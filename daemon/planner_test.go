@@ -52,3 +52,44 @@ func TestRefusedClaimGivesNoIdentity(t *testing.T) {
 	check("when the older claim is back", "liar")
 	check("when the older claim is back", "web", "10.2.7.9")
 }
+
+// The addresses of all nodes are those of the Nodes as they are, however these have come, changed and gone.
+func TestHostsFollowNodes(t *testing.T) {
+	p := newPlanner(planning{nodeName: "self", encryptionMode: true})
+	seen := func() []string {
+		var all []string
+		for _, s := range p.ruleset().V4.Sets {
+			if s.Name == "WARREN-HOSTS4" {
+				for _, e := range s.Entries {
+					all = append(all, e.Prefix.Addr().String())
+				}
+			}
+		}
+		return all
+	}
+	for _, step := range []struct {
+		node      string
+		addresses []string
+		want      []string
+	}{
+		{"a", []string{"192.0.2.7", "192.0.2.1"}, []string{"192.0.2.1", "192.0.2.7"}},
+		{"b", []string{"192.0.2.7", "192.0.2.3"}, []string{"192.0.2.1", "192.0.2.3", "192.0.2.7"}},
+		{"a", []string{"192.0.2.1"}, []string{"192.0.2.1", "192.0.2.3", "192.0.2.7"}},
+		{"b", nil, []string{"192.0.2.1"}},
+		{"a", []string{"192.0.2.9"}, []string{"192.0.2.9"}},
+	} {
+		d := cluster.NewDelta()
+		d.Nodes[step.node] = nil
+		if step.addresses != nil {
+			node := &cluster.Node{Name: step.node}
+			for _, a := range step.addresses {
+				node.Addresses = append(node.Addresses, netip.MustParseAddr(a))
+			}
+			d.Nodes[step.node] = node
+		}
+		p.plan(p.learn(d, cluster.Attachments{}), 1500)
+		if got := seen(); !slices.Equal(got, step.want) {
+			t.Errorf("after %s has %v: %v, want %v", step.node, step.addresses, got, step.want)
+		}
+	}
+}

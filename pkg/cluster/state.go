@@ -316,9 +316,6 @@ func (s *State) Node(name string) (Node, bool) {
 	return *node, true
 }
 
-// Nodes returns all Nodes, in no order.
-func (s *State) Nodes() []Node { return values(s.nodes) }
-
 // Snapshot returns the whole state, its pods with the addresses that they can have.
 func (s *State) Snapshot() Snapshot {
 	snapshot := Snapshot{
