@@ -176,9 +176,11 @@ func (c *cluster) starts(what change, tag uint32, client *lab.Pod, atClient *tag
 		return err
 	}
 	fire := tagged.Fire{Tag: tagClient, Port: port, Every: often}
-	for _, last := range client.Addresses { // the next ones of the node
+	for i, last := range client.Addresses { // the next ones of the node; where there are no more, those after the client's again
 		for range tag - tagPod {
-			last = last.Next()
+			if last = last.Next(); !c.node.PodCIDRs[i].Contains(last.Next()) {
+				last = client.Addresses[i].Next()
+			}
 		}
 		fire.Targets = append(fire.Targets, last)
 	}
