@@ -26,8 +26,9 @@ type planner struct {
 	// own is the own Node as it is; the nodes of the state have only the podCIDRs that they may have.
 	own *cluster.Node
 	// config is the mesh that is wanted, and news how it differs from the one that plan handed on last.
-	config mesh.Config
-	news   mesh.Change
+	config       mesh.Config
+	news         mesh.Change
+	meshProblems []cluster.Problem
 	// hosts are the addresses of all nodes, sorted; what two nodes say is there twice.
 	hosts []netip.Addr
 	// guards are the rules that stand whatever the policies, with the start gate's set.
@@ -85,6 +86,7 @@ func (p *planner) claimants(changed map[string]*cluster.Node) map[string]*cluste
 	p.readdress(changed)
 	update := p.mesh.Update(changed, p.uplinkMTU)
 	p.note(update.Change)
+	p.meshProblems = p.mesh.Problems()
 	all := maps.Clone(changed)
 	for name := range update.PodCIDRs {
 		if before, known := p.state.Node(name); known && changed[name] == nil {
@@ -147,6 +149,7 @@ func (p *planner) plan(news cluster.Bound, uplinkMTU int) plan {
 	if uplinkMTU != p.uplinkMTU || first {
 		p.uplinkMTU = uplinkMTU
 		p.note(p.mesh.Update(nil, uplinkMTU).Change)
+		p.meshProblems = p.mesh.Problems()
 	}
 	if !p.news.Empty() {
 		p.config = p.mesh.Config()
@@ -168,7 +171,7 @@ func (p *planner) plan(news cluster.Bound, uplinkMTU int) plan {
 		})
 		result.change = netfilter.MergeChanges(result.change, netfilter.Diff(before, p.guards))
 	}
-	result.problems = slices.Concat(p.mesh.Problems(), p.compiler.Problems())
+	result.problems = slices.Concat(p.meshProblems, p.compiler.Problems())
 	return result
 }
 
