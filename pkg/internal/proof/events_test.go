@@ -1,6 +1,7 @@
 package proof
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -256,7 +257,13 @@ func randomPorts(r *rand.Rand) []networkingv1.NetworkPolicyPort {
 // kernelState is what of a node's rules and sets is Warren's, each chain's rules in their order, all else sorted.
 func kernelState(t *testing.T, node *lab.Node) string {
 	t.Helper()
-	saved, err := node.Run(t.Context(), "sh", "-ec", "echo ipv4; iptables-save; echo ipv6; ip6tables-save; ipset save")
+	var saved string
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	err := lab.Until(ctx, func() (err error) { // a set that goes while the rules are read is an error of the program that reads them
+		saved, err = node.Run(ctx, "sh", "-ec", "echo ipv4; iptables-save; echo ipv6; ip6tables-save; ipset save")
+		return err
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
