@@ -2,9 +2,11 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -29,12 +31,18 @@ func (n *node) handle(ctx context.Context, request agentapi.Request) agentapi.Re
 		if request.Op == agentapi.OpAttach {
 			return n.attach(ctx, *request.Pod)
 		}
-		return n.check(*request.Pod)
+		return n.check(ctx, *request.Pod)
 	case agentapi.OpReady:
 		return canAttach(n.outcomeNow())
+	case agentapi.OpReleased:
+		n.trash.released()
+		return agentapi.Response{}
 	case agentapi.OpStatus:
-		status := n.status(ctx)
-		return agentapi.Response{Status: &status}
+		text, err := json.Marshal(n.status(ctx))
+		if err != nil {
+			return refuse(types.ErrInternal, fmt.Errorf("writing the status: %w", err))
+		}
+		return agentapi.Response{Status: text}
 	case agentapi.OpExplain:
 		if request.Explain == nil {
 			return refuse(types.ErrDecodingFailure, errors.New("the request names no connection"))
@@ -61,7 +69,23 @@ func canAttach(o outcome) agentapi.Response {
 	if at >= 0 {
 		return refuse(types.ErrLimitedConnectivity, errors.New(o.problems[at].String()))
 	}
-	return agentapi.Response{}
+	return agentapi.Response{Limited: limited(o.problems)}
+}
+
+// limits are the problems with which the pods that run lack something that each of them should have: the protection of their
+// policies, the way to other nodes, or any way at all. What concerns one policy or one peer is none of them: otherwise whoever may
+// write a policy could make a node NotReady.
+var limits = []string{"FirewallApplyFailed", "ClusterCIDRHoldsNode", "NoTunnel", "MeshApplyFailed", "ForwardingOff"} //nolint:gochecknoglobals // a constant list
+
+// limited says what pods that run lack, and is empty where nothing does.
+func limited(problems []cluster.Problem) string {
+	var lacks []string
+	for _, p := range problems {
+		if slices.Contains(limits, p.Code) {
+			lacks = append(lacks, p.String())
+		}
+	}
+	return strings.Join(lacks, "; ")
 }
 
 // attach puts a pod's policies into the kernel and opens the start gate for it; it succeeds only when both were seen
@@ -98,15 +122,6 @@ func (n *node) attach(ctx context.Context, pod agentapi.Pod) agentapi.Response {
 			return refuse(types.ErrTryAgainLater, errors.Join(err, unknown))
 		}
 	}
-}
-
-// check says whether the gate is open for the pod.
-func (n *node) check(pod agentapi.Pod) agentapi.Response {
-	if !n.isOpen(pod) {
-		return refuse(types.ErrInternal, fmt.Errorf("the start gate is closed for pod %s/%s with addresses %v: its policies are not programmed on this node",
-			pod.Namespace, pod.Name, pod.Addresses))
-	}
-	return agentapi.Response{}
 }
 
 // isOpen says whether the last step opened the gate for all of the pod's addresses, and for this pod: who had an address

@@ -16,6 +16,8 @@ import (
 	"github.com/warren-cni/warren/pkg/cniconf"
 	"github.com/warren-cni/warren/pkg/conntrack"
 	"github.com/warren-cni/warren/pkg/firewall"
+	"github.com/warren-cni/warren/pkg/inflight"
+	"github.com/warren-cni/warren/pkg/ipam"
 	"github.com/warren-cni/warren/pkg/podlink"
 	"github.com/warren-cni/warren/pkg/wgdevice"
 )
@@ -32,7 +34,8 @@ func cleanupCommand() *cobra.Command {
 and the node's key. Pods of this node lose their network; nothing that is not Warren's is touched.
 
 It goes on after an error, and says at the end what is left. Stop the daemon and the tunnel first. The reference plugins
-that Warren installed (portmap, bandwidth, loopback) stay, because others may use them.`,
+that Warren installed (portmap, bandwidth, loopback) go too, unless somebody has replaced them since, and those whose place
+they took come back.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if wait {
@@ -75,15 +78,43 @@ func cleanup(ctx context.Context, p paths, keepKey bool, log *slog.Logger) error
 	do("conflist", cniconf.Remove(p.cniConfDir, p.runDir))
 	do("links of pods", podlink.RemoveAll())
 	do("tunnel and routes", wgdevice.New(wgdevice.Options{Log: log, Mode: wgdevice.ModeAuto}).Cleanup())
+	chained := p.removeChained(ctx)
+	do("ports of the node that led to pods, and what limited their bandwidth", chained)
 	do("rules and sets", firewall.Cleanup(ctx, log))
 	_, err = conntrack.SweepAll(ctx, func(conntrack.Flow) bool { return true })
 	do("marks of cut connections", err)
-	do("plugin", removeFile(filepath.Join(p.cniBinDir, "warren")))
-	do("leases and runtime state", removeFrom(p.runDir, "warrend.sock", ".s[0-9]*", "ipam", "wireguard"))
+	do("plugins", cniconf.RemoveBinaries(p.cniBinDir))
+	do("runtime state", removeFrom(p.runDir, "warrend.sock", ".s[0-9]*", inflight.FileName+"*", "wireguard", meshFile+"*"))
+	if chained == nil { // else the next cleanup needs them, to know whose the rest is
+		do("leases", removeFrom(p.runDir, "ipam"))
+	}
+	do("memory of the guards", removeFrom(p.stateDir, guardedFile))
 	if !keepKey {
 		do("key", removeFrom(p.stateDir, wgdevice.KeyFiles()...))
 	}
 	return errors.Join(append(errs, unlock())...)
+}
+
+// removeChained removes what other plugins have made for the pods, which are those that hold leases.
+func (p *paths) removeChained(ctx context.Context) error {
+	containers, err := p.containers()
+	return errors.Join(err, firewall.RemovePorts(ctx, cniconf.NetworkName, containers), cniconf.RemoveShapers(cniconf.NetworkName, containers...))
+}
+
+// containers returns those that hold leases.
+func (p *paths) containers() (ids []string, err error) {
+	if _, err = os.Stat(p.leases()); errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	leases, err := ipam.Open(p.leases())
+	if err != nil {
+		return nil, err
+	}
+	owners, err := leases.Owners()
+	for _, o := range owners {
+		ids = append(ids, o.ContainerID)
+	}
+	return ids, err
 }
 
 // removeFile deletes a file that may be gone already.

@@ -22,17 +22,17 @@ const clockPatience = 30 * time.Second
 // elsewhere the clock stays right, and no key changes.
 func TestClockIsCorrected(t *testing.T) {
 	t.Parallel()
-	r := newRotating(t, "wdclock")
+	r := newRotating(t, lab.Options{Name: "wdclock"})
 	var counters [2]*tagged.Counter
 	for i, pod := range r.pods {
 		counters[i] = r.counter(pod.Netns())
 		gun := r.fire(r.pods[1-i], tagged.Fire{Tag: tagAllowed, Targets: pod.Addresses, Port: port, Every: often})
 		t.Cleanup(gun.Cease)
 	}
-	anew := func(what string) {
+	anew := func(what string, nodes []*lab.Node) {
 		t.Helper()
 		since := now()
-		r.forgetSessions()
+		r.forgetSessions(nodes)
 		for i := range counters {
 			r.arrives(counters[i], 50, nil)
 		}
@@ -43,7 +43,7 @@ func TestClockIsCorrected(t *testing.T) {
 		}
 	}
 	keys := [2]string{r.status(0).Encryption.PublicKey, r.status(1).Encryption.PublicKey}
-	anew("the clock is right")
+	anew("the clock is right", r.Nodes[:1]) // of both, handshakes would cross, for 5 s each time
 	if lab.TestedWireGuard() != string(wgdevice.ModeKernel) {
 		for i, key := range keys {
 			if now := r.status(i).Encryption.PublicKey; now != key {
@@ -56,24 +56,24 @@ func TestClockIsCorrected(t *testing.T) {
 	setClock(t, time.Hour)
 	r.rotate(0) // so that both have seen handshakes of that hour
 	r.rotate(1)
-	anew("an hour ahead")
+	anew("an hour ahead", r.Nodes)
 	setClock(t, -time.Hour)
-	anew("corrected from an hour ahead")
+	anew("corrected from an hour ahead", r.Nodes)
 	setClock(t, -time.Hour)
-	anew("an hour behind")
+	anew("an hour behind", r.Nodes)
 	setClock(t, time.Hour)
-	anew("corrected from an hour behind")
+	anew("corrected from an hour behind", r.Nodes)
 
 	// The clock is corrected while no daemon runs. The control: without one nobody helps.
 	setClock(t, time.Hour)
 	r.rotate(0)
 	r.rotate(1)
-	anew("an hour ahead again")
+	anew("an hour ahead again", r.Nodes)
 	for i := range r.Nodes {
 		r.endDaemon(i, (*lab.Process).Kill)
 	}
 	setClock(t, -time.Hour)
-	r.forgetSessions()
+	r.forgetSessions(r.Nodes)
 	r.pause(time.Second) // what is under way arrives
 	before := counters[0].Packets(nil) + counters[1].Packets(nil)
 	r.pause(7 * time.Second) // a handshake is tried again after five
@@ -83,7 +83,7 @@ func TestClockIsCorrected(t *testing.T) {
 	for i := range r.Nodes {
 		r.startDaemon(i)
 	}
-	anew("corrected before the daemons started")
+	anew("corrected before the daemons started", r.Nodes)
 }
 
 // setClock sets the clock of this machine forward.
@@ -96,9 +96,9 @@ func setClock(t *testing.T, by time.Duration) {
 }
 
 // forgetSessions makes both devices start all sessions anew.
-func (r *rotating) forgetSessions() {
+func (r *rotating) forgetSessions(nodes []*lab.Node) {
 	r.t.Helper()
-	for _, n := range r.Nodes {
+	for _, n := range nodes {
 		err := n.WireGuard(func(client *wgctrl.Client) error {
 			device, err := client.Device(mesh.Link)
 			if err != nil {

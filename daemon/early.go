@@ -3,33 +3,23 @@ package main
 import (
 	"context"
 	"fmt"
-	"net"
-	"net/netip"
-	"slices"
 
 	"github.com/warren-cni/warren/pkg/guard"
-	"github.com/warren-cni/warren/pkg/mesh"
 	"github.com/warren-cni/warren/pkg/netfilter"
 	"github.com/warren-cni/warren/pkg/policy"
 	"github.com/warren-cni/warren/pkg/wgdevice"
 )
 
-// early puts the guards up before anything is known of the cluster, on a node where no rule of ours stands: one that has just
-// booted. What the node's own programs send to pods would else take the default route, in clear, until the API server has answered.
-// Where rules stand it changes none of them: they know more than this does.
+// early puts the guards up before anything is known of the cluster, on a node where no rule of ours stands, and where they have stood
+// before: one that has just booted. What the node's own programs send to pods would else take the default route, in clear, until the
+// API server has answered. Where rules stand it changes none of them: they know more than this does.
 func (n *node) early(ctx context.Context) error {
 	o := n.options
 	if !o.encryptionMode || len(o.parsedCluster) == 0 {
 		return nil
 	}
-	own, err := localAddresses()
-	if err != nil {
-		return err
-	}
-	for _, prefix := range o.parsedCluster {
-		if slices.ContainsFunc(own, prefix.Contains) {
-			return nil // the guards would cut the node off from the API server, which alone can tell; see cutOff
-		}
+	if stood, err := n.guardsStood(); err != nil || !stood {
+		return err // they might cut the node off; see cutOff
 	}
 	bare, err := n.filter.Bare(ctx)
 	if err != nil || !bare {
@@ -43,28 +33,4 @@ func (n *node) early(ctx context.Context) error {
 	}
 	n.log.Info("guards stand before the cluster is known", "cluster_cidrs", o.parsedCluster)
 	return wgdevice.Reserve(o.parsedCluster)
-}
-
-// localAddresses returns the addresses of the node's links but the tunnel's.
-func localAddresses() ([]netip.Addr, error) {
-	links, err := net.Interfaces()
-	if err != nil {
-		return nil, fmt.Errorf("listing links: %w", err)
-	}
-	var own []netip.Addr
-	for _, link := range links {
-		if link.Name == mesh.Link {
-			continue
-		}
-		addresses, err := link.Addrs()
-		if err != nil {
-			return nil, fmt.Errorf("listing addresses of %s: %w", link.Name, err)
-		}
-		for _, a := range addresses {
-			if prefix, errParse := netip.ParsePrefix(a.String()); errParse == nil {
-				own = append(own, prefix.Addr())
-			}
-		}
-	}
-	return own, nil
 }

@@ -23,6 +23,8 @@ type kernel struct {
 	wanted func() netfilter.Ruleset
 	// closed are the chains whose rules were refused.
 	closed []firewall.ClosedChain
+	// settle returns when what was wanted at its call is in the kernel, or cannot be; nil where nobody waits for that.
+	settle func()
 }
 
 // compare finds where the kernel of the daemon's node is not as planned, in what decides about the verdicts.
@@ -44,6 +46,9 @@ func (e *explanation) compare(ctx context.Context, k kernel) {
 func (k kernel) lasting(ctx context.Context, wanted func() netfilter.Ruleset, counts func(firewall.Difference) bool) ([]firewall.Difference, error) {
 	var lasting []firewall.Difference
 	for i := range 2 {
+		if i > 0 && k.settle != nil {
+			k.settle()
+		}
 		found, err := k.Drift(ctx, wanted())
 		if err != nil {
 			return nil, err

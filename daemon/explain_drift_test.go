@@ -208,24 +208,18 @@ func TestExplainSeesDriftInKernel(t *testing.T) {
 	})
 }
 
+// waiting is an iptables-restore that does nothing as long as the file %[2]s is there.
+const waiting = `#!/bin/sh
+input=$(cat)
+while [ -e %[2]s ]; do sleep 0.05; done
+printf '%%s\n' "$input" | exec %[1]s "$@"
+`
+
 // A step that waits, here for iptables-restore, holds up no answer: the operator is told that the kernel is behind.
 func TestExplainAnswersWhileAStepWaits(t *testing.T) {
 	s := newStage(t, "wdwaits", 1)
-	tools := t.TempDir()
-	hold := filepath.Join(tools, "hold")
-	for _, name := range []string{"iptables-nft-restore", "ip6tables-nft-restore"} {
-		actual, err := exec.LookPath(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		script := fmt.Sprintf("#!/bin/sh\nwhile [ -e %s ]; do sleep 0.05; done\nexec %s \"$@\"\n", hold, actual)
-		if err = os.WriteFile(filepath.Join(tools, name), []byte(script), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	s.startTunnel(0)
-	s.startDaemon(0, []string{"PATH=" + tools + ":" + os.Getenv("PATH")})
-	s.ready(0)
+	hold := filepath.Join(t.TempDir(), "hold")
+	s.startWithRestore(waiting, hold)
 	client, closed := s.pod(0, "client"), s.pod(0, "closed")
 	s.reaches(client, closed)
 	if out, status := s.explain(0, "shop/closed"); status != 0 {

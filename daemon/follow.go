@@ -13,9 +13,10 @@ import (
 )
 
 // The pauses of a follower. Those of a node that changes its key wait for no longer than the first; a node that has announced a key and
-// gone away is looked for less often after a minute.
+// gone away is looked for less often after a minute. The second is for peers that are new: most have shaken hands at the first look.
 const (
 	followPause     = 10 * time.Millisecond
+	followNewPause  = 50 * time.Millisecond
 	followPatience  = time.Minute
 	followLatePause = 100 * time.Millisecond
 	followRetry     = time.Second
@@ -24,15 +25,16 @@ const (
 	followPeer = 130 * time.Microsecond
 )
 
-// device is a tunnel whose peers may change their keys.
+// device is a tunnel whose peers come, and may change their keys.
 type device interface {
 	Apply(ctx context.Context, config mesh.Config, key wgdevice.Key) (wgdevice.Changes, error)
 	Patch(ctx context.Context, change mesh.Change, key wgdevice.Key) (wgdevice.Changes, error)
-	Follow(ctx context.Context, config mesh.Config) (pending int, err error)
+	Follow(ctx context.Context, config mesh.Config) (wgdevice.Awaited, error)
 }
 
-// follower applies the mesh to the tunnel, and while peers change their keys, looks at the tunnel in between: with the first handshake by
-// its next key a peer's prefixes have to move to that at once, because what it sends by the new key is dropped until they have.
+// follower applies the mesh to the tunnel, and while peers change their keys or are new, looks at the tunnel in between: with the first
+// handshake by its next key a peer's prefixes have to move to that at once, because what it sends by the new key is dropped until they
+// have; and handshakes of two nodes with each other may have crossed, and have to begin again.
 type follower struct {
 	device device
 	clock  func() time.Time
@@ -72,47 +74,54 @@ func (f *follower) apply(ctx context.Context, want mesh.Config, change *mesh.Cha
 	return f.device.Apply(ctx, want, key)
 }
 
-// run follows the keys of the peers until the context ends.
+// run follows the keys and the handshakes of the peers until the context ends.
 func (f *follower) run(ctx context.Context) {
-	timer := time.NewTimer(0)
+	timer := time.NewTimer(followPause)
 	defer timer.Stop()
-	failed := false
+	soon, failed := true, false // soon: the timer runs, and not because of an error
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-f.applied:
+			if !soon {
+				timer.Reset(followPause)
+			}
+			soon = true
+			continue
 		case <-timer.C:
 		}
-		pending, pause, err := f.look(ctx)
+		pause, err := f.look(ctx)
 		if err != nil && !failed && ctx.Err() == nil {
-			f.log.Warn("following the keys of peers", "error", err) // the next audit reports what lasts
+			f.log.Warn("following the peers of the tunnel", "error", err) // the next audit reports what lasts
 		}
 		failed = err != nil
-		switch {
-		case failed:
-			pause = followRetry
-		case pending == 0:
-			timer.Stop()
-			continue
+		soon = pause > 0 && !failed
+		if pause > 0 {
+			timer.Reset(pause)
 		}
-		timer.Reset(pause)
 	}
 }
 
-// look moves the prefixes of those peers that use their next key now, and returns how many do not yet, and the pause until the next look.
-func (f *follower) look(ctx context.Context) (pending int, pause time.Duration, err error) {
+// look does what is to be done for the peers by now, and returns the pause until the next look, or 0 where nothing is awaited.
+func (f *follower) look(ctx context.Context) (time.Duration, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if len(nextKeys(f.mesh)) == 0 {
-		return 0, 0, nil
+	awaited, err := f.device.Follow(ctx, f.mesh)
+	var pause time.Duration
+	switch {
+	case err != nil:
+		return followRetry, err
+	case awaited.Keys > 0 && f.clock().Sub(f.since) <= followPatience:
+		pause = followPause
+	case awaited.Handshakes > 0:
+		pause = followNewPause
+	case awaited.Keys > 0:
+		pause = followLatePause
+	default:
+		return 0, nil
 	}
-	pause = max(followPause, time.Duration(len(f.mesh.Peers))*followPeer)
-	if f.clock().Sub(f.since) > followPatience {
-		pause = max(pause, followLatePause)
-	}
-	pending, err = f.device.Follow(ctx, f.mesh)
-	return pending, pause, err
+	return max(pause, time.Duration(len(f.mesh.Peers))*followPeer), nil
 }
 
 // nextKeys returns the keys that peers are about to use.

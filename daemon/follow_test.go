@@ -26,7 +26,7 @@ type calls struct{ applies, patches, looks int }
 
 // answers is what they answer.
 type answers struct {
-	pending int
+	awaited wgdevice.Awaited
 	unknown bool
 	err     error
 }
@@ -48,11 +48,11 @@ func (w *watched) Patch(context.Context, mesh.Change, wgdevice.Key) (wgdevice.Ch
 	return wgdevice.Changes{}, nil
 }
 
-func (w *watched) Follow(context.Context, mesh.Config) (int, error) {
+func (w *watched) Follow(context.Context, mesh.Config) (wgdevice.Awaited, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.looks++
-	return w.pending, w.err
+	return w.awaited, w.err
 }
 
 // during sets the answers and returns how often the methods were called in that time.
@@ -84,13 +84,19 @@ func TestFollower(t *testing.T) {
 		steady := mesh.Peer{Node: "a", PublicKey: [32]byte{1}}
 		changing := mesh.Peer{Node: "b", PublicKey: [32]byte{2}, Next: [32]byte{3}}
 
-		changes := answers{pending: 1}
 		apply(nil, steady)
-		if n := w.during(time.Minute, changes); n != (calls{}) || w.applies != 1 {
-			t.Errorf("%+v while no key changes", n)
+		if n := w.during(time.Minute, answers{}); n.looks > 1 || w.applies != 1 {
+			t.Errorf("%+v while nothing is awaited", n)
 		}
+		comes := answers{awaited: wgdevice.Awaited{Handshakes: 1}}
+		apply(&mesh.Change{}, steady)
+		if n := w.during(time.Second, comes); n.looks < 18 || n.looks > 22 {
+			t.Errorf("%d looks in a second at a new peer", n.looks)
+		}
+		w.during(time.Second, answers{})
+		changes := answers{awaited: wgdevice.Awaited{Keys: 1, Handshakes: 1}}
 		apply(&mesh.Change{}, steady, changing)
-		if n := w.during(time.Second, changes); n.looks < 90 || n.looks > 110 || w.applies != 1 || w.patches != 1 {
+		if n := w.during(time.Second, changes); n.looks < 90 || n.looks > 110 || w.applies != 1 || w.patches != 2 {
 			t.Errorf("%+v in a second while a key changes", n)
 		}
 		apply(&mesh.Change{}, append(slices.Repeat([]mesh.Peer{steady}, 500), changing)...)
@@ -102,15 +108,16 @@ func TestFollower(t *testing.T) {
 			w.during(resync, changes)
 			apply(nil, steady, changing) // an audit
 		}
+		changes.awaited.Handshakes = 0
 		w.during(resync, changes)
 		if n := w.during(time.Second, changes); n.looks > 11 || n.looks < 9 {
 			t.Errorf("%d looks in a second when a node that announced a key has not used it for long", n.looks)
 		}
-		w.during(0, answers{pending: 1, unknown: true})
+		w.during(0, answers{awaited: changes.awaited, unknown: true})
 		before := w.applies
 		changing.Next = [32]byte{4}
 		apply(&mesh.Change{}, changing)
-		if n := w.during(time.Second, changes); n.looks < 90 || w.applies != before+1 || w.patches != 4 {
+		if n := w.during(time.Second, changes); n.looks < 90 || w.applies != before+1 || w.patches != 5 {
 			t.Errorf("%+v in a second after a change of what is not known", n)
 		}
 		silent := answers{err: errors.New("the tunnel does not answer")}

@@ -23,13 +23,9 @@ import (
 // those that were released had cooled down.
 func (s *stage) reuseAddresses(i int) {
 	s.t.Helper()
-	cursors, err := filepath.Glob(filepath.Join(s.Nodes[i].Leases(), ".last-*"))
-	err = errors.Join(err, s.Nodes[i].EndCoolDown())
-	for _, name := range cursors {
-		err = errors.Join(err, os.Remove(name))
-	}
-	if err != nil || len(cursors) == 0 {
-		s.t.Fatalf("%d cursors, %v", len(cursors), err)
+	remembered := filepath.Join(s.Nodes[i].Leases(), ".lock")
+	if err := errors.Join(s.Nodes[i].EndCoolDown(s.t.Context()), os.Truncate(remembered, 0)); err != nil {
+		s.t.Fatal(err)
 	}
 }
 
@@ -142,20 +138,18 @@ func TestFinishedPodIsClosed(t *testing.T) {
 	s.blocked(client, closed)
 }
 
+// slowly is an iptables-restore that takes its time as long as the file %[2]s is there.
+const slowly = `#!/bin/sh
+input=$(cat)
+[ -e %[2]s ] && sleep 4
+printf '%%s\n' "$input" | exec %[1]s "$@"
+`
+
 // An address that changed hands while the daemon was applying is not let pass for who had it before.
 func TestAddressChangesHandsWhileApplying(t *testing.T) {
 	s := newStage(t, "wdhands", 1)
-	s.startTunnel(0)
-	tools := t.TempDir()
-	slow := filepath.Join(tools, "slow")
-	for _, name := range []string{"iptables-nft-restore", "ip6tables-nft-restore"} {
-		script := "#!/bin/sh\n[ -e " + slow + " ] && sleep 4\nexec /usr/sbin/" + name + " \"$@\"\n"
-		if err := os.WriteFile(filepath.Join(tools, name), []byte(script), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	s.startDaemon(0, []string{"PATH=" + tools + ":" + os.Getenv("PATH")})
-	s.ready(0)
+	slow := filepath.Join(t.TempDir(), "slow")
+	s.startWithRestore(slowly, slow)
 	isolateOther := isolateClosed()
 	isolateOther.Name, isolateOther.Spec.PodSelector.MatchLabels = "isolate-other", map[string]string{"app": "other"}
 	s.write("policy-other", isolateOther)

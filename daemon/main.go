@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -35,14 +36,14 @@ func execute(ctx context.Context, root *cobra.Command) int {
 	switch {
 	case err == nil:
 		return 0
-	case errors.Is(err, errDenied), errors.Is(err, errViolated):
+	case errors.Is(err, errDenied), errors.Is(err, errViolated), errors.Is(err, errUnfit):
 		return 1 // the output has told it
 	case errors.Is(err, errUnknown), errors.Is(err, errNotProven):
 		return 2 // the same
 	}
 	fmt.Fprintln(root.ErrOrStderr(), "error:", err)
-	if cmd.Name() == explainName || cmd.Name() == verifyName {
-		return 2 // 1 would say that the connection is denied, or that traffic is in clear
+	if slices.Contains([]string{explainName, verifyName, doctorName}, cmd.Name()) {
+		return 2 // 1 would say that the connection is denied, that traffic is in clear, or that the node is not fit
 	}
 	return 1
 }
@@ -58,8 +59,8 @@ func rootCommand() *cobra.Command {
 			return fromEnvironment(cmd.Flags(), os.LookupEnv)
 		},
 	}
-	root.AddCommand(runCommand(), tunnelCommand(), installCommand(), statusCommand(), explainCommand(), rotateKeyCommand(), verifyCommand(), renderCommand(),
-		cleanupCommand(), versionCommand())
+	root.AddCommand(doctorCommand(), runCommand(), tunnelCommand(), installCommand(), statusCommand(), explainCommand(), rotateKeyCommand(), verifyCommand(),
+		renderCommand(), cleanupCommand(), versionCommand())
 	return root
 }
 

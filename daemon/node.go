@@ -34,6 +34,7 @@ type source interface {
 	Publish(ctx context.Context, annotations map[string]string) error
 	Event(ctx context.Context, event kube.Event)
 	Reporter(of kube.Reference) string
+	Servers(ctx context.Context) ([]netip.Addr, error)
 }
 
 // filter is the packet filter of the kernel.
@@ -51,6 +52,7 @@ type filter interface {
 type tunnel interface {
 	device
 	Status(ctx context.Context) (wgdevice.Status, error)
+	Empty(ctx context.Context) (bool, error)
 }
 
 // node is the daemon: what it reads from, what it applies to, and what the last step came to.
@@ -64,18 +66,32 @@ type node struct {
 	leases    *ipam.Store
 	keys      *rotator
 	follower  *follower
-	uplinkMTU func(node netip.Addr, peers []netip.Addr) (int, error)
+	uplinkOf  func(node netip.Addr, peers []netip.Addr) (mesh.Uplink, error)
 	loop      *reconcile.Loop
 	planner   *planner
 	cuts      *cutter
+	trash     *sweeper
 	flows     *flowLog
 	news      *announcer
+	collector *collector
 	// planned are the addresses that the step which runs wants to let pass; only the loop touches it.
 	planned map[netip.Addr]cluster.Holder
 	// attached are the attachments whose pods asked, or were there when the daemon started; nil before. Only the loop touches it.
 	attached map[cluster.Holder]bool
+	// tunnelNews gets a value when a tunnel has begun to answer, or the kernel's was deleted.
+	tunnelNews chan struct{}
+	// remembered says that the mesh which is wanted stands, and is written down. Only the loop touches it.
+	remembered bool
+	// rememberAt is when it is to be written down, zero where that is not waited for. Only the loop touches it.
+	rememberAt time.Time
+	// servers are the API server's addresses, once they are known. Only the loop touches them.
+	servers      []netip.Addr
+	serversKnown bool
 	// tunnelChanged says that something happened to the tunnel since it was applied last, or that it lacks a change.
 	tunnelChanged atomic.Bool
+
+	// checking is held by the check that reads the kernel.
+	checking sync.Mutex
 
 	mu      sync.Mutex
 	last    outcome
@@ -106,8 +122,9 @@ type outcome struct {
 
 // host is what full steps read and set on the node itself.
 type host struct {
-	uplinkMTU int
-	problems  []cluster.Problem
+	uplink   mesh.Uplink
+	problems []cluster.Problem
+	notes    []string
 }
 
 // outcomeNow returns the last step's outcome.
@@ -115,6 +132,11 @@ func (n *node) outcomeNow() outcome {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.last
+}
+
+// exists says whether a pod of this node exists and has not finished; true as long as that is not known.
+func (n *node) exists(o ipam.Owner) bool {
+	return !n.outcomeNow().synced || n.planner.hasPod(attachmentOf(ipam.Lease{Owner: o}))
 }
 
 // nextStep returns a channel that is closed when the step after now has ended.
@@ -190,7 +212,7 @@ func (n *node) serve(ctx context.Context) error {
 	start("answering on the socket", n.answer)
 	start("serving metrics", n.serveMetrics)
 	start("reconciling", n.reconcile)
-	for _, run := range []func(context.Context){n.cuts.run, n.flows.run, n.news.run} {
+	for _, run := range []func(context.Context){n.cuts.run, n.trash.run, n.flows.run, n.news.run, n.collector.run} {
 		running.Go(func() { run(ctx) })
 	}
 	if n.options.encryptionMode {
@@ -200,6 +222,10 @@ func (n *node) serve(ctx context.Context) error {
 			return wgdevice.WatchTunnel(ctx, func() {
 				n.tunnelChanged.Store(true)
 				n.loop.Trigger()
+				select {
+				case n.tunnelNews <- struct{}{}:
+				default: // it will look at this one
+				}
 			})
 		})
 	}
@@ -238,7 +264,7 @@ func (n *node) answer(ctx context.Context) error {
 
 // reconcile runs the loop once the source is complete: a partial view would take away what others still need.
 func (n *node) reconcile(ctx context.Context) error {
-	if err := n.source.WaitForSync(ctx); err != nil {
+	if err := n.awaitSource(ctx); err != nil {
 		return err
 	}
 	changed := n.source.Changed()

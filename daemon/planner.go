@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
@@ -29,11 +30,15 @@ type planner struct {
 	config       mesh.Config
 	news         mesh.Change
 	meshProblems []cluster.Problem
-	// hosts are the addresses of all nodes, sorted; what two nodes say is there twice.
-	hosts []netip.Addr
-	// guards are the rules that stand whatever the policies, with the start gate's set.
-	guards    netfilter.Ruleset
-	uplinkMTU int
+	// held are the pods that have an address which is the node's own by its podCIDRs.
+	held  map[netip.Addr]cluster.Key
+	hosts hosts
+	// fenced says that both families have a cluster CIDR, so that the guards do not depend on the podCIDRs of other nodes; otherwise
+	// refence says that these are others than when the guards were planned.
+	fenced, refence bool
+	// guards are the rules that stand whatever the policies, with the start gate's set and without those of the hosts.
+	guards netfilter.Ruleset
+	uplink mesh.Uplink
 	// closed are the chains of groups that stand closed in the kernel.
 	closed map[netfilter.Family]map[string]bool
 }
@@ -54,8 +59,11 @@ type plan struct {
 }
 
 func newPlanner(o planning) *planner {
+	has := func(f netfilter.Family) bool {
+		return slices.ContainsFunc(o.parsedCluster, func(p netip.Prefix) bool { return netfilter.FamilyOf(p.Addr()) == f })
+	}
 	return &planner{
-		options: o, state: cluster.NewState(o.nodeName), compiler: policy.NewCompiler(o.nodeName, policy.Options{Log: o.logMode}),
+		options: o, fenced: has(netfilter.IPv4) && has(netfilter.IPv6), state: cluster.NewState(o.nodeName), compiler: policy.NewCompiler(o.nodeName, policy.Options{Log: o.logMode}),
 		mesh: mesh.NewPlanner(o.nodeName, mesh.Options{
 			ClusterCIDRs: o.parsedCluster,
 			ListenPort:   o.port,
@@ -83,13 +91,21 @@ func (p *planner) claimants(changed map[string]*cluster.Node) map[string]*cluste
 	if own, told := changed[p.options.nodeName]; told {
 		p.own = own
 	}
-	p.readdress(changed)
-	update := p.mesh.Update(changed, p.uplinkMTU)
+	for name, node := range changed {
+		before, _ := p.state.Node(name)
+		p.hosts.forget(before.Addresses)
+		if node != nil {
+			p.hosts.learn(node.Addresses)
+		}
+	}
+	update := p.mesh.Update(changed, p.uplink)
 	p.note(update.Change)
+	p.refence = p.refence || !p.fenced && len(update.PodCIDRs) > 0
 	p.meshProblems = p.mesh.Problems()
 	all := maps.Clone(changed)
 	for name := range update.PodCIDRs {
-		if before, known := p.state.Node(name); known && changed[name] == nil {
+		_, told := changed[name]
+		if before, known := p.state.Node(name); known && !told {
 			all[name] = &before
 		}
 	}
@@ -109,25 +125,6 @@ func (p *planner) claimants(changed map[string]*cluster.Node) map[string]*cluste
 	return all
 }
 
-// readdress takes in the addresses of Nodes that changed, without a look at the others.
-func (p *planner) readdress(changed map[string]*cluster.Node) {
-	for name, node := range changed {
-		before, _ := p.state.Node(name)
-		for _, a := range before.Addresses {
-			if at, found := slices.BinarySearchFunc(p.hosts, a, netip.Addr.Compare); found {
-				p.hosts = slices.Delete(p.hosts, at, at+1)
-			}
-		}
-		if node == nil {
-			continue
-		}
-		for _, a := range node.Addresses {
-			at, _ := slices.BinarySearchFunc(p.hosts, a, netip.Addr.Compare)
-			p.hosts = slices.Insert(p.hosts, at, a)
-		}
-	}
-}
-
 // note adds to what plan has to hand on. Where it is more than one change, or not only peers and routes, the mesh is to be applied as
 // a whole.
 func (p *planner) note(c mesh.Change) {
@@ -141,38 +138,88 @@ func (p *planner) note(c mesh.Change) {
 }
 
 // plan works out what follows from what was learnt.
-func (p *planner) plan(news cluster.Bound, uplinkMTU int) plan {
+func (p *planner) plan(news cluster.Bound, uplink mesh.Uplink) plan {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	update := p.compiler.Update(news.Delta)
 	first := len(p.guards.V4.Hooks) == 0
-	if uplinkMTU != p.uplinkMTU || first {
-		p.uplinkMTU = uplinkMTU
-		p.note(p.mesh.Update(nil, uplinkMTU).Change)
+	if uplink.MTU != p.uplink.MTU || !maps.Equal(uplink.Less, p.uplink.Less) || first {
+		p.uplink = uplink
+		p.note(p.mesh.Update(nil, uplink).Change)
 		p.meshProblems = p.mesh.Problems()
 	}
-	if !p.news.Empty() {
+	meshChange, refence := p.news, p.refence
+	p.news, p.refence = mesh.Change{}, false
+	if !meshChange.Empty() || refence {
 		p.config = p.mesh.Config()
 	}
-	result := plan{change: update.Change, affected: update.Affected, mesh: p.config, meshChange: p.news}
-	p.news = mesh.Change{}
-	if len(news.Nodes)+len(news.Opened)+len(news.Closed) > 0 || first {
-		result.open, result.openChanged = p.state.Open(), true
-		// An address that has another holder was taken out of the gate's set by the plugin, so it has to be put in again.
-		before := without(p.guards, news.Opened)
-		p.guards = guard.Compile(guard.Config{
-			PodCIDRs:      p.config.PodCIDRs,
-			KnownPodCIDRs: p.config.KnownPodCIDRs,
-			ClusterCIDRs:  p.options.parsedCluster,
-			NonMasquerade: p.options.parsedNonMasq,
-			Encrypted:     p.options.encryptionMode,
-			NodeAddresses: p.hosts,
-			Ready:         slices.SortedFunc(maps.Keys(result.open), netip.Addr.Compare),
-		})
-		result.change = netfilter.MergeChanges(result.change, netfilter.Diff(before, p.guards))
+	if held := p.heldByPods(); !maps.Equal(held, p.held) || len(held) > 0 && !meshChange.Empty() {
+		p.held, meshChange = held, mesh.Change{Link: true}
 	}
-	result.problems = slices.Concat(p.meshProblems, p.compiler.Problems())
+	result := plan{change: update.Change, affected: update.Affected, mesh: p.withoutHeld(), meshChange: meshChange}
+	if len(news.Opened)+len(news.Closed) > 0 || meshChange.Link || refence || first {
+		result.open, result.openChanged = p.state.Open(), true
+		result.change = netfilter.MergeChanges(result.change, p.guard(result.open, news.Opened))
+	}
+	result.change = netfilter.MergeChanges(result.change, p.hosts.change())
+	result.problems = slices.Concat(p.meshProblems, p.compiler.Problems(), p.heldProblems())
 	return result
+}
+
+// heldByPods returns the pods that have an address which is the node's own by its podCIDRs: they got it from a podCIDR that the node had
+// before, and keep it until they end.
+func (p *planner) heldByPods() map[netip.Addr]cluster.Key {
+	held := map[netip.Addr]cluster.Key{}
+	for _, own := range p.config.Addresses {
+		if pod, ok := p.compiler.Pod(own.Addr()); ok {
+			held[own.Addr()] = pod.Key()
+		}
+	}
+	return held
+}
+
+// withoutHeld returns the mesh without those addresses: on the link they would take the pods' packets.
+func (p *planner) withoutHeld() mesh.Config {
+	c := p.config
+	if len(p.held) == 0 {
+		return c
+	}
+	isHeld := func(a netip.Addr) bool { _, held := p.held[a]; return held }
+	c.Addresses = slices.DeleteFunc(slices.Clone(c.Addresses), func(own netip.Prefix) bool { return isHeld(own.Addr()) })
+	c.Routes = slices.Clone(c.Routes)
+	for i, r := range c.Routes {
+		if isHeld(r.Source) {
+			c.Routes[i].Source = netip.Addr{} // the kernel takes one of the node's; what leaves is translated all the same
+		}
+	}
+	return c
+}
+
+// heldProblems tells of those addresses.
+func (p *planner) heldProblems() (problems []cluster.Problem) {
+	for a, pod := range p.held {
+		problems = append(problems, cluster.Problem{
+			Code: "NodeAddressHeld", Object: "Node " + p.options.nodeName, Field: "spec.podCIDRs",
+			Message: fmt.Sprintf("pod %s has %s, the first address of the podCIDR, from one that the node had before; the node does without it until the pod ends", pod, a),
+			Remedy:  "delete the pod, so that it gets another address",
+		})
+	}
+	return problems
+}
+
+// guard plans the guards anew, with a start gate that is open for some addresses, and returns how they differ. An address that has another
+// holder was taken out of the gate's set by the plugin, so it has to be put in again.
+func (p *planner) guard(open map[netip.Addr]cluster.Holder, opened []netip.Addr) netfilter.Change {
+	before := without(p.guards, opened)
+	p.guards = guard.Rules(guard.Config{
+		PodCIDRs:      p.config.PodCIDRs,
+		KnownPodCIDRs: p.config.KnownPodCIDRs,
+		ClusterCIDRs:  p.options.parsedCluster,
+		NonMasquerade: p.options.parsedNonMasq,
+		Encrypted:     p.options.encryptionMode,
+		Ready:         slices.SortedFunc(maps.Keys(open), netip.Addr.Compare),
+	})
+	return netfilter.Diff(before, p.guards)
 }
 
 // without returns the rules with a start gate that lacks some addresses.
@@ -195,7 +242,7 @@ func without(r netfilter.Ruleset, addresses []netip.Addr) netfilter.Ruleset {
 func (p *planner) ruleset() netfilter.Ruleset {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return netfilter.Merge(p.guards, p.compiler.Ruleset())
+	return netfilter.Merge(netfilter.Merge(p.guards, p.hosts.sets()), p.compiler.Ruleset())
 }
 
 // setClosed takes the chains of groups that stand closed in the kernel.
@@ -234,6 +281,24 @@ func (p *planner) group(chain string) (direction string, policies []string, ok b
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.compiler.Group(chain)
+}
+
+// hasPod says whether the pod of an attachment exists and has not finished.
+func (p *planner) hasPod(a cluster.Attachment) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.state.Has(a)
+}
+
+// chainsOf returns the chains of the groups that the pods of these addresses are in.
+func (p *planner) chainsOf(addresses []netip.Addr) []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var chains []string
+	for _, a := range addresses {
+		chains = append(chains, p.compiler.Chains(a)...)
+	}
+	return chains
 }
 
 // endpoints returns the addresses at which the peers are reached.

@@ -1,12 +1,16 @@
 package main
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
+	"strconv"
 	"testing"
 	"time"
 
 	"github.com/warren-cni/warren/pkg/cluster"
+	"github.com/warren-cni/warren/pkg/mesh"
+	"github.com/warren-cni/warren/pkg/netfilter"
 )
 
 // A Node that claims what is another's gives its pods no identity of that Node's addresses, whenever the claim comes, and
@@ -33,7 +37,7 @@ func TestRefusedClaimGivesNoIdentity(t *testing.T) {
 			t.Errorf("%s: %s has %v, want %v", when, name, got, want)
 		}
 	}
-	learn := func(s cluster.Snapshot) { p.plan(p.learn(s.Delta(), cluster.Attachments{}), 1500) }
+	learn := func(s cluster.Snapshot) { p.plan(p.learn(s.Delta(), cluster.Attachments{}), mesh.Uplink{MTU: 1500}) }
 
 	learn(cluster.Snapshot{
 		Nodes: []cluster.Node{node("self", 1, "10.1.0.0/24"), node("stolen", 3, "10.2.0.0/16"), node("honest", 2, "10.2.7.0/24")},
@@ -44,7 +48,7 @@ func TestRefusedClaimGivesNoIdentity(t *testing.T) {
 
 	gone := cluster.NewDelta()
 	gone.Nodes["honest"] = nil
-	p.plan(p.learn(gone, cluster.Attachments{}), 1500)
+	p.plan(p.learn(gone, cluster.Attachments{}), mesh.Uplink{MTU: 1500})
 	check("without the older claim", "liar", "10.2.7.9")
 	check("without its node", "web")
 
@@ -53,20 +57,45 @@ func TestRefusedClaimGivesNoIdentity(t *testing.T) {
 	check("when the older claim is back", "web", "10.2.7.9")
 }
 
-// The addresses of all nodes are those of the Nodes as they are, however these have come, changed and gone.
-func TestHostsFollowNodes(t *testing.T) {
-	p := newPlanner(planning{nodeName: "self", encryptionMode: true})
-	seen := func() []string {
-		var all []string
-		for _, s := range p.ruleset().V4.Sets {
-			if s.Name == "WARREN-HOSTS4" {
+// followed is what a set of a planner has, by its rulesets and by its changes.
+type followed struct {
+	planner *planner
+	name    string
+	changes map[string]bool
+}
+
+// learn tells of one Node, nil for one that is gone, and returns the members by the ruleset and by the changes.
+func (f *followed) learn(name string, node *cluster.Node) (whole, changed []string) {
+	d := cluster.NewDelta()
+	d.Nodes[name] = node
+	change := f.planner.plan(f.planner.learn(d, cluster.Attachments{}), mesh.Uplink{MTU: 1500}).change
+	ruleset := f.planner.ruleset()
+	for _, family := range netfilter.Families {
+		for _, s := range change.Of(family).Sets {
+			if s.Name != f.name {
+				continue
+			}
+			for _, e := range slices.Concat(s.Entries, s.Add) {
+				f.changes[e.Prefix.String()] = true
+			}
+			for _, e := range s.Remove {
+				delete(f.changes, e.Prefix.String())
+			}
+		}
+		for _, s := range ruleset.Of(family).Sets {
+			if s.Name == f.name {
 				for _, e := range s.Entries {
-					all = append(all, e.Prefix.Addr().String())
+					whole = append(whole, e.Prefix.String())
 				}
 			}
 		}
-		return all
 	}
+	return whole, slices.Sorted(maps.Keys(f.changes))
+}
+
+// The addresses of all nodes are those of the Nodes as they are, however these have come, changed and gone.
+func TestHostsFollowNodes(t *testing.T) {
+	f := followed{newPlanner(planning{nodeName: "self", encryptionMode: true}), "WARREN-HOSTS4", map[string]bool{}}
 	for _, step := range []struct {
 		node      string
 		addresses []string
@@ -77,19 +106,47 @@ func TestHostsFollowNodes(t *testing.T) {
 		{"a", []string{"192.0.2.1"}, []string{"192.0.2.1", "192.0.2.3", "192.0.2.7"}},
 		{"b", nil, []string{"192.0.2.1"}},
 		{"a", []string{"192.0.2.9"}, []string{"192.0.2.9"}},
+		{"b", []string{"192.0.2.3"}, []string{"192.0.2.3", "192.0.2.9"}},
+		{"b", nil, []string{"192.0.2.9"}},
+		{"b", []string{"192.0.2.4"}, []string{"192.0.2.4", "192.0.2.9"}},
+		{"c", []string{"192.0.2.3"}, []string{"192.0.2.3", "192.0.2.4", "192.0.2.9"}},
 	} {
-		d := cluster.NewDelta()
-		d.Nodes[step.node] = nil
+		var node *cluster.Node
 		if step.addresses != nil {
-			node := &cluster.Node{Name: step.node}
+			node = &cluster.Node{Name: step.node, PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244." + strconv.Itoa(int(step.node[0])) + ".0/24")}}
 			for _, a := range step.addresses {
 				node.Addresses = append(node.Addresses, netip.MustParseAddr(a))
 			}
-			d.Nodes[step.node] = node
 		}
-		p.plan(p.learn(d, cluster.Attachments{}), 1500)
-		if got := seen(); !slices.Equal(got, step.want) {
-			t.Errorf("after %s has %v: %v, want %v", step.node, step.addresses, got, step.want)
+		whole, changed := f.learn(step.node, node)
+		for i, a := range step.want {
+			step.want[i] = a + "/32"
+		}
+		if !slices.Equal(whole, step.want) || !slices.Equal(changed, step.want) {
+			t.Errorf("after %s has %v: %v, by the changes %v, want %v", step.node, step.addresses, whole, changed, step.want)
+		}
+		if _, known := f.planner.state.Node(step.node); known != (node != nil) {
+			t.Errorf("after %s has %v it is known: %v", step.node, step.addresses, known)
+		}
+	}
+}
+
+// Without a cluster CIDR the guards hold back what is for the podCIDRs of all nodes, also of one that has no key and so is no
+// peer. What was known stays in the kernel, which is why nothing is ever removed by a change.
+func TestGuardsFollowPodCIDRs(t *testing.T) {
+	for _, encrypted := range []bool{true, false} {
+		f := followed{newPlanner(planning{nodeName: "self", encryptionMode: encrypted}), "WARREN-NODES6", map[string]bool{}}
+		node := func(name, podCIDR string) *cluster.Node {
+			return &cluster.Node{Name: name, PodCIDRs: []netip.Prefix{netip.MustParsePrefix(podCIDR)}}
+		}
+		f.learn("self", node("self", "fd00::/64"))
+		whole, changed := f.learn("other", node("other", "fd00:0:0:1::/64"))
+		if want := []string{"fd00:0:0:1::/64", "fd00::/64"}; len(whole) != len(want) || !slices.Equal(changed, want) {
+			t.Errorf("encrypted %v: known are %v, by the changes %v, want %v", encrypted, whole, changed, want)
+		}
+		whole, changed = f.learn("other", nil)
+		if !slices.Equal(whole, []string{"fd00::/64"}) || len(changed) != 2 {
+			t.Errorf("encrypted %v, after it went: known are %v, by the changes %v", encrypted, whole, changed)
 		}
 	}
 }

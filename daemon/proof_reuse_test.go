@@ -261,7 +261,7 @@ func TestProofNoIdentityByStaleAddress(t *testing.T) {
 		if arrived := counter.Packets(tagged.Of(tagForbidden)); arrived > 0 {
 			t.Fatalf("%d packets of strangers arrived", arrived)
 		}
-		if err := s.Nodes[0].EndCoolDown(); err != nil { // the strangers need none
+		if err := s.Nodes[0].EndCoolDown(t.Context()); err != nil { // the strangers need none
 			t.Fatal(err)
 		}
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -21,9 +22,12 @@ const (
 	// rotationLoss how many packets of a kind that is.
 	rotationGap  = 50 * time.Millisecond
 	rotationLoss = int(rotationGap / often)
-	// crossingGap is what the keys of two nodes that change at one moment may cost: where their handshakes cross, each drops the other's
-	// answer, and WireGuard tries again after 5 s.
-	crossingGap = 7 * time.Second
+	// busyGap is what a change may seem to cost in a short run, beside other tests, and on a machine that is too busy to tell, where the
+	// packets that are lost are what counts.
+	busyGap = time.Second
+	// crossingGap is what the keys of two nodes that change at one moment may cost on a busy machine, too: where their handshakes cross,
+	// each drops the other's answer, and WireGuard itself would try again after 5 s.
+	crossingGap = 3 * time.Second
 	// shortNotice is how long the next key is published before it is used, where news takes some milliseconds.
 	shortNotice = time.Second
 )
@@ -35,10 +39,11 @@ type rotating struct {
 	flows []*lasting
 }
 
-// newRotating starts the nodes and the traffic.
-func newRotating(t *testing.T, name string) *rotating {
+// newRotating starts two nodes and the traffic.
+func newRotating(t *testing.T, o lab.Options) *rotating {
 	t.Helper()
-	s := newStage(t, name, 2)
+	o.Nodes = 2
+	s := newStageOf(t, o)
 	r := &rotating{guarded: &guarded{stage: s}}
 	for i := range s.Nodes {
 		s.startTunnel(i)
@@ -160,17 +165,25 @@ func (r *rotating) unbroken(what string) {
 }
 
 // The keys of two nodes change, one by one and at once, while their pods send to each other: no connection breaks, nothing is in clear,
-// and nobody misses more than some packets.
+// and nobody misses more than some packets. The families of the endpoints share the rounds, and come one after the other, so that
+// neither makes the other's gaps.
 func TestProofKeyRotation(t *testing.T) {
 	t.Parallel()
-	r := newRotating(t, "wprotate")
-	rounds, both := soak.Trials(20), soak.Trials(5)
+	for first, o := range []lab.Options{{Name: "wprotate"}, {Name: "wprotate6", IPv6Nodes: true}} {
+		t.Run(endpointsOf(o), func(t *testing.T) { newRotating(t, o).rotateAll(first) })
+	}
+}
+
+// rotateAll changes the keys, first that of a node.
+func (r *rotating) rotateAll(first int) {
+	r.t.Helper()
+	rounds, both := soak.Shared(20, 2), soak.Shared(5, 2)
 	quiet := r.during(func() { r.pause(time.Duration(rounds) * shortNotice) })
 	var one, two traffic
 	counts := r.cipherOnly("rotations", func() {
 		one = r.during(func() {
 			for i := range rounds {
-				r.rotate(i % 2)
+				r.rotate((first + i) % 2)
 			}
 		})
 		r.unbroken("one by one")
@@ -185,54 +198,69 @@ func TestProofKeyRotation(t *testing.T) {
 		})
 		r.unbroken("both at once")
 	})
-	summary(t, "%d rotations: %.1f packets of a kind lost in all, longest gap %v (%v without rotations); %d of both nodes at once: %.1f lost, longest gap %v; %v",
+	summary(r.t, "%d rotations: %.1f packets of a kind lost in all, longest gap %v (%v without rotations); %d of both nodes at once: %.1f lost, longest gap %v; %v",
 		rounds, one.lost, one.gap, quiet.gap, both, two.lost, two.gap, counts)
-	// A busy machine makes gaps by itself, and loses nothing by them.
-	if one.lost > float64(rotationLoss*rounds) || one.gap > max(rotationGap, 2*quiet.gap) {
-		t.Errorf("%d rotations cost %.1f packets of a kind and a gap of %v; without them there is one of %v", rounds, one.lost, one.gap, quiet.gap)
+	limit := rotationGap
+	if soak.Trials(10) < 10 || quiet.gap > rotationGap/2 { // a busy machine makes gaps by itself, and loses nothing by them
+		limit = max(soak.Patience(busyGap), 2*quiet.gap)
+	}
+	if one.lost > float64(rotationLoss*rounds) || one.gap > limit {
+		r.t.Errorf("%d rotations cost %.1f packets of a kind and a gap of %v; without them there is one of %v", rounds, one.lost, one.gap, quiet.gap)
 	}
 	if two.gap > crossingGap {
-		t.Errorf("rotations of both nodes at once cost a gap of %v", two.gap)
+		r.t.Errorf("rotations of both nodes at once cost a gap of %v", two.gap)
 	}
 	if counts.WireGuard == 0 {
-		t.Errorf("the wire shows no WireGuard: %v", counts)
+		r.t.Errorf("the wire shows no WireGuard: %v", counts)
 	}
+	r.reachedAt()
 	r.unguarded(0)
 }
 
 // A daemon is killed at any step of a change of its key, and a node is away during one: the change ends by the key that was to come, all
-// connections go on, and nothing is in clear.
+// connections go on, and nothing is in clear. The families of the endpoints share the rounds.
 func TestProofKeyRotationOutlivesCrashes(t *testing.T) {
 	t.Parallel()
-	r := newRotating(t, "wprokill")
-	random, kills, away := soak.Random(t), soak.Trials(20), soak.Trials(5)
+	for _, o := range []lab.Options{{Name: "wprokill"}, {Name: "wprokill6", IPv6Nodes: true}} {
+		t.Run(endpointsOf(o), func(t *testing.T) {
+			t.Parallel()
+			newRotating(t, o).crashAll(soak.Random(t))
+		})
+	}
+}
+
+// crashAll kills daemons during rotations.
+func (r *rotating) crashAll(random *rand.Rand) {
+	r.t.Helper()
+	kills, away := soak.Shared(20, 2), soak.Shared(5, 2)
 	counts := r.cipherOnly("crashes during rotations", func() {
 		for range kills {
-			out, err := r.Nodes[0].Command(t.Context(), "rotate-key")
+			out, err := r.Nodes[0].Command(r.t.Context(), "rotate-key")
 			if err != nil {
-				t.Fatal(err)
+				r.t.Fatal(err)
 			}
 			r.pause(time.Duration(random.Int64N(int64(shortNotice + 20*often))))
 			r.endDaemon(0, (*lab.Process).Kill)
 			r.startDaemon(0)
 			r.settles(0)
 			if key := r.status(0).Encryption.PublicKey; !strings.Contains(out, "next key    "+key) {
-				t.Errorf("in the end the key is %s; rotate-key said:\n%s", key, out)
+				r.t.Errorf("in the end the key is %s; rotate-key said:\n%s", key, out)
 			}
 			r.unbroken("killed")
 		}
 		for range away {
 			r.endDaemon(1, (*lab.Process).Kill)
-			if _, err := r.Nodes[0].Command(t.Context(), "rotate-key", "--wait"); err != nil {
-				t.Fatal(err)
+			if _, err := r.Nodes[0].Command(r.t.Context(), "rotate-key", "--wait"); err != nil {
+				r.t.Fatal(err)
 			}
 			r.startDaemon(1)
 			r.settles(0)
 			r.unbroken("away")
 		}
 	})
-	summary(t, "%d rotations with a SIGKILL of the daemon, %d with the other node away: no connection broke; %v", kills, away, counts)
+	summary(r.t, "%d rotations with a SIGKILL of the daemon, %d with the other node away: no connection broke; %v", kills, away, counts)
 	if counts.WireGuard == 0 {
-		t.Errorf("the wire shows no WireGuard: %v", counts)
+		r.t.Errorf("the wire shows no WireGuard: %v", counts)
 	}
+	r.reachedAt()
 }

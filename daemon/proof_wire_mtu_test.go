@@ -24,80 +24,115 @@ import (
 )
 
 const (
-	// tunnelOverhead is what WireGuard adds over IPv4: the headers of IP and UDP, and 32 bytes of its own.
-	tunnelOverhead = 60
+	// overhead4 and overhead6 are what WireGuard adds over IPv4 and over IPv6: the headers of IP and UDP, and 32 bytes of its own.
+	overhead4, overhead6 = 60, 80
 	// manyBytes is a message that no packet of these networks carries.
 	manyBytes = 10_000
 	// unanswered is how long a datagram may take before it is sent again: the first that is too big is lost, and tells the sender.
 	unanswered = 200 * time.Millisecond
 )
 
+// mixed is a stage of nodes whose uplinks carry packets of different sizes.
+type mixed struct {
+	*stage
+	uplinks  []int
+	overhead int
+	pods     []*lab.Pod
+}
+
 // Messages of every size near the limit pass between nodes whose uplinks differ, over TCP and UDP and both families, under policies that
 // allow nothing but their port: no connection hangs, nothing is fragmented on the wire, and who sends too much is told what fits.
 func TestProofMTU(t *testing.T) {
 	t.Parallel()
-	uplinks := []int{1500, 1400, 9000}
-	s := newStageOf(t, lab.Options{Name: "wpmtu", Nodes: len(uplinks), UplinkMTUs: uplinks})
-	for i := range s.Nodes {
-		s.startTunnel(i)
+	for _, o := range []lab.Options{
+		{Name: "wpmtu", UplinkMTUs: []int{1500, 1400, 9000}},
+		{Name: "wpmtu6", UplinkMTUs: []int{1400, 9000}, IPv6Nodes: true},
+	} {
+		t.Run(endpointsOf(o), func(t *testing.T) {
+			t.Parallel()
+			newMixed(t, o).exchangeAll()
+		})
 	}
-	s.startDaemons()
-	s.write("policy", onlyPort())
-	pods := make([]*lab.Pod, len(uplinks))
-	for i := range pods {
-		pods[i] = s.pod(i, fmt.Sprintf("pod-%d", i+1))
-		s.answerAll(pods[i])
+}
+
+// newMixed starts nodes with a pod on each.
+func newMixed(t *testing.T, o lab.Options) *mixed {
+	t.Helper()
+	o.Nodes = len(o.UplinkMTUs)
+	m := &mixed{stage: runningOf(t, o), uplinks: o.UplinkMTUs, overhead: overhead4}
+	if o.IPv6Nodes {
+		m.overhead = overhead6
 	}
-	for i := range pods {
-		s.reaches(pods[i], pods[(i+1)%len(pods)])
-		s.mtuKnown(i, pods[i], uplinks[i]-tunnelOverhead)
+	m.write("policy", onlyPort())
+	for i := range m.uplinks {
+		m.pods = append(m.pods, m.pod(i, fmt.Sprintf("pod-%d", i+1)))
+		m.answerAll(m.pods[i])
 	}
-	capture, err := s.Capture(marker)
+	for i := range m.pods {
+		m.reaches(m.pods[i], m.pods[(i+1)%len(m.pods)])
+		m.mtuKnown(i, m.pods[i], m.uplinks[i]-m.overhead)
+	}
+	return m
+}
+
+// exchangeAll sends messages from each pod to each other one.
+func (m *mixed) exchangeAll() {
+	m.t.Helper()
+	capture, err := m.Capture(marker)
 	if err != nil {
-		t.Fatal(err)
+		m.t.Fatal(err)
 	}
-	step := 11 - soak.Trials(10)
 	exchanges, hangs := 0, 0
-	for i, from := range pods {
-		for j, to := range pods {
-			if i == j {
-				continue
-			}
-			fits := fitting(uplinks[i], uplinks[j])
-			for _, address := range to.Addresses {
-				for _, size := range sizes(step, fits, uplinks[i]-tunnelOverhead) {
-					for network, exchange := range map[string]func(*lab.Pod, netip.Addr, int) error{"TCP": s.stream, "UDP": s.datagram} {
-						exchanges++
-						if err := exchange(from, address, size); err != nil {
-							hangs++
-							t.Errorf("%s, %d bytes from %s to %v: %v", network, size, from.Name, address, err)
-						}
-					}
-				}
-				if got := s.believed(from, address); got != fits {
-					t.Errorf("%s believes that packets of %d bytes reach %v, %d do", from.Name, got, address, fits)
-				}
+	for i := range m.pods {
+		for j := range m.pods {
+			if i != j {
+				n, hung := m.exchange(i, j)
+				exchanges, hangs = exchanges+n, hangs+hung
 			}
 		}
 	}
 	counts, err := capture.Stop()
 	if err != nil {
-		t.Fatal(err)
+		m.t.Fatal(err)
 	}
 	if counts.Fragments > 0 || counts.Marked+counts.Pods > 0 || counts.WireGuard == 0 {
-		t.Errorf("the wire shows %v, and %d fragments: %q", counts, counts.Fragments, counts.Examples)
+		m.t.Errorf("the wire shows %v, and %d fragments: %q", counts, counts.Fragments, counts.Examples)
 	}
-	summary(t, "uplinks of %v: %d of %d exchanges of %d to %d bytes hang, %d fragments on the wire", uplinks, hangs, exchanges, 1260, manyBytes, counts.Fragments)
-	s.untold(pods[2], pods[1])
+	summary(m.t, "uplinks of %v, %d bytes around each packet: %d of %d exchanges of up to %d bytes hang, %d fragments on the wire",
+		m.uplinks, m.overhead, hangs, exchanges, manyBytes, counts.Fragments)
+	m.reachedAt()
+	m.untold()
+}
+
+// exchange sends messages of all sizes from a pod to another, and returns how many, and how many of them were not answered.
+func (m *mixed) exchange(i, j int) (exchanges, hangs int) {
+	m.t.Helper()
+	from, fits := m.pods[i], m.fitting(i, j)
+	for _, address := range m.pods[j].Addresses {
+		for _, size := range sizes(11-soak.Trials(10), fits, m.uplinks[i]-m.overhead) {
+			for network, exchange := range map[string]func(*lab.Pod, netip.Addr, int) error{"TCP": m.stream, "UDP": m.datagram} {
+				exchanges++
+				if err := exchange(from, address, size); err != nil {
+					hangs++
+					m.t.Errorf("%s, %d bytes from %s to %v: %v", network, size, from.Name, address, err)
+				}
+			}
+		}
+		if got := m.believed(from, address); got != fits {
+			m.t.Errorf("%s believes that packets of %d bytes reach %v, %d do", from.Name, got, address, fits)
+		}
+	}
+	return exchanges, hangs
 }
 
 // fitting is the greatest packet that gets from a node to another: what the link of the one carries, or where the other's carries less,
 // as much as does not outgrow that when WireGuard fills it up to a multiple of 16 bytes.
-func fitting(here, there int) int {
+func (m *mixed) fitting(i, j int) int {
+	here, there := m.uplinks[i], m.uplinks[j]
 	if there < here {
-		return (there - tunnelOverhead) / 16 * 16
+		return (there - m.overhead) / 16 * 16
 	}
-	return here - tunnelOverhead
+	return here - m.overhead
 }
 
 // sizes are those of messages around the limits, and one of many packets.
@@ -256,22 +291,34 @@ func (s *stage) believed(from *lab.Pod, to netip.Addr) int {
 	return mtu
 }
 
-// untold is the control: where the node does not know what the other one's uplink carries, and the pod has forgotten it, messages hang.
-func (s *stage) untold(from, to *lab.Pod) {
-	s.t.Helper()
-	s.endDaemon(2, (*lab.Process).Kill)
-	_, err := s.Nodes[2].Run(s.t.Context(), "sh", "-ec", `ip route show proto 87 dev warren0 | sed 's/ mtu [0-9]*//' | while read route; do ip route replace $route dev warren0 proto 87; done`)
+// untold is the control: where the last node does not know what the uplink of the one before it carries, and the pod has forgotten it,
+// messages hang, or pass in fragments, because over IPv6 the node's kernel is told on the way.
+func (m *mixed) untold() {
+	m.t.Helper()
+	last := len(m.pods) - 1
+	from, to := m.pods[last], m.pods[last-1]
+	m.endDaemon(last, (*lab.Process).Kill)
+	_, err := m.Nodes[last].Run(m.t.Context(), "sh", "-ec", `ip route show proto 87 dev warren0 | sed 's/ mtu [0-9]*//' | while read route; do ip route replace $route dev warren0 proto 87; done`)
 	if err == nil {
 		err = from.Netns().Do(func(ns.NetNS) error { return os.WriteFile("/proc/sys/net/ipv4/route/flush", []byte("1"), 0) })
 	}
 	if err != nil {
-		s.t.Fatal(err)
+		m.t.Fatal(err)
 	}
 	const few = 3
-	if s.ask(from, to.Addresses[0], manyBytes, few) == nil {
-		s.t.Error("control: a message passes that does not fit")
+	capture, err := m.Capture(marker)
+	if err != nil {
+		m.t.Fatal(err)
 	}
-	if err = s.ask(from, to.Addresses[0], len(marker), few); err != nil {
-		s.t.Errorf("control: a short message: %v", err)
+	hangs := m.ask(from, to.Addresses[0], manyBytes, few) != nil
+	counts, err := capture.Stop()
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	if !hangs && counts.Fragments == 0 {
+		m.t.Error("control: a message that does not fit passes whole")
+	}
+	if err = m.ask(from, to.Addresses[0], len(marker), few); err != nil {
+		m.t.Errorf("control: a short message: %v", err)
 	}
 }

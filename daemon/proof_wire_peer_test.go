@@ -115,7 +115,7 @@ func (g *guarded) republish(annotation string) {
 	published := regexp.MustCompile(regexp.QuoteMeta(kube.AnnotationPublicKey) + `: \S+`)
 	replacement := []byte(annotation)
 	if annotation == "" {
-		replacement = []byte("other: none")
+		replacement = fmt.Appendf(nil, "other-%d: none", len(text)) // a name that it has not yet
 	}
 	changed := published.ReplaceAll(text, replacement)
 	if bytes.Equal(changed, text) {

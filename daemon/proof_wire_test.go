@@ -88,7 +88,7 @@ func (g *guarded) whisper(from ns.NetNS, targets []netip.Addr, payload []byte) {
 	}
 	g.t.Cleanup(func() { _ = socket.Close() })
 	go func() {
-		ticker := time.NewTicker(spaced)
+		ticker := time.NewTicker(soak.Spaced(spaced))
 		defer ticker.Stop()
 		for range ticker.C {
 			for _, target := range targets {
@@ -180,11 +180,8 @@ func (s *stage) endTunnel(i int, end func(*lab.Process) error) {
 // traffic comes back each time.
 func TestProofNoPlaintextInCrashLoops(t *testing.T) {
 	t.Parallel()
-	for name, o := range map[string]lab.Options{
-		"IPv4 endpoints": {Name: "wpcrash", Nodes: 3},
-		"IPv6 endpoints": {Name: "wpcrash6", Nodes: 3, IPv6Nodes: true},
-	} {
-		t.Run(name, func(t *testing.T) {
+	for _, o := range []lab.Options{{Name: "wpcrash", Nodes: 3}, {Name: "wpcrash6", Nodes: 3, IPv6Nodes: true}} {
+		t.Run(endpointsOf(o), func(t *testing.T) {
 			t.Parallel()
 			g := newGuarded(runningOf(t, o), 3)
 			rounds, deletions := soak.Trials(20), soak.Trials(5)
@@ -206,20 +203,28 @@ func TestProofNoPlaintextInCrashLoops(t *testing.T) {
 			if counts.WireGuard == 0 {
 				t.Errorf("the wire shows no WireGuard: %v", counts)
 			}
-			summary(t, "%s: %d SIGKILL and %d SIGTERM of daemon and tunnel, warren0 deleted %d times, on 3 nodes each: %v", name, rounds, rounds, deletions, counts)
-			g.reachedAt(o.IPv6Nodes)
+			summary(t, "%s: %d SIGKILL and %d SIGTERM of daemon and tunnel, warren0 deleted %d times, on 3 nodes each: %v", endpointsOf(o), rounds, rounds, deletions, counts)
+			g.reachedAt()
 			g.unguarded(0)
 		})
 	}
 }
 
-// reachedAt demands that the tunnels of all nodes lead to addresses of one family.
-func (g *guarded) reachedAt(ipv6 bool) {
-	g.t.Helper()
-	for i, node := range g.Nodes {
-		for _, peer := range g.status(i).Peers {
-			if at, err := netip.ParseAddrPort(peer.Endpoint); err != nil || at.Addr().Is6() != ipv6 {
-				g.t.Errorf("%s sends to %s at %s (%v)", node.Name, peer.Node, peer.Endpoint, err)
+// endpointsOf says of which family the addresses are that the tunnels of such a lab lead to.
+func endpointsOf(o lab.Options) string {
+	if o.IPv6Nodes {
+		return "IPv6 endpoints"
+	}
+	return "IPv4 endpoints"
+}
+
+// reachedAt demands that the tunnels of all nodes lead to addresses of the family that the Nodes have first.
+func (s *stage) reachedAt() {
+	s.t.Helper()
+	for i, node := range s.Nodes {
+		for _, peer := range s.status(i).Peers {
+			if at, err := netip.ParseAddrPort(peer.Endpoint); err != nil || at.Addr().Is6() != node.Addresses[0].Is6() {
+				s.t.Errorf("%s sends to %s at %s (%v)", node.Name, peer.Node, peer.Endpoint, err)
 			}
 		}
 	}

@@ -19,7 +19,7 @@ import (
 // renderCommand shows a plan without applying it.
 func renderCommand() *cobra.Command {
 	var p planning
-	var uplinkMTU int
+	var uplink mesh.Uplink
 	cmd := &cobra.Command{
 		Use:   "render",
 		Short: "Print the rules, sets and mesh that a node would apply, touching nothing",
@@ -46,7 +46,7 @@ matches.`,
 				return fmt.Errorf("no Node %s in %s", p.nodeName, p.objects)
 			}
 			planner := newPlanner(p)
-			wanted := planner.plan(planner.learn(snapshot.Delta(), attachmentsIn(snapshot)), uplinkMTU)
+			wanted := planner.plan(planner.learn(snapshot.Delta(), attachmentsIn(snapshot)), uplink)
 			if err := printPlan(cmd.OutOrStdout(), planner.ruleset(), wanted.mesh); err != nil {
 				return err
 			}
@@ -65,7 +65,7 @@ matches.`,
 	}
 	p.add(cmd.Flags())
 	cmd.Flags().StringVar(&p.nodeName, "node", "", "name of the node to render for (required)")
-	cmd.Flags().IntVar(&uplinkMTU, "uplink-mtu", 1500, "MTU of the node's uplink, from which that of the tunnel follows")
+	cmd.Flags().IntVar(&uplink.MTU, "uplink-mtu", 1500, "MTU of the node's uplink, from which that of the tunnel follows")
 	return cmd
 }
 

@@ -11,9 +11,12 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 
+	"github.com/warren-cni/warren/pkg/cniconf"
 	"github.com/warren-cni/warren/pkg/firewall"
+	"github.com/warren-cni/warren/pkg/inflight"
 	"github.com/warren-cni/warren/pkg/ipam"
 	"github.com/warren-cni/warren/pkg/kube"
+	"github.com/warren-cni/warren/pkg/podlink"
 	"github.com/warren-cni/warren/pkg/reconcile"
 	"github.com/warren-cni/warren/pkg/wgdevice"
 )
@@ -43,7 +46,7 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 	if err != nil {
 		return err
 	}
-	leases, err := ipam.Open(o.leases())
+	leases, err := openLeases(o, log)
 	if err != nil {
 		return err
 	}
@@ -54,15 +57,25 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 	n := &node{
 		options: o, log: log, clock: time.Now,
 		source: objects, tunnel: wgdevice.New(wgdevice.Options{Log: log, Mode: mode}), leases: leases,
-		uplinkMTU: wgdevice.UplinkMTU,
-		stepped:   make(chan struct{}), planner: newPlanner(o.planning),
+		uplinkOf: wgdevice.ReadUplink,
+		stepped:  make(chan struct{}), tunnelNews: make(chan struct{}, 1), planner: newPlanner(o.planning),
 	}
 	n.cuts = newCutter(n.planner.allows, log)
+	n.trash = newSweeper(leases)
 	n.flows = newFlowLog(o.nodeName, n.planner, objects.Event, os.Stdout, n.clock)
 	n.news = newAnnouncer(o.nodeName, objects, n.clock)
-	if n.filter, err = firewall.New(ctx, firewall.Options{Log: log, Admit: n.admit, Now: n.clock}); err != nil {
+	n.collector = &collector{
+		leases: leases, locks: inflight.In(o.runDir), log: log, clock: n.clock, links: podlink.Links, exists: n.exists,
+		removeChained: func(ctx context.Context, container string) error {
+			return errors.Join(firewall.RemovePortsOf(ctx, cniconf.NetworkName, container), cniconf.RemoveShapers(cniconf.NetworkName, container))
+		},
+	}
+	rules, err := firewall.New(ctx, firewall.Options{Log: log, Admit: n.admit, Now: n.clock})
+	if err != nil {
 		return err
 	}
+	defer rules.Close()
+	n.filter = rules
 	n.loop = reconcile.New(n.step, resync, n.clock)
 	n.keys = &rotator{
 		options: o.rotation, encrypted: o.encryptionMode, node: o.nodeName, keys: keys, clock: n.clock, log: log, wake: n.loop.Trigger,
@@ -73,6 +86,19 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 	}
 	log.Info("starting", "version", version, "node", o.nodeName, "encryption", o.encryption, "public_key", publicKey(keys.Current()))
 	return n.serve(ctx)
+}
+
+// openLeases opens the leases of this boot. No pod gets any before, because the plugin asks the daemon first.
+func openLeases(o runOptions, log *slog.Logger) (*ipam.Store, error) {
+	leases, err := ipam.Open(o.leases())
+	if err != nil {
+		return nil, err
+	}
+	freed, err := leases.StartBoot()
+	if freed > 0 {
+		log.Info("ended the leases of an earlier boot", "leases", freed)
+	}
+	return leases, err
 }
 
 // newSource connects to the API server, or opens the directory.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -13,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -57,7 +59,10 @@ func newStageOf(t *testing.T, o lab.Options) *stage {
 	if err != nil {
 		t.Fatal(err)
 	}
-	o.Dir, o.Warrend, o.Plugins = t.TempDir(), filepath.Join(binaries, "warrend"), []string{binaries}
+	o.Warrend, o.Plugins = filepath.Join(binaries, "warrend"), []string{binaries}
+	if o.Dir == "" {
+		o.Dir = t.TempDir()
+	}
 	if o.WireGuard == "" {
 		o.WireGuard = lab.TestedWireGuard()
 	}
@@ -131,9 +136,17 @@ func (s *stage) startDaemons() {
 	}
 }
 
-// startWithRestore starts the first node with a script in the place of each iptables-restore. In the script %[1]s is the actual
-// program, and %[2]s a file by which the test tells it what to do.
+// startWithRestore starts the first node with a script in the place of each iptables-restore, and waits until it is ready.
 func (s *stage) startWithRestore(script, file string) {
+	s.t.Helper()
+	s.startTunnel(0)
+	s.startDaemon(0, s.restoreBy(script, file))
+	s.ready(0)
+}
+
+// restoreBy is the environment in which a script stands in the place of each iptables-restore. In the script %[1]s is the actual
+// program, and %[2]s a file by which the test tells it what to do.
+func (s *stage) restoreBy(script, file string) []string {
 	s.t.Helper()
 	tools := s.t.TempDir()
 	for _, name := range []string{"iptables-restore", "ip6tables-restore", "iptables-nft-restore", "ip6tables-nft-restore"} {
@@ -145,9 +158,7 @@ func (s *stage) startWithRestore(script, file string) {
 			s.t.Fatal(err)
 		}
 	}
-	s.startTunnel(0)
-	s.startDaemon(0, []string{"PATH=" + tools + ":" + os.Getenv("PATH")})
-	s.ready(0)
+	return []string{"PATH=" + tools + ":" + os.Getenv("PATH")}
 }
 
 // ready waits until a node's daemon is ready and knows all others.
@@ -204,12 +215,19 @@ func isolateClosed() networkingv1.NetworkPolicy {
 // marker is the message of all probes that are not captured.
 var marker = lab.NewMarker()
 
-// reaches demands that a pod gets through to another, over both families.
+// reaches demands that a pod gets through to another, over both families. That there is no way does not count at once: the kernel says so
+// for the moment in which a tunnel's peer is made anew, because handshakes crossed.
 func (s *stage) reaches(from, to *lab.Pod) {
 	s.t.Helper()
 	for _, address := range to.Addresses {
 		ctx, cancel := context.WithTimeout(s.t.Context(), changePatience)
-		err := lab.Probe(ctx, from.Netns(), netip.AddrPortFrom(address, port), marker)
+		var err error
+		for {
+			err = lab.Probe(ctx, from.Netns(), netip.AddrPortFrom(address, port), marker)
+			if !errors.Is(err, unix.EHOSTUNREACH) || ctx.Err() != nil {
+				break
+			}
+		}
 		cancel()
 		if err != nil {
 			s.t.Errorf("%s does not reach %s (%v): %v", from.Name, to.Name, address, err)

@@ -35,6 +35,7 @@ func (n *node) status(ctx context.Context) agentapi.Status {
 		PodCIDRs:   texts(o.mesh.PodCIDRs),
 		Encryption: n.encryptionStatus(o),
 		Policies:   n.policyStatus(o),
+		Notes:      o.host.notes,
 		Peers:      []agentapi.Peer{},
 		Problems:   []agentapi.Problem{},
 	}
@@ -143,14 +144,14 @@ The exit status is 0 when the node is ready and has no problem, 1 otherwise.`,
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), 10*time.Second)
 			defer cancel()
-			response, err := agentapi.Call(ctx, p.socket(), agentapi.Request{Op: agentapi.OpStatus})
+			status, err := agentapi.AskStatus(ctx, p.socket())
 			if err != nil {
 				return fmt.Errorf("asking warrend at %s (does it run on this node?): %w", p.socket(), err)
 			}
-			if err := printStatus(cmd.OutOrStdout(), *response.Status, output, time.Now()); err != nil {
+			if err := printStatus(cmd.OutOrStdout(), status, output, time.Now()); err != nil {
 				return err
 			}
-			return verdict(*response.Status)
+			return verdict(status)
 		},
 	}
 	p.add(cmd.Flags())
@@ -192,6 +193,9 @@ func printStatus(w io.Writer, s agentapi.Status, output string, now time.Time) e
 	fmt.Fprintf(t, "LAST APPLY\t%s\n", ago(now, s.Policies.LastApply))
 	_ = t.Flush() // a strings.Builder takes everything
 	printPeers(&b, s, now)
+	for _, note := range s.Notes {
+		fmt.Fprintf(&b, "\nNote: %s.\n", note)
+	}
 	printProblems(&b, s.Problems)
 	_, err := io.WriteString(w, b.String())
 	return err

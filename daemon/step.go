@@ -19,6 +19,7 @@ import (
 	"github.com/warren-cni/warren/pkg/mesh"
 	"github.com/warren-cni/warren/pkg/netfilter"
 	"github.com/warren-cni/warren/pkg/nodenet"
+	"github.com/warren-cni/warren/pkg/podlink"
 	"github.com/warren-cni/warren/pkg/wgdevice"
 )
 
@@ -43,17 +44,18 @@ func (n *node) step(ctx context.Context, full bool) error {
 	}
 	news := n.planner.learn(n.source.Changes(), attachments)
 	self := n.planner.self()
-	if full || now.host.uplinkMTU == 0 {
-		now.host = n.setUpHost(self, before.host.uplinkMTU)
+	if full || now.host.uplink.MTU == 0 {
+		now.host = n.setUpHost(self, before.host.uplink)
 	}
-	wanted := n.planner.plan(news, now.host.uplinkMTU)
+	wanted := n.planner.plan(news, now.host.uplink)
 	now.mesh = wanted.mesh
 	if wanted.openChanged {
 		n.planned = wanted.open
 	}
-	if err = n.cutOff(self); err != nil {
-		now.problems = append(now.problems, applyProblem("ClusterCIDRHoldsNode", "Node "+n.options.nodeName, err,
-			"set --cluster-cidr to the pods' network, which holds no node"))
+	n.remembered = n.remembered && wanted.meshChange.Empty()
+	if problem, errCut := n.cutOff(ctx, self); errCut != nil {
+		err = errCut
+		now.problems = append(now.problems, problem)
 		n.filter.Forget() // it does not get this change, so the next one alone would not do
 		n.tunnelChanged.Store(true)
 	} else {
@@ -62,21 +64,9 @@ func (n *node) step(ctx context.Context, full bool) error {
 	if ctx.Err() != nil {
 		return err // the daemon stops: what was cut short says nothing of the node
 	}
-	now.problems = cluster.SortProblems(slices.Concat(n.source.Problems(), n.filter.Problems(), n.cuts.problems(), n.flows.problems(), n.keys.problems(), now.leaseProblems, now.host.problems, wanted.problems, now.problems))
+	now.problems = cluster.SortProblems(slices.Concat(n.source.Problems(), n.filter.Problems(), n.cuts.problems(), n.trash.problems(), n.flows.problems(), n.keys.problems(), now.leaseProblems, now.host.problems, wanted.problems, now.problems))
 	n.record(now)
 	return err
-}
-
-// cutOff is an error where the guards would cut the node off from all others, the API server included, because the cluster CIDR
-// holds the node's own address. Nothing is applied then, and so nothing opens.
-func (n *node) cutOff(self cluster.Node) error {
-	for _, prefix := range n.options.parsedCluster {
-		if at := slices.IndexFunc(self.Addresses, prefix.Contains); at >= 0 && n.options.encryptionMode {
-			return fmt.Errorf("the cluster CIDR %s holds %s, the node's own InternalIP: the guards would cut the node off, so nothing is applied",
-				prefix, self.Addresses[at])
-		}
-	}
-	return nil
 }
 
 // apply makes the kernel agree with what is wanted: packet filter first, so that the guards stand before anything can be sent,
@@ -88,12 +78,12 @@ func (n *node) apply(ctx context.Context, o *outcome, plan plan, full bool) erro
 		n.tunnelChanged.Store(true)
 		return filterErr
 	}
-	if len(o.mesh.PodCIDRs) == 0 || o.host.uplinkMTU == 0 { // it is among the problems; the Node's next event starts the next step
+	if len(o.mesh.PodCIDRs) == 0 || o.host.uplink.MTU == 0 { // it is among the problems; the Node's next event starts the next step
 		n.tunnelChanged.Store(true)
 		return filterErr
 	}
 	meshErr := n.applyMesh(ctx, o, plan.meshChange, full)
-	publishErr := n.publish(ctx, o.host.uplinkMTU)
+	publishErr := n.publish(ctx, o.host.uplink.MTU)
 	if publishErr != nil {
 		o.problems = append(o.problems, applyProblem("PublishFailed", "Node "+n.options.nodeName, publishErr,
 			"other nodes cannot reach this one until it succeeds; check the daemon's access to the API server"))
@@ -105,6 +95,10 @@ func (n *node) apply(ctx context.Context, o *outcome, plan plan, full bool) erro
 		if err := n.installConflist(o); err != nil {
 			return err
 		}
+		if err := n.rememberGuards(); err != nil {
+			o.problems = append(o.problems, applyProblem("GuardsNotRemembered", n.options.stateDir, err,
+				"let the daemon write there; until then the guards wait for the API server after a boot"))
+		}
 	}
 	o.applied = n.clock()
 	return nil
@@ -115,13 +109,18 @@ func (n *node) applyMesh(ctx context.Context, o *outcome, change mesh.Change, fu
 	keysChanged := n.keys.advance()
 	whole := n.tunnelChanged.Swap(false) || full || keysChanged
 	if !whole && change.Empty() {
+		n.remember(o, full)
 		return nil
 	}
 	delta := &change
 	if whole {
 		delta = nil
 	}
-	changes, err := n.follower.apply(ctx, o.mesh, delta, n.keys.keys.Current())
+	var changes wgdevice.Changes
+	err := n.forgetMesh()
+	if err == nil {
+		changes, err = n.follower.apply(ctx, o.mesh, delta, n.keys.keys.Current())
+	}
 	if err != nil {
 		err = fmt.Errorf("applying the mesh: %w", err)
 		o.problems = append(o.problems, applyProblem(meshCode(err), "Node "+n.options.nodeName, err,
@@ -131,6 +130,7 @@ func (n *node) applyMesh(ctx context.Context, o *outcome, change mesh.Change, fu
 	if changes.Any() {
 		n.log.Debug("applied the mesh", "links", changes.Links, "peers", changes.Peers, "routes", changes.Routes)
 	}
+	n.remember(o, full)
 	return nil
 }
 
@@ -224,8 +224,8 @@ func (n *node) readAttachments(full bool, o *outcome) (cluster.Attachments, erro
 	if !full {
 		return n.attachmentsOf(asked), nil
 	}
+	o.leaseProblems = n.repairLeases()
 	leases, err := n.leases.List()
-	o.leaseProblems = nil
 	if err != nil {
 		o.leaseProblems = append(o.leaseProblems, applyProblem("LeaseUnreadable", n.options.leases(), err,
 			"the pod that holds the address stays closed; delete it, or the file if no pod holds the address"))
@@ -249,6 +249,19 @@ func (n *node) readAttachments(full bool, o *outcome) (cluster.Attachments, erro
 		n.attached = attached
 	}
 	return all, nil
+}
+
+// repairLeases moves away what is no lease. An address that nobody can be told to hold stays taken while a route leads to it.
+func (n *node) repairLeases() []cluster.Problem {
+	moved, err := n.leases.Repair(podlink.Routed)
+	for _, path := range moved {
+		n.log.Warn("set aside a file among the leases that is none", "path", path)
+	}
+	if err == nil {
+		return nil
+	}
+	return []cluster.Problem{applyProblem("LeasesNotRepaired", n.options.leases(), err,
+		"make the file system writable, or remove the file named; what holds an address keeps it meanwhile")}
 }
 
 // attachmentsOf returns what is leased to those that asked. A lease that cannot be read is a problem of the next full step; its pod
@@ -283,10 +296,10 @@ func (n *node) admit(members []netfilter.Entry, add func([]netfilter.Entry) erro
 	})
 }
 
-// setUpHost lets the node forward packets, looks for what leads them round the policies, and reads the MTU of the link that holds the node's own address unless a flag
-// gives one; it stays what it was where it cannot be read.
-func (n *node) setUpHost(self cluster.Node, mtu int) host {
-	h := host{uplinkMTU: mtu}
+// setUpHost lets the node forward packets, looks for what leads them round the policies, and reads the uplink unless a flag gives its MTU;
+// it stays what it was where it cannot be read.
+func (n *node) setUpHost(self cluster.Node, uplink mesh.Uplink) host {
+	h := host{uplink: uplink}
 	if err := nodenet.EnableForwarding(n.options.sysctlDir); err != nil {
 		h.problems = append(h.problems, applyProblem("ForwardingOff", "Node "+n.options.nodeName, err,
 			"pods reach nothing beyond their node; set net.ipv4.ip_forward=1 and net.ipv6.conf.all.forwarding=1, or make --sysctl-dir writable"))
@@ -295,26 +308,26 @@ func (n *node) setUpHost(self cluster.Node, mtu int) host {
 		h.problems = append(h.problems, applyProblem(ipvsCode, "Node "+n.options.nodeName, err,
 			"set kube-proxy's mode to nftables or iptables, then run `kube-proxy --cleanup` on the node or reboot it; no pod starts here until then"))
 	}
+	h.look(n.options.cniConfDir)
 	if n.options.mtu != 0 {
-		h.uplinkMTU = n.options.mtu // all that the uplink is asked for
+		h.uplink = mesh.Uplink{MTU: n.options.mtu} // all that the uplink is asked for
 		return h
 	}
-	read, err := n.readMTU(self)
-	if err != nil {
+	var err error
+	if h.uplink, err = n.readUplink(self); err != nil {
+		h.uplink = uplink
 		h.problems = append(h.problems, applyProblem("UplinkUnknown", "Node "+n.options.nodeName, err,
 			"set the kubelet's --node-ip to an address of the node's uplink, or set --mtu"))
-		return h
 	}
-	h.uplinkMTU = read
 	return h
 }
 
-// readMTU returns the MTU of the links by which the node reaches the others, or of that which has its first InternalIP.
-func (n *node) readMTU(self cluster.Node) (int, error) {
+// readUplink reads the uplink of the node, which is the link that has its first InternalIP.
+func (n *node) readUplink(self cluster.Node) (mesh.Uplink, error) {
 	if len(self.Addresses) == 0 {
-		return 0, errors.New("the Node has no InternalIP")
+		return mesh.Uplink{}, errors.New("the Node has no InternalIP")
 	}
-	return n.uplinkMTU(self.Addresses[0], n.planner.endpoints())
+	return n.uplinkOf(self.Addresses[0], n.planner.endpoints())
 }
 
 // meshCode tells a node that has no WireGuard at all from one where something failed.

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -32,6 +33,9 @@ type told struct {
 	mu      sync.Mutex
 	delta   cluster.Delta
 	refresh func()
+	// servers and errServers are what it says of the API server.
+	servers    []netip.Addr
+	errServers error
 }
 
 func (s *told) Run(context.Context) error                        { return nil }
@@ -41,6 +45,7 @@ func (s *told) Problems() []cluster.Problem                      { return nil }
 func (s *told) Publish(context.Context, map[string]string) error { return nil }
 func (s *told) Event(context.Context, kube.Event)                {}
 func (s *told) Reporter(kube.Reference) string                   { return "" }
+func (s *told) Servers(context.Context) ([]netip.Addr, error)    { return s.servers, s.errServers }
 
 func (s *told) Refresh(context.Context, string, string, string) error {
 	s.mu.Lock()
@@ -62,10 +67,19 @@ var errBusy = errors.New("another program holds the lock")
 
 // memory is a packet filter that knows the chains of IPv4 that it would hold, unless it is busy.
 type memory struct {
-	comparer
 	busy   atomic.Bool
 	known  bool
 	chains sync.Map
+}
+
+// Drift tells of the chains of IPv4 that are not held.
+func (m *memory) Drift(_ context.Context, wanted netfilter.Ruleset) (all []firewall.Difference, err error) {
+	for _, c := range wanted.V4.Chains {
+		if !m.known || !m.holds(c.Name) {
+			all = append(all, firewall.Difference{Table: c.Table, Chain: c.Name, What: "is missing"})
+		}
+	}
+	return all, nil
 }
 
 func (m *memory) Denied(context.Context) ([]firewall.Denial, error) { return nil, nil }
@@ -116,15 +130,15 @@ func (noTunnel) Patch(context.Context, mesh.Change, wgdevice.Key) (wgdevice.Chan
 }
 
 // newStepped returns a node with one pod, which has a lease, above a source and a packet filter in memory.
-func newStepped(t *testing.T, address string, clusterCIDRs ...netip.Prefix) (*node, *told, *memory, agentapi.Pod) {
-	t.Helper()
+func newStepped(tb testing.TB, address string, clusterCIDRs ...netip.Prefix) (*node, *told, *memory, agentapi.Pod) {
+	tb.Helper()
 	var o runOptions
-	o.runDir, o.cniConfDir, o.sysctlDir = t.TempDir(), t.TempDir(), t.TempDir()
+	o.runDir, o.stateDir, o.cniConfDir, o.sysctlDir = tb.TempDir(), tb.TempDir(), tb.TempDir(), tb.TempDir()
 	o.nodeName, o.mtu, o.parsedCluster, o.encryptionMode = "node-1", 1400, clusterCIDRs, true
 	for _, name := range []string{"net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"} {
 		path := filepath.Join(o.sysctlDir, name)
 		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, []byte("1\n"), 0o600)); err != nil {
-			t.Fatal(err)
+			tb.Fatal(err)
 		}
 	}
 	s, m, p := &told{delta: cluster.NewDelta()}, &memory{}, newPlanner(o.planning)
@@ -140,18 +154,19 @@ func newStepped(t *testing.T, address string, clusterCIDRs ...netip.Prefix) (*no
 	pod := cluster.Pod{Namespace: "shop", Name: "web", UID: "u", Node: "node-1"}
 	s.delta.Pods[pod.Key()] = &pod
 	owner := ipam.Owner{ContainerID: "c", Interface: "eth0", Namespace: "shop", Name: "web", UID: "u"}
-	keys, err := wgdevice.OpenKeys(t.TempDir())
+	keys, err := wgdevice.OpenKeys(tb.TempDir())
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	n.keys = &rotator{encrypted: true, node: "node-1", keys: keys, clock: clock, log: n.log, wake: n.loop.Trigger}
 	n.follower = newFollower(n.tunnel, clock, n.log)
 	if n.leases, err = ipam.Open(o.leases()); err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
+	n.trash = newSweeper(n.leases)
 	addresses, err := n.leases.Allocate([]netip.Prefix{own}, owner)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return n, s, m, agentapi.Pod{ContainerID: "c", Interface: "eth0", Namespace: "shop", Name: "web", UID: "u", Addresses: addresses}
 }
@@ -208,6 +223,71 @@ func TestWhatWasHeldBackIsApplied(t *testing.T) {
 	}
 }
 
+// Nothing is applied while the cluster CIDR may hold the API server, from which the guards would cut the node off.
+func TestClusterCIDRHoldsServer(t *testing.T) {
+	n, s, m, _ := newStepped(t, "192.168.0.1", netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fd00::/16"))
+	refused := func(code, message string) {
+		t.Helper()
+		err := n.step(t.Context(), true)
+		problems := n.outcomeNow().problems
+		if err == nil || len(problems) != 1 || problems[0].Code != code || !strings.Contains(problems[0].Message, message) {
+			t.Errorf("error %v, problems %v, want %s with %q", err, problems, code, message)
+		}
+		if m.known {
+			t.Error("rules are applied")
+		}
+		if stood, err := n.guardsStood(); stood || err != nil {
+			t.Errorf("after a boot the guards would be put up at once (%v)", err)
+		}
+	}
+	s.errServers = errBusy
+	refused("APIServerUnknown", errBusy.Error())
+	s.errServers = nil
+	for _, server := range []string{"10.96.0.1", "fd00:0:0:96::1"} {
+		s.servers = []netip.Addr{netip.MustParseAddr("192.168.0.2"), netip.MustParseAddr(server)}
+		refused("ClusterCIDRHoldsServer", "holds "+server+", where the API server is")
+		n.serversKnown = false // as a daemon that starts
+	}
+	s.servers = s.servers[:1]
+	if err := n.step(t.Context(), true); err != nil || !m.known {
+		t.Errorf("error %v, and rules are applied: %v, where the server is elsewhere", err, m.known)
+	}
+	if stood, err := n.guardsStood(); !stood || err != nil {
+		t.Errorf("after a boot the guards would wait for the API server (%v)", err)
+	}
+	// A daemon that starts where they stand, while the server does not answer.
+	n.serversKnown, s.errServers = false, errBusy
+	if err := n.step(t.Context(), true); err != nil || n.serversKnown {
+		t.Errorf("error %v where the guards have stood; the server is known: %v", err, n.serversKnown)
+	}
+	s.errServers = nil
+	if err := os.Remove(filepath.Join(n.options.stateDir, guardedFile)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(n.options.stateDir, guardedFile), 0o700); err != nil { // which cannot be written
+		t.Fatal(err)
+	}
+	err := n.step(t.Context(), true)
+	if problems := n.outcomeNow().problems; err != nil || len(problems) != 1 || problems[0].Code != "GuardsNotRemembered" {
+		t.Errorf("error %v, problems %v, where the state cannot be written", err, problems)
+	}
+}
+
+// After a boot only those guards are put up at once that have stood.
+func TestGuardsHaveStood(t *testing.T) {
+	n, _, _, _ := newStepped(t, "192.168.0.1", netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fd00::/16"))
+	if err := n.step(t.Context(), true); err != nil {
+		t.Fatal(err)
+	}
+	if stood, err := n.guardsStood(); !stood || err != nil {
+		t.Errorf("those that stand would wait for the API server (%v)", err)
+	}
+	n.options.parsedCluster = n.options.parsedCluster[1:]
+	if stood, err := n.guardsStood(); stood || err != nil {
+		t.Errorf("after a boot other guards would be put up at once (%v)", err)
+	}
+}
+
 // Leases that cannot be read close nobody who has one, and a pod whose lease comes into sight before it asked opens nothing.
 func TestLeasesThatCannotBeRead(t *testing.T) {
 	n, s, _, pod := newStepped(t, "192.168.0.1")
@@ -236,6 +316,27 @@ func TestLeasesThatCannotBeRead(t *testing.T) {
 		t.Errorf("error %v; the pods are open: %v and %v", err, n.isOpen(pod), n.isOpen(asks))
 	}
 	if problems := n.outcomeNow().problems; len(problems) == 0 || problems[0].Code != "LeaseUnreadable" {
+		t.Errorf("problems %v", problems)
+	}
+}
+
+// What is no lease is set aside by an audit, and keeps no pod from its place.
+func TestAuditSetsAsideWhatIsNoLease(t *testing.T) {
+	n, _, _, pod := newStepped(t, "192.168.0.1")
+	for _, name := range []string{"notes", "10.244.1.9"} {
+		if err := os.WriteFile(filepath.Join(n.options.leases(), name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := n.step(t.Context(), true); err != nil || !n.isOpen(pod) {
+		t.Errorf("error %v, and the pod is open: %v", err, n.isOpen(pod))
+	}
+	for _, name := range []string{"notes", "10.244.1.9"} {
+		if _, err := os.Stat(filepath.Join(n.options.leases(), ".aside", name)); err != nil {
+			t.Error(err)
+		}
+	}
+	if problems := n.outcomeNow().problems; len(problems) > 0 {
 		t.Errorf("problems %v", problems)
 	}
 }

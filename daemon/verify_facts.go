@@ -124,7 +124,7 @@ func (n *node) kernelDrift(ctx context.Context, closed []firewall.ClosedChain) (
 func (p *planner) guardRules() netfilter.Ruleset {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.guards
+	return netfilter.Merge(p.guards, p.hosts.sets())
 }
 
 // ofRules tells whether a difference is in one of these chains and sets, or on the way to them.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"runtime"
 
 	cnins "github.com/containernetworking/cni/pkg/ns"
 	"github.com/containernetworking/cni/pkg/skel"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/gate"
+	"github.com/warren-cni/warren/pkg/inflight"
 	"github.com/warren-cni/warren/pkg/ipam"
 	"github.com/warren-cni/warren/pkg/podlink"
 )
@@ -41,9 +43,14 @@ func add(ctx context.Context, args *skel.CmdArgs) error {
 		return err
 	}
 	// Asked first, so that with the daemon away nothing has to be undone.
-	if err = conf.ask(ctx, agentapi.OpReady, nil); err != nil {
+	if _, err = conf.ask(ctx, agentapi.OpReady, nil); err != nil {
 		return err
 	}
+	end, err := inflight.In(conf.RunDir).Begin(ctx, podlink.HostName(owner.ContainerID, owner.Interface))
+	if err != nil {
+		return err
+	}
+	defer end()
 	leases, err := conf.leases()
 	if err != nil {
 		return err
@@ -57,12 +64,13 @@ func add(ctx context.Context, args *skel.CmdArgs) error {
 		err = types.PrintResult(extend(previous, pair, args.Netns), conf.CNIVersion)
 	}
 	if err != nil {
-		return errors.Join(err, release(leases, owner.ContainerID, owner.Interface))
+		return errors.Join(err, release(leases, owner.ContainerID, owner.Interface), conf.sweep(ctx, leases))
 	}
 	return nil
 }
 
-// attach wires the pod and has the daemon let its traffic pass.
+// attach wires the pod, and meanwhile has the daemon put its policies into the kernel and let its traffic pass. It is over when both
+// are: an undoing must not be overtaken by the daemon.
 func attach(ctx context.Context, conf *config, netns string, owner ipam.Owner, pair podlink.Pair) error {
 	addresses := addressesOf(pair)
 	// The daemon may not yet know that the addresses have another pod now: without this, the new pod would pass the gate as
@@ -70,10 +78,14 @@ func attach(ctx context.Context, conf *config, netns string, owner ipam.Owner, p
 	if err := gate.Close(addresses); err != nil {
 		return err
 	}
-	if err := podlink.Attach(netns, pair); err != nil {
-		return err
-	}
-	return conf.ask(ctx, agentapi.OpAttach, request(owner, addresses))
+	passes := make(chan error, 1)
+	go func() {
+		_, err := conf.ask(ctx, agentapi.OpAttach, request(owner, addresses))
+		passes <- err
+	}()
+	runtime.Gosched() // so that the daemon is asked before the kernel keeps this thread busy
+	err := podlink.Attach(netns, pair)
+	return errors.Join(err, <-passes)
 }
 
 // request names an attachment to the daemon.

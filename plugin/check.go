@@ -50,11 +50,20 @@ func check(ctx context.Context, args *skel.CmdArgs) error {
 		return fmt.Errorf("interface %s of container %s has no lease", owner.Interface, owner.ContainerID)
 	}
 	pair := podlink.Plan(podlink.Spec{ContainerID: owner.ContainerID, Interface: owner.Interface, MTU: conf.MTU, Addresses: addresses})
-	return errors.Join(
-		compare(previous, pair, args.Netns),
-		podlink.Check(args.Netns, pair),
-		conf.ask(ctx, agentapi.OpCheck, request(owner, addresses)),
-	)
+	pair.MTU = mtuOf(previous, pair)
+	_, daemonErr := conf.ask(ctx, agentapi.OpCheck, request(owner, addresses))
+	return errors.Join(compare(previous, pair, args.Netns), podlink.Check(args.Netns, pair), daemonErr)
+}
+
+// mtuOf returns the MTU that the link got. The one that new links get may have changed since; it stands in where the result tells
+// none (before CNI 1.1.0).
+func mtuOf(result *current.Result, planned podlink.Pair) int {
+	for _, i := range result.Interfaces {
+		if i.Name == planned.Host.Name && i.Mtu > 0 {
+			return i.Mtu
+		}
+	}
+	return planned.MTU
 }
 
 // compare looks for the pod's link in the result. Plugins that come later in the chain may have added to it.
@@ -76,22 +85,40 @@ func compare(result *current.Result, pair podlink.Pair, netns string) error {
 	return errors.Join(missing...)
 }
 
-// status is STATUS: whether an ADD could succeed now.
+// status is STATUS: whether an ADD could succeed now, and whether the pods that run have all that they should.
 func status(ctx context.Context, args *skel.CmdArgs) error {
 	conf, err := parseConfig(args.StdinData)
 	if err != nil {
 		return err
 	}
-	if _, err = conf.ranges(); err != nil {
+	ranges, err := conf.ranges()
+	if err != nil {
 		return err
 	}
-	err = conf.ask(ctx, agentapi.OpReady, nil)
+	response, err := conf.ask(ctx, agentapi.OpReady, nil)
+	if codeOf(err) == types.ErrLimitedConnectivity {
+		return err
+	}
+	if err == nil {
+		err = conf.hasRoom(ranges)
+	}
 	switch {
-	case err == nil:
-		return nil
-	case codeOf(err) == types.ErrLimitedConnectivity:
-		return err
-	default:
+	case err != nil:
 		return types.NewError(types.ErrPluginNotAvailable, err.Error(), "")
+	case response.Limited != "":
+		return types.NewError(types.ErrLimitedConnectivity, response.Limited, "")
+	default:
+		return nil
 	}
+}
+
+// hasRoom returns an error where no ADD can get an address until a pod goes. Addresses that cool down are no reason: an ADD that needs
+// one is told to try again, and succeeds within seconds, whereas a STATUS that fails makes the whole node NotReady, which takes the
+// pods that run on it out of their Services.
+func (c *config) hasRoom(ranges []netip.Prefix) error {
+	leases, err := c.leases()
+	if err != nil {
+		return err
+	}
+	return leases.Room(ranges)
 }

@@ -112,7 +112,7 @@ func parseOwner(args *skel.CmdArgs) (ipam.Owner, error) {
 			"CNI_ARGS: K8S_POD_NAMESPACE or K8S_POD_NAME is missing: only a pod can be attached, because policies need its identity", "")
 	}
 	return ipam.Owner{
-		ContainerID: args.ContainerID, Interface: args.IfName,
+		ContainerID: args.ContainerID, Interface: args.IfName, Netns: args.Netns,
 		Namespace: string(pod.K8S_POD_NAMESPACE), Name: string(pod.K8S_POD_NAME), UID: string(pod.K8S_POD_UID),
 	}, nil
 }

@@ -3,32 +3,50 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
+	"os"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
-	"github.com/containernetworking/cni/pkg/types"
+	"golang.org/x/sys/unix"
 
+	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/conntrack"
 	"github.com/warren-cni/warren/pkg/gate"
+	"github.com/warren-cni/warren/pkg/inflight"
 	"github.com/warren-cni/warren/pkg/ipam"
 	"github.com/warren-cni/warren/pkg/podlink"
 )
 
+// delPatience is how long DEL waits for another who works on the same attachment: an ADD that the runtime gave up, another DEL.
+const delPatience = 10 * time.Second
+
+// sweepPatience is how long DEL waits for the daemon before it does the daemon's part itself.
+const sweepPatience = time.Second
+
 // del is DEL. It needs neither the daemon nor the network namespace nor a previous result.
-func del(_ context.Context, args *skel.CmdArgs) error {
+func del(ctx context.Context, args *skel.CmdArgs) error {
 	conf, err := parseConfig(args.StdinData)
 	if err != nil {
 		return err
 	}
+	patience, cancel := context.WithTimeout(ctx, delPatience)
+	defer cancel()
+	// Nothing keeps a DEL from its work, neither somebody who takes too long nor a lock that cannot be made: each step of it does no
+	// harm beside another's.
+	if end, lockErr := inflight.In(conf.RunDir).Begin(patience, podlink.HostName(args.ContainerID, args.IfName)); lockErr == nil {
+		defer end()
+	}
 	leases, err := conf.leases()
 	if err != nil {
-		return errors.Join(err, podlink.Detach(podlink.HostName(args.ContainerID, args.IfName)))
+		return errors.Join(laterIfUnwritable(err), podlink.Detach(podlink.HostName(args.ContainerID, args.IfName)), podlink.Sweep())
 	}
-	return release(leases, args.ContainerID, args.IfName)
+	return errors.Join(release(leases, args.ContainerID, args.IfName), conf.sweep(ctx, leases))
 }
 
-// release takes away everything that an attachment has, whatever is left of it: passage through the gate, link, addresses.
-// A step is tried even when the one before failed; but the addresses are kept while the link or a connection stands, so
-// that no other pod gets an address that one still uses.
+// release takes an attachment out of service, whatever is left of it: passage through the gate, link, addresses. When it has returned
+// no packet of the pod passes any more; sweep has to come after it. A step is tried even when the one before failed; but the
+// addresses are kept while the link stands, so that no other pod gets an address that one still uses.
 func release(leases *ipam.Store, containerID, ifname string) error {
 	addresses, heldErr := leases.Held(containerID, ifname)
 	gateErr := gate.Close(addresses)
@@ -39,47 +57,27 @@ func release(leases *ipam.Store, containerID, ifname string) error {
 	if linkErr := podlink.Detach(podlink.HostName(containerID, ifname)); linkErr != nil {
 		return errors.Join(err, linkErr)
 	}
-	if forgetErr := conntrack.Forget(addresses); forgetErr != nil {
-		return errors.Join(err, forgetErr)
-	}
 	_, releaseErr := leases.Release(containerID, ifname)
-	return errors.Join(err, releaseErr)
+	return errors.Join(err, laterIfUnwritable(releaseErr))
 }
 
-// collect is GC: it releases every attachment that the runtime does not name as valid, and goes on after errors. Where the
-// runtime names none at all, because the key is missing, nothing is removed.
-func collect(_ context.Context, args *skel.CmdArgs) error {
-	conf, err := parseConfig(args.StdinData)
-	if err != nil {
+// laterIfUnwritable returns no error where it is that a file system takes no changes. A lease that is left then keeps its address, and ends
+// with the next DEL or GC, or by the daemon, once that is over. To fail would make the runtime repeat all else, which is done.
+func laterIfUnwritable(err error) error {
+	if !errors.Is(err, unix.EROFS) && !errors.Is(err, unix.ENOSPC) {
 		return err
 	}
-	if conf.ValidAttachments == nil {
+	fmt.Fprintln(os.Stderr, "warren: the lease ends later:", err)
+	return nil
+}
+
+// sweep sees to it that the links that were released are deleted, and that their connections are before the addresses have cooled
+// down. That takes long, but not longer for many; so the daemon does it for all that end at the same time, where there is one.
+func (c *config) sweep(ctx context.Context, leases *ipam.Store) error {
+	patience, cancel := context.WithTimeout(ctx, sweepPatience)
+	defer cancel()
+	if _, err := c.ask(patience, agentapi.OpReleased, nil); err == nil {
 		return nil
 	}
-	leases, err := conf.leases()
-	if err != nil {
-		return err
-	}
-	valid := make(map[types.GCAttachment]bool)
-	links := make(map[string]bool)
-	for _, a := range *conf.ValidAttachments {
-		valid[a] = true
-		links[podlink.HostName(a.ContainerID, a.IfName)] = true
-	}
-	owners, err := leases.Owners()
-	errs := []error{err}
-	for _, o := range owners {
-		if !valid[types.GCAttachment{ContainerID: o.ContainerID, IfName: o.Interface}] {
-			errs = append(errs, release(leases, o.ContainerID, o.Interface))
-		}
-	}
-	// Links whose lease is gone.
-	names, err := podlink.Links()
-	errs = append(errs, err)
-	for _, name := range names {
-		if !links[name] {
-			errs = append(errs, podlink.Detach(name))
-		}
-	}
-	return errors.Join(errs...)
+	return errors.Join(podlink.Sweep(), laterIfUnwritable(leases.Forget(conntrack.Forget)))
 }

@@ -1,15 +1,14 @@
 package main
 
 import (
-	"context"
 	"encoding/json"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
-	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/google/go-cmp/cmp"
@@ -98,9 +97,12 @@ func TestAddFailsWithoutTrace(t *testing.T) {
 			},
 			config: set("ranges", []string{"10.244.1.0/30"}), code: 11, want: "range 10.244.1.0/30 is exhausted: all 1 addresses are leased",
 		},
-		"lease directory is a file": {
+		"lock is a directory that cannot be set aside": {
 			prepare: func(t *testing.T, n *node, _ *pod) {
 				if err := os.MkdirAll(filepath.Join(n.runDir, "ipam", ".lock"), 0o700); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.WriteFile(filepath.Join(n.runDir, "ipam", ".aside"), nil, 0o600); err != nil {
 					t.Fatal(err)
 				}
 			}, code: 999, want: "locking leases",
@@ -149,7 +151,7 @@ func TestKilledAdd(t *testing.T) {
 			before := n.state(p)
 			n.daemon.answers(func(req agentapi.Request) *agentapi.Error {
 				if req.Op == agentapi.OpAttach {
-					run(t, n, "kill -KILL $(ip netns pids "+filepath.Base(n.Path())+" | xargs -r ps -o pid=,comm= -p | awk '$2 == \"warren\" {print $1}')")
+					run(t, n, fmt.Sprintf("pkill -KILL -P %d -x warren", os.Getpid()))
 				}
 				return nil
 			})
@@ -159,7 +161,7 @@ func TestKilledAdd(t *testing.T) {
 			if n.state(p) == before {
 				t.Fatal("the killed ADD left nothing to clean up")
 			}
-			out, stderr, err := n.exec(p, command, func(c map[string]any) { c["cni.dev/valid-attachments"] = []any{} })
+			out, stderr, err := n.exec(p, command, nothingValid)
 			if err != nil || out != "" || stderr != "" {
 				t.Errorf("%s: %v\n%s%s", command, err, out, stderr)
 			}
@@ -195,125 +197,5 @@ func TestStaleAddressIsClosed(t *testing.T) {
 	n.mustAdd(n.newPod("web"))
 	if diff := cmp.Diff([]string{"10.244.1.9"}, openAtAttach); diff != "" {
 		t.Errorf("open when the daemon was asked (-want +got):\n%s", diff)
-	}
-}
-
-func TestCheck(t *testing.T) {
-	check := func(n *node, p *pod) error { return n.cni.CheckNetworkList(context.Background(), n.conflist(), &p.rt) }
-	tests := map[string]struct {
-		corrupt func(*testing.T, *node, *pod)
-		code    uint
-		want    string
-	}{
-		"link": {func(t *testing.T, _ *node, p *pod) { run(t, p, "ip route del default") }, 999, "route 0.0.0.0/0 is missing"},
-		"lease": {
-			func(t *testing.T, n *node, _ *pod) { run(t, n, "rm "+n.runDir+"/ipam/*") }, 999, "has no lease",
-		},
-		"other addresses": {
-			func(t *testing.T, n *node, p *pod) {
-				// Another lease and link for the same attachment, of which the runtime knows nothing.
-				out, _, err := n.exec(p, "DEL")
-				if err != nil {
-					t.Fatal(err, out)
-				}
-				if out, _, err = n.exec(p, "ADD"); err != nil {
-					t.Fatal(err, out)
-				}
-			}, 999, "prevResult has no address 10.244.1.3",
-		},
-		"gate": {
-			func(_ *testing.T, n *node, _ *pod) {
-				n.daemon.answers(refuse(agentapi.OpCheck, 999, "10.244.1.2 may not pass"))
-			}, 999, "10.244.1.2 may not pass",
-		},
-		"daemon away": {func(_ *testing.T, n *node, _ *pod) { n.stop() }, 11, "does not answer"},
-	}
-	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
-			n := newNode(t)
-			p := n.newPod("web")
-			n.mustAdd(p)
-			if err := check(n, p); err != nil {
-				t.Fatalf("before the corruption: %v", err)
-			}
-			tt.corrupt(t, n, p)
-			wantCode(t, check(n, p), tt.code, tt.want)
-		})
-	}
-}
-
-func TestCheckWithoutPreviousResult(t *testing.T) {
-	n := newNode(t)
-	p := n.newPod("web")
-	n.mustAdd(p)
-	if out, _, err := n.exec(p, "CHECK"); err == nil || !strings.Contains(out, `"code": 7`) || !strings.Contains(out, "prevResult is missing") {
-		t.Errorf("got %v: %s", err, out)
-	}
-}
-
-func TestStatus(t *testing.T) {
-	n := newNode(t)
-	list := n.conflist()
-	status := func() error { return n.cni.GetStatusNetworkList(context.Background(), list) }
-	if err := status(); err != nil {
-		t.Errorf("ready: %v", err)
-	}
-	n.daemon.answers(refuse(agentapi.OpReady, 11, "no podCIDR"))
-	wantCode(t, status(), types.ErrPluginNotAvailable, "no podCIDR")
-	n.daemon.answers(refuse(agentapi.OpReady, types.ErrLimitedConnectivity, "no tunnel"))
-	wantCode(t, status(), types.ErrLimitedConnectivity, "no tunnel")
-	n.stop()
-	wantCode(t, status(), types.ErrPluginNotAvailable, "does not answer")
-}
-
-// TestGC: exactly what the runtime does not name is removed, and nothing where it names no list.
-func TestGC(t *testing.T) {
-	n := newNode(t)
-	kept := n.newPod("kept")
-	n.mustAdd(kept)
-	before := n.state(kept)
-
-	gone, orphan, killed := n.newPod("gone"), n.newPod("orphan"), n.newPod("killed")
-	for _, p := range []*pod{gone, orphan, killed} {
-		n.mustAdd(p)
-	}
-	run(t, n, "cd "+n.runDir+"/ipam; rm c-orphan@eth0 10.244.1.4 fd00:10:244:1::4") // a link without a lease
-	run(t, n, "cd "+n.runDir+"/ipam; rm c-killed@eth0 10.244.1.5; ipset del WARREN-READY4 10.244.1.4; ipset del WARREN-READY6 fd00:10:244:1::4; "+
-		"ipset del WARREN-READY4 10.244.1.5") // what a killed DEL leaves
-	full := n.state(kept)
-
-	for name, change := range map[string]func(map[string]any){
-		"without the key": func(map[string]any) {},
-		"with null":       func(c map[string]any) { c["cni.dev/valid-attachments"] = nil },
-	} {
-		if out, _, err := n.exec(kept, "GC", change); err != nil {
-			t.Errorf("GC %s: %v: %s", name, err, out)
-		}
-		n.unchanged(full, kept)
-	}
-
-	// A file that nobody can read keeps GC from nothing else.
-	junk := filepath.Join(n.runDir, "ipam", "junk")
-	if err := os.WriteFile(junk, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	n.cni = libcni.NewCNIConfigWithCacheDir([]string{binaries}, t.TempDir(), executor()) // so that libcni itself deletes nothing
-	list := n.conflist()
-	args := &libcni.GCArgs{ValidAttachments: []types.GCAttachment{{ContainerID: "c-kept", IfName: "eth0"}, {ContainerID: "c-never", IfName: "eth0"}}}
-	err := n.cni.GCNetworkList(context.Background(), list, args)
-	if err == nil || !strings.Contains(err.Error(), junk) {
-		t.Errorf("GC: %v, want an error that names %s", err, junk)
-	}
-	if err = os.Remove(junk); err != nil {
-		t.Fatal(err)
-	}
-	n.unchanged(before, kept)
-
-	args.ValidAttachments = []types.GCAttachment{}
-	if err = n.cni.GCNetworkList(context.Background(), list, args); err != nil {
-		t.Errorf("GC of all: %v", err)
-	}
-	if left := run(t, n, "ip -br link show type veth; ls "+n.runDir+"/ipam"); left != "" || len(n.open()) > 0 {
-		t.Errorf("GC of all left %q and %v", left, n.open())
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/containernetworking/cni/libcni"
@@ -25,7 +26,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/warren-cni/warren/pkg/agentapi"
+	"github.com/warren-cni/warren/pkg/ipam"
 	"github.com/warren-cni/warren/pkg/netfilter"
+	"github.com/warren-cni/warren/pkg/podlink"
 	"github.com/warren-cni/warren/pkg/testnode"
 )
 
@@ -72,6 +75,8 @@ type node struct {
 	cni    *libcni.CNIConfig
 	daemon *daemon
 	stop   func()
+	// under is the command under which exec runs the plugin.
+	under []string
 }
 
 // newNode enters a new node whose daemon is ready.
@@ -121,13 +126,16 @@ func (n *node) startDaemon() {
 
 func (n *node) socket() string { return filepath.Join(n.runDir, "warrend.sock") }
 
-// daemon stands in for warrend: it opens the gate for every pod, or answers as a test says.
+// daemon stands in for warrend: it opens the gate for every pod and deletes links at once, or answers as a test says.
 type daemon struct {
 	node ns.NetNS
+	late atomic.Bool // leaves links for later
 
 	mu       sync.Mutex
 	requests []agentapi.Request
 	answer   func(agentapi.Request) *agentapi.Error
+	// limited is what it says that pods that run lack.
+	limited string
 }
 
 func (d *daemon) handle(_ context.Context, req agentapi.Request) agentapi.Response {
@@ -139,14 +147,23 @@ func (d *daemon) handle(_ context.Context, req agentapi.Request) agentapi.Respon
 			return agentapi.Response{Error: refusal}
 		}
 	}
-	if req.Op != agentapi.OpAttach {
-		return agentapi.Response{}
-	}
-	err := d.node.Do(func(ns.NetNS) error { return openGate(req.Pod.Addresses...) })
+	err := d.node.Do(func(ns.NetNS) error {
+		switch req.Op {
+		case agentapi.OpAttach:
+			return openGate(req.Pod.Addresses...)
+		case agentapi.OpReleased:
+			if d.late.Load() {
+				return nil
+			}
+			return podlink.Sweep()
+		default:
+			return nil
+		}
+	})
 	if err != nil {
 		return agentapi.Response{Error: &agentapi.Error{Code: 999, Message: err.Error()}}
 	}
-	return agentapi.Response{}
+	return agentapi.Response{Limited: d.limited}
 }
 
 // answers sets what the daemon refuses.
@@ -188,6 +205,22 @@ func (n *node) open() []string {
 	}
 	slices.Sort(open)
 	return open
+}
+
+// remembered returns the addresses that were released and whose connections were not ended yet.
+func (n *node) remembered() (remembered []string) {
+	n.t.Helper()
+	leases, err := ipam.Open(filepath.Join(n.runDir, "ipam"))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	_ = leases.Forget(func(addresses []netip.Addr) error {
+		for _, a := range addresses {
+			remembered = append(remembered, a.String())
+		}
+		return errors.New("only asked")
+	})
+	return remembered
 }
 
 // conflist returns the network's configuration, changed as the test wants it.
@@ -284,7 +317,7 @@ func (n *node) state(pods ...*pod) string {
 		n.t.Fatal(err)
 	}
 	for _, e := range entries {
-		if !strings.HasPrefix(e.Name(), ".l") && e.Name() != ".cooling" { // lock and cursors, and what nobody holds
+		if !strings.HasPrefix(e.Name(), ".") { // those are nobody's leases
 			fmt.Fprintln(&b, "lease", e.Name())
 		}
 	}
@@ -295,8 +328,9 @@ func (n *node) state(pods ...*pod) string {
 	}
 	for _, space := range spaces {
 		b.WriteString(run(n.t, space,
-			// Without what the kernel does by itself, and later: operational state and link-local addresses.
-			"ip -o link | sed 's/<[^>]*>//; s/state [A-Z]*//'; ip -o addr show scope global; ip route show table all | grep -v fe80::; ip neigh; "+
+			// Without what the kernel does by itself, and later: operational state and link-local addresses; and without what ip says of
+			// namespaces of others that it looks at while they come and go.
+			"ip -o link 2>/dev/null | sed 's/<[^>]*>//; s/state [A-Z]*//'; ip -o addr show scope global; ip route show table all | grep -v fe80::; ip neigh; "+
 				"iptables-save | grep '^-A' || true; ip6tables-save | grep '^-A' || true"))
 	}
 	return b.String()

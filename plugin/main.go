@@ -9,7 +9,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
+	"runtime"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
@@ -29,6 +31,14 @@ const daemonTimeout = 30 * time.Second
 var version = "dev"
 
 func main() {
+	// It hardly ever has two things to do at a time but waiting; to hand them from thread to thread costs more than it gains, most of all on
+	// a busy node.
+	runtime.GOMAXPROCS(1)
+	if os.Getenv("CNI_COMMAND") == "DEL" {
+		// Without it skel fails a DEL that is done, and each one after it, where the path of the pod's network namespace leads to the node's by
+		// now: /proc/PID/ns/net of a runtime, once another process has the number.
+		_ = os.Setenv("CNI_NETNS_OVERRIDE", "1")
+	}
 	skel.PluginMainFuncs(skel.CNIFuncs{
 		Add: coded(add), Del: coded(del), Check: coded(check), GC: coded(collect), Status: coded(status),
 	}, cniversion.PluginSupports("0.4.0", "1.0.0", "1.1.0"), "CNI plugin warren "+version)
@@ -63,17 +73,20 @@ func codeOf(err error) uint {
 	}
 }
 
-// ask sends a request to the daemon. That it is away is an error that passes.
-func (c *config) ask(ctx context.Context, op string, pod *agentapi.Pod) error {
-	_, err := agentapi.Call(ctx, filepath.Join(c.RunDir, "warrend.sock"), agentapi.Request{Op: op, Pod: pod})
+// ask sends a request to the daemon. That it is away, or of another version, is an error that passes.
+func (c *config) ask(ctx context.Context, op string, pod *agentapi.Pod) (*agentapi.Response, error) {
+	response, err := agentapi.Call(ctx, filepath.Join(c.RunDir, "warrend.sock"), agentapi.Request{Op: op, Pod: pod})
 	var refused *agentapi.Error
+	var differs *agentapi.VersionError
 	switch {
 	case err == nil:
-		return nil
+		return response, nil
 	case errors.As(err, &refused):
-		return fmt.Errorf("the daemon of this node refuses: %w", err)
+		return nil, fmt.Errorf("the daemon of this node refuses: %w", err)
+	case errors.As(err, &differs):
+		return nil, types.NewError(types.ErrTryAgainLater, err.Error(), "")
 	default:
-		return types.NewError(types.ErrTryAgainLater, fmt.Sprintf("the daemon of this node does not answer: %v", err), "")
+		return nil, types.NewError(types.ErrTryAgainLater, fmt.Sprintf("the daemon of this node does not answer: %v", err), "")
 	}
 }
 

@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -123,7 +122,8 @@ func (n *node) exec(p *pod, command string, change ...func(map[string]any)) (std
 		args = append(args, a[0]+"="+a[1])
 	}
 	var out, errOut bytes.Buffer
-	cmd := exec.Command(filepath.Join(binaries, "warren"))
+	program := append(slices.Clone(n.under), filepath.Join(binaries, "warren"))
+	cmd := exec.Command(program[0], program[1:]...)
 	cmd.Env = []string{
 		"CNI_COMMAND=" + command, "CNI_CONTAINERID=" + p.rt.ContainerID, "CNI_NETNS=" + p.rt.NetNS, "CNI_IFNAME=" + p.rt.IfName,
 		"CNI_PATH=" + binaries, "CNI_ARGS=" + strings.Join(args, ";"),
@@ -218,25 +218,9 @@ func TestConcurrentAdds(t *testing.T) {
 	}
 	before := n.state()
 	list := n.conflist()
-	each := func(do func(*pod) error) {
-		var wg sync.WaitGroup
-		for _, p := range all {
-			wg.Go(func() {
-				runtime.LockOSThread() // for good: the thread stays on the node
-				if err := n.Set(); err != nil {
-					t.Error(err)
-					return
-				}
-				if err := do(p); err != nil {
-					t.Error(err)
-				}
-			})
-		}
-		wg.Wait()
-	}
 	var mu sync.Mutex
 	seen := map[string]bool{}
-	each(func(p *pod) error {
+	n.atOnce(all, func(p *pod) error {
 		result, err := n.add(list, p)
 		if err != nil {
 			return err
@@ -252,7 +236,7 @@ func TestConcurrentAdds(t *testing.T) {
 		t.Errorf("%d addresses were leased and %d are open, want %d distinct ones", len(seen), len(n.open()), 2*pods)
 	}
 	run(t, all[0], "ping -c 1 -W 2 10.244.1.21; ping -c 1 -W 2 fd00:10:244:1::15")
-	each(n.del)
+	n.atOnce(all, n.del)
 	n.unchanged(before)
 }
 

@@ -6,7 +6,7 @@ set -euo pipefail
 packages() {
   case "$1" in
     build) echo ca-certificates git make ;;
-    test)  echo ca-certificates git make iptables ipset iproute2 conntrack tcpdump procps iputils-ping kmod strace ;;
+    test)  echo ca-certificates git make iptables ipset iproute2 conntrack tcpdump procps iputils-ping kmod strace nftables ;;
     lint)  echo ca-certificates git make shellcheck ;;
     image) echo ca-certificates ;;
     vm)    echo qemu-system-x86 busybox-static cpio kmod xz-utils ;;

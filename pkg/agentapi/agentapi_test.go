@@ -3,6 +3,7 @@ package agentapi_test
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"net"
 	"net/netip"
@@ -10,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
@@ -54,7 +56,7 @@ func TestCallCarriesRequestAndResponse(t *testing.T) {
 	var got agentapi.Request
 	socket := serve(t, func(_ context.Context, req agentapi.Request) agentapi.Response {
 		got = req
-		return agentapi.Response{Status: &agentapi.Status{Node: "n1", Ready: true}}
+		return agentapi.Response{Limited: "no tunnel"}
 	})
 	want := agentapi.Request{
 		Version: agentapi.Version, Op: agentapi.OpAttach,
@@ -70,8 +72,38 @@ func TestCallCarriesRequestAndResponse(t *testing.T) {
 	if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
 		t.Errorf("request (-want +got):\n%s", diff)
 	}
-	if !resp.Status.Ready || resp.Status.Node != "n1" || resp.Version != agentapi.Version {
+	if resp.Limited != "no tunnel" || resp.Version != agentapi.Version {
 		t.Errorf("response %+v", resp)
+	}
+}
+
+func TestAskStatus(t *testing.T) {
+	want := agentapi.Status{Node: "n1", Ready: true, Peers: []agentapi.Peer{{Node: "n2", LastHandshake: time.Unix(1700000000, 0).UTC()}}}
+	text, err := json.Marshal(want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, test := range map[string]struct {
+		response agentapi.Response
+		bad      bool
+	}{
+		"a status":  {agentapi.Response{Status: text}, false},
+		"none":      {agentapi.Response{}, true},
+		"a refusal": {agentapi.Response{Error: &agentapi.Error{Code: 11, Message: "later"}}, true},
+	} {
+		socket := serve(t, func(_ context.Context, req agentapi.Request) agentapi.Response {
+			if req.Op != agentapi.OpStatus {
+				t.Errorf("%s: asked for %q", name, req.Op)
+			}
+			return test.response
+		})
+		got, err := agentapi.AskStatus(t.Context(), socket)
+		if test.bad != (err != nil) {
+			t.Errorf("%s: error %v", name, err)
+		}
+		if diff := cmp.Diff(want, got); diff != "" && !test.bad {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
 	}
 }
 
@@ -156,7 +188,7 @@ func TestServeRefuses(t *testing.T) {
 		return agentapi.Response{}
 	})
 	tests := map[string]struct{ request, want string }{
-		"other version": {`{"version":7,"op":"attach"}` + "\n", "speaks version 7 of the protocol, this daemon version 1"},
+		"other version": {`{"version":7,"op":"attach"}` + "\n", "the daemon of this node is too old for the program that asks: it speaks version 1 of their protocol, the program version 7"},
 		"no JSON":       {"hello\n", "invalid character"},
 		"too long":      {strings.Repeat("x", 64<<10), "message is too long"},
 	}
@@ -204,8 +236,77 @@ func TestCallRefusesOtherVersion(t *testing.T) {
 		_, _ = conn.Write([]byte(`{"version":9}` + "\n"))
 	}()
 	_, err = agentapi.Call(t.Context(), socket, agentapi.Request{Op: agentapi.OpReady})
-	if err == nil || !strings.Contains(err.Error(), "version 9 of the protocol, this program version 1") {
+	var differs *agentapi.VersionError
+	if !errors.As(err, &differs) || *differs != (agentapi.VersionError{Client: agentapi.Version, Daemon: 9}) {
 		t.Errorf("got %v, want both versions named", err)
+	}
+}
+
+// TestVersionsThatMeetInAnUpdate: programs that are one version apart understand each other, whichever is newer, and others are told
+// which of them to update.
+func TestVersionsThatMeetInAnUpdate(t *testing.T) {
+	older, newer, far := agentapi.Spoken{Oldest: 1, Newest: 1}, agentapi.Spoken{Oldest: 1, Newest: 2}, agentapi.Spoken{Oldest: 2, Newest: 3}
+	tests := map[string]struct {
+		client, daemon agentapi.Spoken
+		spoken         int // by the handler and the answer
+		want           string
+	}{
+		"the same":             {newer, newer, 2, ""},
+		"plugin updated first": {newer, older, 1, ""},
+		"plugin of before":     {older, newer, 1, ""},
+		"plugin far behind":    {older, far, 0, "the program that asks is too old for the daemon of this node: it speaks version 1 of their protocol, the daemon version 3; update the program"},
+		"daemon far behind":    {far, older, 0, "the daemon of this node is too old for the program that asks: it speaks version 1 of their protocol, the program version 3; update the daemon"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			socket := filepath.Join(t.TempDir(), "d.sock")
+			l, err := agentapi.Listen(socket)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			seen, done := 0, make(chan error, 1)
+			go func() {
+				done <- tt.daemon.Serve(ctx, l, func(_ context.Context, req agentapi.Request) agentapi.Response {
+					seen = req.Version
+					return agentapi.Response{Limited: "no tunnel"}
+				})
+			}()
+			resp, err := tt.client.Call(t.Context(), socket, agentapi.Request{Op: agentapi.OpReady})
+			cancel()
+			if serveErr := <-done; serveErr != nil {
+				t.Error(serveErr)
+			}
+			var differs *agentapi.VersionError
+			switch {
+			case seen != tt.spoken:
+				t.Errorf("the handler was asked in version %d, want %d", seen, tt.spoken)
+			case tt.want == "" && (err != nil || resp.Version != tt.spoken || resp.Limited != "no tunnel"):
+				t.Errorf("answer %+v, %v", resp, err)
+			case tt.want != "" && (!errors.As(err, &differs) || !strings.Contains(err.Error(), tt.want)):
+				t.Errorf("got %v, want %q", err, tt.want)
+			}
+		})
+	}
+}
+
+// TestProgramOfBeforeIsTold: one that knows no VersionError shows the daemon's refusal, which says what to do.
+func TestProgramOfBeforeIsTold(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "d.sock")
+	l, err := agentapi.Listen(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- agentapi.Spoken{Oldest: 2, Newest: 3}.Serve(ctx, l, nil) }()
+	answer := raw(t, socket, `{"version":1,"op":"ready"}`+"\n")
+	cancel()
+	if err = <-done; err != nil {
+		t.Error(err)
+	}
+	if !strings.Contains(answer, `"code":11`) || !strings.Contains(answer, "update the program") {
+		t.Errorf("answer %q", answer)
 	}
 }
 

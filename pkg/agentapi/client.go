@@ -2,15 +2,54 @@ package agentapi
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"net"
 )
 
 // Call sends one request to the daemon that listens on socket and returns its answer. It fills in the request's version.
 //
-// A refusal by the daemon is returned as an *Error; every other error means that the daemon is away, too slow for ctx, or
-// of another version.
+// A refusal by the daemon is returned as an *Error, and that it speaks no version of the protocol that this program does as a
+// *VersionError; every other error means that the daemon is away, or too slow for ctx.
 func Call(ctx context.Context, socket string, req Request) (*Response, error) {
+	return spoken().call(ctx, socket, req)
+}
+
+// AskStatus asks the daemon for its status.
+func AskStatus(ctx context.Context, socket string) (Status, error) {
+	response, err := Call(ctx, socket, Request{Op: OpStatus})
+	if err != nil {
+		return Status{}, err
+	}
+	var status Status
+	if err = json.Unmarshal(response.Status, &status); err != nil {
+		return Status{}, fmt.Errorf("reading the daemon's status: %w", err)
+	}
+	return status, nil
+}
+
+// call is Call by a program that speaks these versions.
+func (v versions) call(ctx context.Context, socket string, req Request) (*Response, error) {
+	req.Version = v.newest
+	resp, err := ask(ctx, socket, req)
+	if err == nil && resp.Version != v.newest && v.speaks(resp.Version) {
+		req.Version = resp.Version
+		resp, err = ask(ctx, socket, req)
+	}
+	switch {
+	case err != nil:
+		return nil, err
+	case !v.speaks(resp.Version):
+		return nil, &VersionError{Client: v.newest, Daemon: resp.Version}
+	case resp.Error != nil:
+		return nil, resp.Error
+	default:
+		return resp, nil
+	}
+}
+
+// ask sends the request and returns the answer, whatever it is.
+func ask(ctx context.Context, socket string, req Request) (*Response, error) {
 	var dialer net.Dialer
 	conn, err := dialer.DialContext(ctx, "unix", socket)
 	if err != nil {
@@ -27,19 +66,11 @@ func Call(ctx context.Context, socket string, req Request) (*Response, error) {
 	if err != nil {
 		return nil, fmt.Errorf("asking the daemon at %s to %s: %w", socket, req.Op, err)
 	}
-	if resp.Error != nil {
-		return nil, resp.Error
-	}
-	if resp.Version != Version {
-		return nil, fmt.Errorf("the daemon at %s speaks version %d of the protocol, this program version %d: update the older of both",
-			socket, resp.Version, Version)
-	}
 	return resp, nil
 }
 
 // exchange sends the request and reads the response.
 func exchange(conn net.Conn, req Request) (*Response, error) {
-	req.Version = Version
 	if err := writeMessage(conn, req); err != nil {
 		return nil, fmt.Errorf("writing the request: %w", err)
 	}

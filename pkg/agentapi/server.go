@@ -24,8 +24,8 @@ var ErrSocketGone = errors.New("the socket file was removed")
 // codeTryAgainLater is the CNI error code for what passes by itself.
 const codeTryAgainLater = 11
 
-// Handler answers one request of a known version. Its context ends when the client leaves or the server stops. The server
-// fills in the response's version.
+// Handler answers one request of a version that this program speaks, in that version. Its context ends when the client leaves or the
+// server stops. The server fills in the response's version.
 type Handler func(ctx context.Context, req Request) Response
 
 // Serve listens on the unix socket and answers requests until ctx ends, and returns when every handler has. The error is nil
@@ -35,7 +35,7 @@ func Serve(ctx context.Context, socket string, handle Handler) error {
 	if err != nil {
 		return err
 	}
-	return serve(ctx, l, handle)
+	return spoken().serve(ctx, l, handle)
 }
 
 // listen makes the socket, which only its owner may open, from its first moment on. A socket file that a dead daemon left
@@ -111,7 +111,7 @@ func (l *listener) watch(ctx context.Context, lost func(error)) {
 }
 
 // serve answers what comes to the listener, and closes it in the end.
-func serve(ctx context.Context, l *listener, handle Handler) error {
+func (v versions) serve(ctx context.Context, l *listener, handle Handler) error {
 	var running sync.WaitGroup
 	defer running.Wait()
 	serving, end := context.WithCancelCause(ctx)
@@ -122,7 +122,7 @@ func serve(ctx context.Context, l *listener, handle Handler) error {
 		conn, err := l.Accept()
 		switch {
 		case err == nil:
-			running.Go(func() { answer(serving, conn, handle) })
+			running.Go(func() { v.answer(serving, conn, handle) })
 		case ctx.Err() != nil:
 			return nil
 		case serving.Err() != nil:
@@ -135,7 +135,7 @@ func serve(ctx context.Context, l *listener, handle Handler) error {
 
 // answer reads one request from the connection and writes its response. Nothing is reported where that fails: the client
 // knows, or has left.
-func answer(ctx context.Context, conn net.Conn, handle Handler) {
+func (v versions) answer(ctx context.Context, conn net.Conn, handle Handler) {
 	var watcher sync.WaitGroup
 	defer watcher.Wait()
 	ctx, cancel := context.WithCancel(ctx)
@@ -144,12 +144,11 @@ func answer(ctx context.Context, conn net.Conn, handle Handler) {
 
 	req, err := readRequest(ctx, conn)
 	if err != nil {
-		_ = writeMessage(conn, refusal(err.Error()))
+		_ = writeMessage(conn, v.refusal(err))
 		return
 	}
-	if req.Version != Version {
-		_ = writeMessage(conn, refusal(fmt.Sprintf("the program that asks speaks version %d of the protocol, this daemon version %d: update the older of both",
-			req.Version, Version)))
+	if !v.speaks(req.Version) {
+		_ = writeMessage(conn, v.refusal(&VersionError{Client: req.Version, Daemon: v.newest}))
 		return
 	}
 	watcher.Go(func() {
@@ -158,7 +157,7 @@ func answer(ctx context.Context, conn net.Conn, handle Handler) {
 		cancel()
 	})
 	resp := handle(ctx, req)
-	resp.Version = Version
+	resp.Version = req.Version
 	_ = writeMessage(conn, resp)
 }
 
@@ -176,6 +175,6 @@ func readRequest(ctx context.Context, conn net.Conn) (Request, error) {
 }
 
 // refusal is the answer to a request that no handler saw.
-func refusal(message string) Response {
-	return Response{Version: Version, Error: &Error{Code: codeTryAgainLater, Message: message}}
+func (v versions) refusal(err error) Response {
+	return Response{Version: v.newest, Error: &Error{Code: codeTryAgainLater, Message: err.Error()}}
 }

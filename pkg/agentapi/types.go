@@ -4,21 +4,54 @@ package agentapi
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/netip"
 	"time"
 )
 
-// Version is the protocol's version. Both sides refuse a version that they do not know.
+// Version is the protocol's version. It changes with what one side would misunderstand that does not know of it; a field or an
+// operation that the other may do without is no new version.
+//
+// Each side also speaks the version before, if there was one, because an update replaces the plugin first and then the daemon: a daemon
+// answers in the version that it is asked in, and a client whose version is refused asks again in the daemon's. Every other version is
+// refused with a *VersionError.
 const Version = 1
+
+// versions are those that a program speaks.
+type versions struct{ oldest, newest int }
+
+// spoken returns the versions of this program.
+func spoken() versions { return versions{max(1, Version-1), Version} }
+
+// speaks says whether a version is among them.
+func (v versions) speaks(version int) bool { return v.oldest <= version && version <= v.newest }
+
+// VersionError says that client and daemon have no version in common.
+type VersionError struct {
+	// Client and Daemon are the versions that they speak.
+	Client, Daemon int
+}
+
+// Error says which of both is to be updated.
+func (e *VersionError) Error() string {
+	if e.Client < e.Daemon {
+		return fmt.Sprintf("the program that asks is too old for the daemon of this node: it speaks version %d of their protocol, the daemon version %d; "+
+			"update the program (for the plugin, delete the daemon's pod: it installs its own plugin when it starts)", e.Client, e.Daemon)
+	}
+	return fmt.Sprintf("the daemon of this node is too old for the program that asks: it speaks version %d of their protocol, the program version %d; "+
+		"update the daemon (roll out the DaemonSet warren)", e.Daemon, e.Client)
+}
 
 // Operations of a Request.
 const (
 	// OpAttach asks the daemon to put the pod's policies into the kernel and then to open the start gate for its addresses.
 	OpAttach = "attach"
-	// OpCheck asks whether the gate is open for the pod's addresses and its policies stand.
+	// OpCheck asks whether the gate is open for the pod's addresses, and its policies and the guards stand in the kernel.
 	OpCheck = "check"
-	// OpReady asks whether the daemon can serve OpAttach; the plugin's STATUS is made of it.
+	// OpReady asks whether the daemon can serve OpAttach, and whether all is well with what stands; the plugin's STATUS is made of it.
 	OpReady = "ready"
+	// OpReleased says that attachments were released, and asks the daemon to delete their links and their connections within a second.
+	OpReleased = "released"
 	// OpStatus asks for a Status.
 	OpStatus = "status"
 	// OpExplain asks what the policies decide about a connection, and why.
@@ -69,9 +102,13 @@ type Pod struct {
 
 // Response is what the daemon answers.
 type Response struct {
-	Version int     `json:"version"`
-	Error   *Error  `json:"error,omitempty"`
-	Status  *Status `json:"status,omitempty"`
+	Version int    `json:"version"`
+	Error   *Error `json:"error,omitempty"`
+	// Limited answers OpReady where pods can be attached: what those that run may lack. Empty where all is well.
+	Limited string `json:"limited,omitempty"`
+	// Status answers OpStatus with a Status; AskStatus reads it. It is not read with the response, because to learn what a Status is made of
+	// would cost the plugin, which is started anew for each pod, a good part of its time.
+	Status json.RawMessage `json:"status,omitempty"`
 	// Explanation is as `warrend explain -o json` prints it. Daemon and command are one program; the plugin, which links this
 	// package too, stays free of what it is made of.
 	Explanation json.RawMessage `json:"explanation,omitempty"`
@@ -99,6 +136,8 @@ type Status struct {
 	Encryption Encryption `json:"encryption"`
 	Peers      []Peer     `json:"peers"`
 	Policies   Policies   `json:"policies"`
+	// Notes are what one has to know and nothing to mend.
+	Notes []string `json:"notes,omitempty"`
 	// Problems are sorted; empty on a healthy node.
 	Problems []Problem `json:"problems"`
 }

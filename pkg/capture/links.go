@@ -9,10 +9,8 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/warren-cni/warren/pkg/mesh"
+	"github.com/warren-cni/warren/pkg/podlink"
 )
-
-// podLinks begins the names of the host ends of the pods' links.
-const podLinks = "wrn"
 
 // links knows by their numbers the links that a packet was seen on: nil for those inside the node.
 type links struct {
@@ -58,7 +56,7 @@ func (l *links) find(index int) (found *Link, known bool) {
 // bandwidth plugin shapes what a pod sends, before the node has judged it.
 func uplink(link netlink.Link) *Link {
 	a := link.Attrs()
-	if a.Flags&net.FlagLoopback != 0 || a.Name == mesh.Link || strings.HasPrefix(a.Name, podLinks) || link.Type() == "ifb" {
+	if a.Flags&net.FlagLoopback != 0 || a.Name == mesh.Link || strings.HasPrefix(a.Name, podlink.Prefix) || link.Type() == "ifb" {
 		return nil
 	}
 	return &Link{Name: a.Name}

@@ -274,7 +274,7 @@ func (s *State) addresses(key Key, pod *Pod) []netip.Addr {
 	case pod.Node == s.self:
 		var leased []netip.Addr
 		for _, a := range s.attachments[key] {
-			if a.UID == pod.UID || (pod.StaticUID != "" && a.UID == pod.StaticUID) {
+			if pod.owns(a) {
 				leased = append(leased, a.Addresses...)
 			}
 		}
@@ -283,6 +283,17 @@ func (s *State) addresses(key Key, pod *Pod) []netip.Addr {
 	default:
 		return inside(pod.Addresses, podCIDRs(s.nodes[pod.Node]), podCIDRs(s.nodes[s.self]))
 	}
+}
+
+// owns says whether an attachment of the pod's name is its own, and not one of a pod that had the name before.
+func (p *Pod) owns(a Attachment) bool {
+	return a.UID == p.UID || p.StaticUID != "" && a.UID == p.StaticUID
+}
+
+// Has says whether the pod of an attachment is there and has not finished. A runtime that tells no uid means any pod of the name.
+func (s *State) Has(a Attachment) bool {
+	p := s.pods[Key{a.Namespace, a.Name}]
+	return p != nil && p.object != nil && !p.object.Finished && (a.UID == "" || p.object.owns(a))
 }
 
 func podCIDRs(n *Node) []netip.Prefix {

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 )
 
 // aside is where RemoveStale keeps a conflist of an earlier boot: its name ends in nothing that a runtime loads.
@@ -46,7 +47,7 @@ func Install(dir string, p Params) (changed bool, err error) {
 			return false, fmt.Errorf("writing the conflist: %w", err)
 		}
 	}
-	if err := os.Remove(filepath.Join(dir, aside)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := removeFile(filepath.Join(dir, aside)); err != nil {
 		return changed, fmt.Errorf("removing the conflist of an earlier boot: %w", err)
 	}
 	if err := mark(p.RunDir); err != nil {
@@ -96,40 +97,17 @@ func Remove(dir, runDir string) error {
 		filepath.Join(dir, FileName), filepath.Join(dir, aside), filepath.Join(dir, FileName+".broken"),
 		filepath.Join(runDir, markerName),
 	} {
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, fmt.Errorf("removing the conflist: %w", err))
+		errs = append(errs, removeFile(path))
+	}
+	for _, path := range []string{FileName, FileName + ".broken"} {
+		if err := removeUnfinished(filepath.Join(dir, path)); !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
 		}
 	}
-	return errors.Join(errs...)
-}
-
-// InstallBinaries copies every file of source to target, each atomically, so that a binary that runs is replaced and not
-// written into. It returns the names of those that changed; the other files of target are not touched.
-func InstallBinaries(source, target string) ([]string, error) {
-	files, err := os.ReadDir(source)
-	if err != nil {
-		return nil, fmt.Errorf("reading the plugin binaries: %w", err)
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("removing the conflist: %w", err)
 	}
-	if err := os.MkdirAll(target, 0o755); err != nil { //nolint:gosec // the directory is shared with other CNIs and runtimes
-		return nil, fmt.Errorf("making the plugin directory: %w", err)
-	}
-	var changed []string
-	for _, file := range files {
-		data, err := os.ReadFile(filepath.Join(source, file.Name()))
-		if err != nil {
-			return changed, fmt.Errorf("reading plugin %s: %w", file.Name(), err)
-		}
-		path := filepath.Join(target, file.Name())
-		current, err := os.ReadFile(path)
-		if err == nil && bytes.Equal(current, data) {
-			continue
-		}
-		if err := writeFile(path, data, 0o755); err != nil {
-			return changed, fmt.Errorf("installing plugin %s: %w", file.Name(), err)
-		}
-		changed = append(changed, file.Name())
-	}
-	return changed, nil
+	return nil
 }
 
 // readEither returns the content of the first file that exists, nil where none does.
@@ -146,9 +124,13 @@ func readEither(paths ...string) ([]byte, error) {
 	return nil, nil
 }
 
-// writeFile replaces path atomically: whoever reads it sees the old content or the whole new one, also after a crash.
+// writeFile replaces path atomically: whoever reads it sees the old content or the whole new one, also after a crash. What a
+// writer that was killed has left goes.
 func writeFile(path string, data []byte, mode fs.FileMode) error {
-	file, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".tmp*")
+	if err := removeUnfinished(path); err != nil {
+		return err
+	}
+	file, err := os.CreateTemp(filepath.Dir(path), unfinished(path)+"*")
 	if err != nil {
 		return err
 	}
@@ -158,11 +140,42 @@ func writeFile(path string, data []byte, mode fs.FileMode) error {
 	if err = os.Rename(file.Name(), path); err != nil {
 		return errors.Join(err, os.Remove(file.Name()))
 	}
-	dir, err := os.Open(filepath.Dir(path))
+	return syncFolder(filepath.Dir(path))
+}
+
+// syncFolder makes what was renamed in a folder outlive a crash of the machine.
+func syncFolder(path string) error {
+	dir, err := os.Open(path)
 	if err != nil {
 		return err
 	}
 	return errors.Join(dir.Sync(), dir.Close())
+}
+
+// unfinished is how the names begin of what is being written for path.
+func unfinished(path string) string { return "." + filepath.Base(path) + ".tmp" }
+
+// removeUnfinished deletes what writers of path have left that did not come to their end.
+func removeUnfinished(path string) error {
+	files, err := os.ReadDir(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, file := range files {
+		if strings.HasPrefix(file.Name(), unfinished(path)) {
+			errs = append(errs, removeFile(filepath.Join(filepath.Dir(path), file.Name())))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// removeFile deletes a file that may be gone already.
+func removeFile(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // fill writes a temporary file to the disk and closes it.

@@ -15,8 +15,11 @@ import (
 // FileName is the conflist's name in the CNI configuration directory.
 const FileName = "10-warren.conflist"
 
-// networkName is the conflist's name; runtimes cache results under it, so it must not change.
-const networkName = "warren"
+// NetworkName is the conflist's name; runtimes cache results under it, so it must not change.
+const NetworkName = "warren"
+
+// pluginType is the type of our entry, and the name of its binary.
+const pluginType = "warren"
 
 // The spec versions: 1.0.0 because containerd 1.6 refuses a newer one, and a list for runtimes that choose.
 const cniVersion = "1.0.0"
@@ -42,7 +45,7 @@ type plugin struct {
 // own returns our entries in their order.
 func own(p Params) []plugin {
 	return []plugin{
-		{Type: "warren", RunDir: p.RunDir, Ranges: p.Ranges, MTU: p.MTU},
+		{Type: pluginType, RunDir: p.RunDir, Ranges: p.Ranges, MTU: p.MTU},
 		{Type: "portmap", SNAT: true, Capabilities: map[string]bool{"portMappings": true}},
 		{Type: "bandwidth", Capabilities: map[string]bool{"bandwidth": true}},
 	}
@@ -72,7 +75,7 @@ func Render(existing []byte, p Params) ([]byte, error) {
 	ours := map[string]any{
 		"cniVersion":  cniVersion,
 		"cniVersions": []string{cniVersion, "1.1.0"},
-		"name":        networkName,
+		"name":        NetworkName,
 		"plugins":     entries,
 	}
 	for key, value := range ours {

@@ -225,15 +225,10 @@ func TestSweepStops(t *testing.T) {
 
 func TestForget(t *testing.T) {
 	for name, forget := range map[string]func([]netip.Addr) error{
-		"by the kernel": Forget,
-		"one by one": func(addresses []netip.Addr) error {
-			s, err := open()
-			if err != nil {
-				return err
-			}
-			defer s.close()
-			return s.forgetEach(addresses)
-		},
+		"as is best":       Forget,
+		"by the kernel":    func(as []netip.Addr) error { return forgetChosen(targeted(as)) },
+		"one by one":       func(as []netip.Addr) error { return forgetFound(targeted(as)) },
+		"in a walk of all": func(as []netip.Addr) error { return forgetFound([]walk{{among: targeted(as)[0].among}}) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			testnode.Enter(t)

@@ -97,6 +97,7 @@ func newNode(tb testing.TB) *node {
 	var err error
 	n.filter, err = firewall.New(tb.Context(), firewall.Options{Log: slog.New(slog.DiscardHandler)})
 	n.check(err)
+	tb.Cleanup(n.filter.Close)
 	everybody := cluster.NewDelta()
 	everybody.Namespaces["shop"] = &cluster.Namespace{Name: "shop"}
 	for name, role := range map[string]string{"server": "", "a": "friend", "b": "friend"} {

@@ -37,6 +37,7 @@ const (
 	costBuckets = 12 * time.Millisecond // 262144 of them
 	costEntry   = 550 * time.Nanosecond
 	costCopied  = 3 * time.Microsecond
+	costDeleter = 500 * time.Microsecond // a look at each bucket where the kernel deletes what it finds by itself
 )
 
 // plan chooses how to find the connections of addresses in a table of so many entries: by targeted walks, or by one through
@@ -49,6 +50,21 @@ func plan(addresses []netip.Addr, entries int) []walk {
 		return []walk{{among: walks[0].among}}
 	}
 	return walks
+}
+
+// atOnce says whether one walk through everything is sooner done than deletions by the kernel's own choice, which the targeted walks for
+// IPv4 would be, together with the walk for IPv6.
+func atOnce(targeted []walk, entries int) bool {
+	look := time.Duration(entries) * costEntry
+	var apart time.Duration
+	for _, w := range targeted {
+		if w.address.IsValid() {
+			apart += costDeleter + look
+		} else {
+			apart += costBuckets + look
+		}
+	}
+	return costBuckets+look+time.Duration(entries)*costCopied <= apart
 }
 
 // targeted are two walks for each IPv4 address, and one for all of IPv6. There the kernel's own choice is of no use: it

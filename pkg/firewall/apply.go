@@ -41,7 +41,13 @@ func (a *apply) run(ctx context.Context, plans []*familyPlan) error {
 
 // gates does a step with every set of the gate.
 func (a *apply) gates(plans []*familyPlan, step func(*setPlan) error) error {
-	return each(plans, func(p *familyPlan) error { return each(p.ofRole(netfilter.Gate), step) })
+	var errs []error
+	for _, p := range plans {
+		if p.has(netfilter.Gate) {
+			errs = append(errs, each(p.ofRole(netfilter.Gate), step))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // ofRole returns the plans for the sets of one role.
@@ -59,22 +65,30 @@ func (p *familyPlan) ofRole(r netfilter.Role) []*setPlan {
 // phase needs all of it, except that who is to be isolated is isolated without the chains, too.
 func (a *apply) family(ctx context.Context, p *familyPlan) error {
 	// The gate's first: who cannot be isolated is taken out of it.
-	err := errors.Join(each(p.ofRole(netfilter.Gate), a.create), a.createAll(p))
-	if err != nil {
+	if p.creates {
+		err := errors.Join(each(p.ofRole(netfilter.Gate), a.create), a.createAll(p))
+		if err != nil {
+			return err
+		}
+	}
+	steps := p.order()
+	if err := a.moves(p, steps.first); err != nil {
 		return err
 	}
-	before, after := p.order()
-	if err := a.moves(p, before); err != nil {
+	if len(a.broken) > 0 {
+		steps = steps.cautious()
+	}
+	if err := a.moves(p, steps.before); err != nil {
 		return err
 	}
 	if err := a.stage(ctx, p, 0); err != nil {
 		isolate := move{netfilter.Isolates, true}
-		if slices.Contains(after, isolate) {
+		if slices.Contains(steps.after, isolate) {
 			err = errors.Join(err, a.moves(p, []move{isolate}))
 		}
 		return err
 	}
-	if err := a.moves(p, after); err != nil {
+	if err := a.moves(p, steps.after); err != nil {
 		return err
 	}
 	return a.stage(ctx, p, 1)
@@ -108,7 +122,16 @@ func (a *apply) createFull(p *familyPlan, s *setPlan) error {
 
 // moves goes through steps with sets.
 func (a *apply) moves(p *familyPlan, list []move) error {
-	return each(list, func(m move) error { return a.move(p, m) })
+	var errs []error
+	for _, m := range list {
+		if !p.has(m.role) {
+			continue
+		}
+		if err := a.move(p, m); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // move lets the members of all sets of a role enter or leave.
@@ -124,12 +147,11 @@ func (a *apply) move(p *familyPlan, m move) error {
 		if s.Role != m.role || len(s.moving(m.enter)) == 0 {
 			continue
 		}
-		st := a.known.sets[s.Name]
-		if st == nil {
+		if s.stands == nil {
 			continue // it could not be made
 		}
 		if m.enter {
-			if err := a.makeRoom(s, st); err != nil {
+			if err := a.makeRoom(s); err != nil {
 				errs = append(errs, a.fault(p, s, is, err))
 				continue
 			}
@@ -165,7 +187,7 @@ func (a *apply) create(s *setPlan) error {
 	if err := a.sets.Create(s.Name, made); err != nil {
 		return err
 	}
-	a.known.sets[s.Name] = stand(s.Role, &made)
+	a.note(s, &made)
 	a.retry(s.Name)
 	return nil
 }
@@ -175,7 +197,7 @@ func (a *apply) enter(s *setPlan) error {
 	if len(s.add) == 0 {
 		return nil
 	}
-	if err := a.makeRoom(s, a.known.sets[s.Name]); err != nil {
+	if err := a.makeRoom(s); err != nil {
 		return err
 	}
 	return errors.Join(a.update(true, s)...)
@@ -203,9 +225,9 @@ func (a *apply) update(enter bool, sets ...*setPlan) []error {
 		do = a.sets.Add
 	}
 	errs := do(a.lists...)
-	for i, l := range a.lists {
+	for i, s := range sets {
 		if errs == nil || errs[i] == nil {
-			a.known.sets[l.set].move(enter, l.members)
+			s.stands.move(enter, a.lists[i].members)
 		}
 	}
 	clear(a.lists)
@@ -230,8 +252,8 @@ func (a *apply) open(s *setPlan) error {
 
 // makeRoom puts a larger set with the same members in the place of one that those who enter would outgrow. A set that other programs
 // change cannot be made anew: what they take out meanwhile would come back.
-func (a *apply) makeRoom(s *setPlan, st *standing) error {
-	if s.Role == netfilter.Gate || st.n+len(s.add) <= st.max {
+func (a *apply) makeRoom(s *setPlan) error {
+	if s.Role == netfilter.Gate || s.stands.n+len(s.add) <= s.stands.max {
 		return nil
 	}
 	temporary := netfilter.Name("TMP", s.Name)
@@ -258,7 +280,7 @@ func (a *apply) makeRoom(s *setPlan, st *standing) error {
 	if err := a.sets.Swap(s.Name, temporary); err != nil {
 		return err
 	}
-	a.known.sets[s.Name] = stand(s.Role, &larger)
+	a.note(s, &larger)
 	return a.sets.Destroy(temporary)
 }
 

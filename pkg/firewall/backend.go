@@ -101,8 +101,8 @@ func prefer(found map[string]usage) string {
 	}
 }
 
-// choose looks at what other programs use and returns the backend to use. A backend that cannot be read cannot be written.
-func choose(ctx context.Context, log *slog.Logger, suites map[string]suite) (string, []cluster.Problem, error) {
+// survey inspects the backends whose programs are there. It returns those that can be read, and what is wrong with the others.
+func survey(ctx context.Context, suites map[string]suite) (map[string]usage, error) {
 	found := map[string]usage{}
 	var errs []error
 	for _, backend := range []string{nft, legacy} {
@@ -116,14 +116,28 @@ func choose(ctx context.Context, log *slog.Logger, suites map[string]suite) (str
 		}
 		found[backend] = u
 	}
+	return found, errors.Join(errs...)
+}
+
+// decide returns the backend to use. A backend that cannot be read cannot be written: then what it is that cannot be read is an
+// error, unless the other one is in use or this one will never do.
+func decide(found map[string]usage, unread error) (string, error) {
 	backend := prefer(found)
-	err := errors.Join(errs...)
-	// What cannot be read may be what the node uses, unless the other one is in use or this one will never do.
-	if len(found) == 0 || err != nil && found[backend].none() && !isUseless(err) {
+	if len(found) == 0 || unread != nil && found[backend].none() && !isUseless(unread) {
+		return "", unread
+	}
+	return backend, nil
+}
+
+// choose looks at what other programs use and returns the backend to use.
+func choose(ctx context.Context, log *slog.Logger, suites map[string]suite) (string, []cluster.Problem, error) {
+	found, unread := survey(ctx, suites)
+	backend, err := decide(found, unread)
+	if err != nil {
 		return "", nil, err
 	}
-	if err != nil {
-		log.Warn("leaving a backend of iptables alone", "error", err)
+	if unread != nil {
+		log.Warn("leaving a backend of iptables alone", "error", unread)
 	}
 	log.Info("chose a backend of iptables", "backend", backend, "nft", found[nft].String(), "legacy", found[legacy].String())
 	return backend, mixed(backend, found), nil

@@ -43,12 +43,8 @@ func (a *apply) stage(ctx context.Context, p *familyPlan, n int) error {
 // ready returns the chains of a table that have to be written, as they may be written now, and notes which of them are closed.
 func (a *apply) ready(p *familyPlan, at place) []netfilter.Chain {
 	chains := p.chains[at.table]
-	var roles map[string]netfilter.Role
 	if len(a.broken) > 0 {
-		chains, roles = a.wanted(p, at.table), map[string]netfilter.Role{}
-		for i := range p.sets {
-			roles[p.sets[i].Name] = p.sets[i].Role
-		}
+		chains = a.wanted(p, at.table)
 	}
 	var forms []netfilter.Chain
 	for _, c := range chains {
@@ -59,7 +55,7 @@ func (a *apply) ready(p *familyPlan, at place) []netfilter.Chain {
 			continue
 		}
 		delete(a.refusals, id)
-		form, err := a.mended(c, roles)
+		form, err := a.mended(c)
 		if err != nil {
 			a.refusals[id] = refusal{chain: c, err: err}
 		}

@@ -130,6 +130,12 @@ const (
 	overfull                    // members could not be removed
 )
 
+// brokenSet is what a set is for that rules must not rely on, and what the kernel says.
+type brokenSet struct {
+	role netfilter.Role
+	err  error
+}
+
 // fault closes what depends on a set that is not as it should be. Only where that is not possible it is an error.
 func (a *apply) fault(p *familyPlan, s *setPlan, is shortcoming, err error) error {
 	l := ClosedSet{Family: p.family, Name: s.Name, Comment: s.Comment, KeptOut: a.lacking[s.Name].KeptOut}
@@ -144,7 +150,7 @@ func (a *apply) fault(p *familyPlan, s *setPlan, is shortcoming, err error) erro
 		return err // a fence: it closes by itself
 	}
 	if is == missing || is == overfull && s.Role == netfilter.Allows || is == unfilled && s.Role == netfilter.Frees {
-		a.broken[s.Name] = err
+		a.broken[s.Name] = brokenSet{s.Role, err}
 	}
 	var out []netfilter.Entry
 	switch {
@@ -231,13 +237,13 @@ func leads(users []netfilter.Chain, set string) bool {
 // mended returns the chain as it may stand while sets are broken: closed where it may be, else without the rules that refer to a set
 // that leads, isolates or frees, because whom these concern is dropped, kept out or judged by other rules. With another set in it, it
 // comes back as it is and is refused.
-func (a *apply) mended(c netfilter.Chain, roles map[string]netfilter.Role) (netfilter.Chain, error) {
+func (a *apply) mended(c netfilter.Chain) (netfilter.Chain, error) {
 	var errs []error
 	rules := slices.DeleteFunc(slices.Clone(c.Rules), func(r netfilter.Rule) bool {
-		for name, err := range a.broken {
+		for name, set := range a.broken {
 			if slices.Contains(r.Args, name) {
-				errs = append(errs, err)
-				return roles[name] != netfilter.Allows
+				errs = append(errs, set.err)
+				return set.role != netfilter.Allows
 			}
 		}
 		return false

@@ -13,10 +13,12 @@ import (
 // Difference is one thing in which the kernel is not as planned.
 type Difference struct {
 	Family netfilter.Family `json:"family"`
-	// Set is the set that differs; Table and Chain are the chain, one of ours or a built-in one that leads to ours.
-	Set   string `json:"set,omitempty"`
-	Table string `json:"table,omitempty"`
-	Chain string `json:"chain,omitempty"`
+	// Set is the set that differs, and Role what it is planned for; Table and Chain are the chain, one of ours or a built-in one that
+	// leads to ours.
+	Set   string         `json:"set,omitempty"`
+	Role  netfilter.Role `json:"-"`
+	Table string         `json:"table,omitempty"`
+	Chain string         `json:"chain,omitempty"`
 	// What is wrong, for example "lacks members" or "is closed".
 	What string `json:"what"`
 	// Detail is the rule or some of the members that it is about, for people; Members are all of them.
@@ -36,10 +38,13 @@ func (d Difference) String() string {
 	return subject + " " + d.What + ": " + d.Detail
 }
 
-// Drift compares the kernel with a ruleset and changes neither. An Apply that runs meanwhile, or a pod that just goes, shows
+// fewSets is how many sets are read one by one, rather than all that there are.
+const fewSets = 64
+
+// Drift compares the kernel with a ruleset and changes neither. It reads of the sets what the ruleset names. An Apply that runs meanwhile, or a pod that just goes, shows
 // as a difference too, so one that counts is still there when asked again. Any goroutine may call it.
 func (w *Firewall) Drift(ctx context.Context, r netfilter.Ruleset) ([]Difference, error) {
-	sets, err := w.sets.List("")
+	sets, err := w.listed(r)
 	if err != nil {
 		return nil, err
 	}
@@ -59,11 +64,28 @@ func (w *Firewall) Drift(ctx context.Context, r netfilter.Ruleset) ([]Difference
 	return all, nil
 }
 
+// listed reads the sets of a ruleset, or where these are many all of ours.
+func (w *Firewall) listed(r netfilter.Ruleset) (map[string]*set, error) {
+	wanted := slices.Concat(r.V4.Sets, r.V6.Sets)
+	if len(wanted) > fewSets {
+		return w.sets.List("")
+	}
+	all := make(map[string]*set, len(wanted))
+	for _, s := range wanted {
+		one, err := w.sets.List(s.Name)
+		if err != nil {
+			return nil, err
+		}
+		maps.Copy(all, one)
+	}
+	return all, nil
+}
+
 // driftOfSets compares the sets of one family. A set that is not wanted is in no packet's way.
 func driftOfSets(f netfilter.Family, have map[string]*set, wanted []netfilter.Set) []Difference {
 	var all []Difference
 	for _, w := range wanted {
-		d := Difference{Family: f, Set: w.Name}
+		d := Difference{Family: f, Set: w.Name, Role: w.Role}
 		s := have[w.Name]
 		switch {
 		case s == nil:

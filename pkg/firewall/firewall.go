@@ -53,10 +53,12 @@ type Changes struct {
 // Firewall writes rulesets into the network namespace of the thread that called New, in which its methods must be called, too. One
 // goroutine uses it, but for methods that say otherwise.
 type Firewall struct {
-	log   *slog.Logger
-	sets  ipsets
-	admit func(members []netfilter.Entry, add func([]netfilter.Entry) error) error
-	tools suite
+	log *slog.Logger
+	// programs run the tools.
+	programs *spares
+	sets     ipsets
+	admit    func(members []netfilter.Entry, add func([]netfilter.Entry) error) error
+	tools    suite
 	// backend is that of the tools, and problems are what was found when it was chosen.
 	backend  string
 	problems []cluster.Problem
@@ -67,7 +69,8 @@ type Firewall struct {
 	now     func() time.Time
 	// known is what the kernel holds, as far as it has been read or written since the last error or Forget.
 	known known
-	// lists are those of an update, in memory that the next one uses again.
+	// patch and lists are memory of the last Patch and of the last update that the next one uses again.
+	patch patch
 	lists []memberList
 	// suspect are tables that were written with a warning, or may have been: their rules are not believed, whatever their
 	// hashes say. A chain in the kernel says the same to the next daemon.
@@ -75,8 +78,8 @@ type Firewall struct {
 	// refusals are the chains that stand closed, lacking the sets that are not as wanted, by name.
 	refusals map[chainID]refusal
 	lacking  map[string]ClosedSet
-	// broken are those of the lacking that rules must not rely on, and why.
-	broken map[string]error
+	// broken are those of the lacking that rules must not rely on.
+	broken map[string]brokenSet
 }
 
 // known is a memory of the kernel's state.
@@ -103,7 +106,8 @@ func stages() [2][2]string { return [2][2]string{{"raw", "mangle"}, {"nat", "fil
 
 // New finds the programs that it needs, and chooses the backend. An error says which program is missing.
 func New(ctx context.Context, o Options) (*Firewall, error) {
-	suites, err := findSuites(programs{}, o.Backend)
+	programs := newSpares()
+	suites, err := findSuites(programs, o.Backend)
 	if err != nil {
 		return nil, err
 	}
@@ -113,6 +117,7 @@ func New(ctx context.Context, o Options) (*Firewall, error) {
 	}
 	w := &Firewall{
 		log:      o.Log,
+		programs: programs,
 		sets:     kernelSets{s},
 		admit:    o.Admit,
 		backend:  o.Backend,
@@ -120,7 +125,7 @@ func New(ctx context.Context, o Options) (*Firewall, error) {
 		suspect:  map[place]bool{},
 		refusals: map[chainID]refusal{},
 		lacking:  map[string]ClosedSet{},
-		broken:   map[string]error{},
+		broken:   map[string]brokenSet{},
 	}
 	if w.backend == "" {
 		w.backend, w.problems, err = choose(ctx, o.Log, suites)
@@ -133,6 +138,9 @@ func New(ctx context.Context, o Options) (*Firewall, error) {
 	w.Forget()
 	return w, nil
 }
+
+// Close ends the programs that wait for the next change. It is not to be called beside an Apply or Patch.
+func (w *Firewall) Close() { w.programs.close() }
 
 // Backend returns the backend of iptables that the rules are in, "nft" or "legacy".
 func (w *Firewall) Backend() string { return w.backend }
@@ -173,23 +181,42 @@ func (w *Firewall) Patch(ctx context.Context, c netfilter.Change) (Changes, erro
 	if !w.known.whole {
 		return Changes{}, ErrUnknown
 	}
-	var plans []*familyPlan
-	for _, f := range netfilter.Families {
+	plans := make([]*familyPlan, 0, len(w.patch.plans))
+	defer w.patch.forget()
+	for i, f := range netfilter.Families {
 		half := c.Of(f)
 		if len(half.Sets)+len(half.Write)+len(half.Delete) == 0 {
 			continue
 		}
-		p, err := w.planPatch(f, half)
-		if err != nil {
+		p := &w.patch.plans[i]
+		if err := w.planPatch(p, f, half); err != nil {
 			return Changes{}, err
 		}
 		plans = append(plans, p)
 	}
-	a := &apply{Firewall: w}
+	a := &w.patch.apply
+	a.Firewall = w
 	if err := a.run(ctx, plans); err != nil {
 		return a.changes, w.fail(err)
 	}
 	return a.changes, w.closedError()
+}
+
+// patch is what a Patch needs while it lasts.
+type patch struct {
+	apply apply
+	plans [len(netfilter.Families)]familyPlan
+}
+
+// forget drops all but the memory for sets, of which there are some in most changes.
+func (p *patch) forget() {
+	p.apply = apply{}
+	for i := range p.plans {
+		if sets := p.plans[i].sets; p.plans[i].family != 0 { // it was in use
+			clear(sets)
+			p.plans[i] = familyPlan{sets: sets[:0]}
+		}
+	}
 }
 
 // fail forgets the kernel's state, and adds to an error what may have led to it.

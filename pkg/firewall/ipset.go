@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"syscall"
 
@@ -168,15 +167,16 @@ func (k kernelSets) one(cmd int, l memberList) error {
 func (k kernelSets) send(cmd int, lists ...memberList) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	for _, l := range lists {
-		for members := range slices.Chunk(l.members, maxMembers) {
+	for i := range lists {
+		l := &lists[i]
+		for at := 0; at < len(l.members); at += maxMembers {
 			if len(k.messages) >= maxWaiting {
 				if err := k.exchange(ignore); err != nil {
 					return translate(err)
 				}
 			}
 			k.begin(cmd, 0)
-			if err := k.appendMembers(l.set, l.typ, members); err != nil {
+			if err := k.appendMembers(l.set, l.typ, l.members[at:min(at+maxMembers, len(l.members))]); err != nil {
 				k.discard()
 				return err
 			}

@@ -57,6 +57,7 @@ func (n *node) firewall() *Firewall {
 	if err != nil {
 		n.t.Fatal(err)
 	}
+	n.t.Cleanup(w.Close)
 	return w
 }
 

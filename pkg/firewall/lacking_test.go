@@ -13,11 +13,13 @@ import (
 	"github.com/warren-cni/warren/pkg/netfilter"
 )
 
-// isolating is a world of two local pods, which a policy isolates where they have its label.
+// isolating is a world of local pods, which a policy isolates for ingress where they are "closed", and one for egress where they are
+// "silent".
 func isolating(app ...string) netfilter.Ruleset {
-	s := cluster.Snapshot{Self: "here", Namespaces: []cluster.Namespace{{Name: "shop"}}, Policies: []cluster.Policy{{
-		Namespace: "shop", Name: "closed", Pods: labels.SelectorFromSet(labels.Set{"app": "closed"}), Ingress: true,
-	}}}
+	s := cluster.Snapshot{Self: "here", Namespaces: []cluster.Namespace{{Name: "shop"}}, Policies: []cluster.Policy{
+		{Namespace: "shop", Name: "closed", Pods: labels.SelectorFromSet(labels.Set{"app": "closed"}), Ingress: true},
+		{Namespace: "shop", Name: "silent", Pods: labels.SelectorFromSet(labels.Set{"app": "silent"}), Egress: true},
+	}}
 	for i, value := range app {
 		address := netip.AddrFrom4([4]byte{10, 0, 1, byte(2 + i)})
 		s.Pods = append(s.Pods, cluster.Pod{
@@ -59,4 +61,31 @@ func TestPatchOfALackingSet(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A set that isolates pods cannot be made. A change that writes a chain which asks that set, and does not name the set, is made without
+// the rule as the one before was.
+func TestPatchBesideALackingSet(t *testing.T) {
+	m := newModel()
+	w := m.firewall(Options{Log: slog.New(slog.DiscardHandler)})
+	before, after := isolating("closed", "open"), isolating("closed", "silent")
+	if _, err := w.Apply(t.Context(), isolating("open", "open")); err != nil {
+		t.Fatal(err)
+	}
+	x := faults{broken: "create set WARREN-INGRESS4"}
+	x.into(w)
+	for _, change := range []netfilter.Change{netfilter.Diff(isolating("open", "open"), before), netfilter.Diff(before, after)} {
+		var refused *ClosedError
+		if _, err := w.Patch(t.Context(), change); !errors.As(err, &refused) || len(refused.Sets) != 1 {
+			t.Errorf("the patch says %v", err)
+		}
+		if ready := m.sets[netfilter.ReadySet(netfilter.IPv4)].members; len(ready) != 1 {
+			t.Errorf("the gate lets %v pass", ready)
+		}
+	}
+	x.broken = ""
+	if _, err := w.Apply(t.Context(), after); err != nil {
+		t.Error(err)
+	}
+	reached(t, m, w, after)
 }

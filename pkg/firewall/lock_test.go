@@ -17,8 +17,9 @@ import (
 	"github.com/warren-cni/warren/pkg/netfilter"
 )
 
-// holdLock takes a lock of the test's own in the place of the xtables lock, and returns what releases it.
-func holdLock(tb testing.TB) (release func()) {
+// newLock puts a lock of the test's own in the place of the xtables lock, and returns what takes it and then releases it. Only programs
+// that start afterwards take that one.
+func newLock(tb testing.TB) (hold func() (release func())) {
 	tb.Helper()
 	name := filepath.Join(tb.TempDir(), "xtables.lock")
 	tb.Setenv("XTABLES_LOCKFILE", name)
@@ -32,18 +33,21 @@ func holdLock(tb testing.TB) (release func()) {
 			tb.Error(err)
 		}
 	}
-	lock(unix.LOCK_EX)
-	return func() { lock(unix.LOCK_UN) }
+	return func() (release func()) {
+		lock(unix.LOCK_EX)
+		return func() { lock(unix.LOCK_UN) }
+	}
 }
 
 // An apply waits for the holder of the lock and then does everything. The programs of nft need no lock.
 func TestApplyWaitsForTheLock(t *testing.T) {
 	onEach(t, func(n *node) {
 		t := n.t
+		hold := newLock(t)
 		w := n.firewall()
 		n.apply(w, netfilter.Ruleset{})
 		released := make(chan struct{})
-		release := holdLock(t)
+		release := hold()
 		time.AfterFunc(time.Second, func() { release(); close(released) })
 		n.apply(w, sample())
 		select {
@@ -64,9 +68,10 @@ func TestApplyWaitsForTheLock(t *testing.T) {
 // rules are not written closes nothing for good, and they stand once the lock is free.
 func TestLockHeldForLong(t *testing.T) {
 	n := newNode(t, legacy)
+	hold := newLock(t)
 	w := n.firewall()
 	n.apply(w, sample())
-	release := holdLock(t)
+	release := hold()
 	members := func() netfilter.Ruleset {
 		r := sample()
 		setIn(&r.V4, peers(netfilter.IPv4)).Entries = addresses("10.3.0.0/16")
@@ -122,7 +127,7 @@ func TestRivalRestores(t *testing.T) {
 	text.WriteString("COMMIT\n")
 	onEach(t, func(n *node) {
 		t := n.t
-		holdLock(t)()
+		newLock(t)
 		w := n.firewall()
 		n.apply(w, sample())
 		ctx, stop := context.WithCancel(t.Context())

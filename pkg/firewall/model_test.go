@@ -37,7 +37,7 @@ func newModel() *model {
 func (m *model) firewall(o Options) *Firewall {
 	w := &Firewall{
 		log: o.Log, now: o.Now, sets: modelSets{m}, tools: suite{}, suspect: map[place]bool{},
-		refusals: map[chainID]refusal{}, lacking: map[string]ClosedSet{}, broken: map[string]error{},
+		refusals: map[chainID]refusal{}, lacking: map[string]ClosedSet{}, broken: map[string]brokenSet{},
 	}
 	for _, f := range netfilter.Families {
 		w.tools[f] = &tools{exec: modelExec{m, f}, restore: "restore", save: "save", jumps: modelJumps{m, f}}

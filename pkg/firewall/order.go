@@ -2,7 +2,6 @@ package firewall
 
 import (
 	"net/netip"
-	"slices"
 
 	"github.com/warren-cni/warren/pkg/netfilter"
 )
@@ -17,6 +16,9 @@ type move struct {
 type familyPlan struct {
 	family netfilter.Family
 	sets   []setPlan
+	// roles are those of the sets, a bit each; creates says that sets are made.
+	roles   uint8
+	creates bool
 	// gone are sets that go at the end, with those of their members that are known.
 	gone []goneSet
 	// chains are those that are to stand, by table: all of them (Apply) or the ones that change (Patch); deleted are those that
@@ -31,6 +33,9 @@ type familyPlan struct {
 	done bool
 }
 
+// has says whether there are sets of a role.
+func (p *familyPlan) has(r netfilter.Role) bool { return p.roles&(1<<r) != 0 }
+
 // goneSet is a set that is no longer wanted. role and members are known only where this Firewall wrote it.
 type goneSet struct {
 	name    string
@@ -39,14 +44,36 @@ type goneSet struct {
 	members map[netfilter.Entry]struct{}
 }
 
-// order returns the moves before the chains are written, and those after. Who is free is asked of those whom no other set knows, so nobody
-// misses it who enters these sets first and leaves them last.
-func (p *familyPlan) order() (before, after []move) {
-	before, after = p.turn()
-	return slices.Insert(before, 0, move{netfilter.Frees, true}), append(after, move{netfilter.Frees, false})
-}
+// turn is the moves with which a change begins, those of the rest that come before the chains are written, and those after.
+type turn struct{ first, before, after []move }
 
-// turn returns the moves of the sets that decide, before the chains are written and after.
+// The turns that there are, as familyPlan.order chooses them. Who is free is asked of those whom no other set knows, so nobody misses it
+// who enters these sets first and leaves them last.
+//
+//nolint:gochecknoglobals // constants
+var (
+	passing = turn{
+		first: []move{{netfilter.Frees, true}, {netfilter.Allows, true}, {netfilter.Allows, false}},
+		after: []move{{netfilter.Frees, false}},
+	}
+	crossing = turn{
+		first:  []move{{netfilter.Frees, true}, {netfilter.Allows, false}},
+		before: []move{{netfilter.Isolates, true}, {netfilter.Selects, false}},
+		after:  []move{{netfilter.Selects, true}, {netfilter.Isolates, false}, {netfilter.Allows, true}, {netfilter.Frees, false}},
+	}
+	parting = turn{
+		first:  []move{{netfilter.Frees, true}, {netfilter.Allows, false}},
+		before: []move{{netfilter.Selects, true}, {netfilter.Isolates, true}},
+		after:  []move{{netfilter.Isolates, false}, {netfilter.Selects, false}, {netfilter.Allows, true}, {netfilter.Frees, false}},
+	}
+	joining = turn{
+		first:  []move{{netfilter.Frees, true}, {netfilter.Allows, false}},
+		before: []move{{netfilter.Selects, true}, {netfilter.Isolates, false}},
+		after:  []move{{netfilter.Isolates, true}, {netfilter.Selects, false}, {netfilter.Allows, true}, {netfilter.Frees, false}},
+	}
+)
+
+// order returns in which turn the sets change.
 //
 // Each pod has a verdict in each direction, and a packet passes when those of both its ends agree. So it must not happen that one
 // end is judged by the new rules already, the other one still by the old ones, and both allow what each whole state denies at the
@@ -59,36 +86,38 @@ func (p *familyPlan) order() (before, after []move) {
 //     is isolated before his rules stand, nor keeps being so after they went.
 //   - Where a policy comes that no chain had before, who is isolated already can only gain by it, and may be judged by the rules of
 //     his old group a little longer.
-//   - Where one address changes its place among those that are allowed, and nothing else, it enters before it leaves.
-func (p *familyPlan) turn() (before, after []move) {
-	enter := func(r netfilter.Role) move { return move{r, true} }
-	leave := func(r netfilter.Role) move { return move{r, false} }
+//   - Where one address changes its place among those that are allowed, and nothing else, it enters before it leaves; but not where its
+//     ports do: by these it is judged at its own end, too, and by its other places at the other one.
+func (p *familyPlan) order() turn {
 	c := p.census()
-	if c.allowed.n <= 1 && c.judged.n == 0 && !c.opens && !c.closes && !p.writes {
-		return []move{enter(netfilter.Allows), leave(netfilter.Allows)}, nil
-	}
 	one := c.judged.n <= 1 && !c.unknown && !p.edits
 	parted := !one && (c.opens || p.edits) && (c.closes || p.edits)
-	crossing := parted && (p.edits || c.grouped || c.ungrouped && !p.comes)
-	before = []move{leave(netfilter.Allows)}
 	switch {
-	case crossing:
-		before = append(before, enter(netfilter.Isolates), leave(netfilter.Selects))
-		after = []move{enter(netfilter.Selects), leave(netfilter.Isolates), enter(netfilter.Allows)}
+	case c.allowed.n <= 1 && !c.ports && c.judged.n == 0 && !c.opens && !c.closes && !p.writes:
+		return passing
+	case parted && (p.edits || c.grouped || c.ungrouped && !p.comes):
+		return crossing
 	case parted:
-		before = append(before, enter(netfilter.Selects), enter(netfilter.Isolates))
-		after = []move{leave(netfilter.Isolates), leave(netfilter.Selects), enter(netfilter.Allows)}
-	default:
-		before = append(before, enter(netfilter.Selects), leave(netfilter.Isolates))
-		after = []move{enter(netfilter.Isolates), leave(netfilter.Selects), enter(netfilter.Allows)}
+		return parting
 	}
-	return before, after
+	return joining
+}
+
+// cautious returns the turn that goes on where somebody could not leave a set that allows: until the chains that ask that set are closed,
+// nobody may come under them, nor be less isolated. Where one address passes from one such set to another, nobody does.
+func (t turn) cautious() turn {
+	if len(t.before) == 0 {
+		return t
+	}
+	return crossing
 }
 
 // census is who changes place in a plan.
 type census struct {
 	// allowed are the addresses that enter or leave sets that allow, judged those whose own way to the rules changes.
 	allowed, judged few
+	// ports: some of the allowed change with their ports.
+	ports bool
 	// unknown: there may be more of the judged than are counted.
 	unknown bool
 	// opens: somebody is less isolated or leaves a group; closes: the reverse.
@@ -123,6 +152,7 @@ func (c *census) count(s *setPlan) {
 		if !s.create { // otherwise nothing refers to it
 			c.allowed.note(s.add)
 			c.allowed.note(s.remove)
+			c.ports = c.ports || s.Type == netfilter.HashIPPort && len(s.add)+len(s.remove) > 0
 		}
 	case netfilter.Selects, netfilter.Isolates:
 		c.closes = c.closes || s.create || len(s.add) > 0

@@ -14,7 +14,7 @@ func (a *apply) planWhole(ctx context.Context, r *netfilter.Ruleset) ([]*familyP
 	before, stuck := a.known.sets, a.known.stuck
 	a.Forget()
 	a.known.stuck = stuck
-	a.lacking, a.broken = map[string]ClosedSet{}, map[string]error{}
+	a.lacking, a.broken = map[string]ClosedSet{}, map[string]brokenSet{}
 	have, err := a.sets.List("")
 	if err != nil {
 		return nil, err
@@ -35,7 +35,7 @@ func (a *apply) planWhole(ctx context.Context, r *netfilter.Ruleset) ([]*familyP
 		}
 		for i := range p.sets {
 			if s := &p.sets[i]; !s.create {
-				a.known.sets[s.Name] = stand(s.Role, have[s.Name])
+				a.note(s, have[s.Name])
 			}
 		}
 		a.forgetRefusals(p)
@@ -45,13 +45,12 @@ func (a *apply) planWhole(ctx context.Context, r *netfilter.Ruleset) ([]*familyP
 	return plans, nil
 }
 
-// planPatch plans a change of one family.
-func (w *Firewall) planPatch(f netfilter.Family, c *netfilter.RulesChange) (*familyPlan, error) {
-	sets, gone, err := w.patchSets(f, c.Sets)
-	if err != nil {
-		return nil, err
+// planPatch plans a change of one family in p, which is empty.
+func (w *Firewall) planPatch(p *familyPlan, f netfilter.Family, c *netfilter.RulesChange) error {
+	p.family, p.chains = f, byTable(c.Write)
+	if err := w.patchSets(p, c.Sets); err != nil {
+		return err
 	}
-	p := &familyPlan{family: f, sets: sets, gone: gone, chains: byTable(c.Write)}
 	for _, chain := range c.Delete {
 		if p.deleted == nil {
 			p.deleted = map[string][]string{}
@@ -61,11 +60,16 @@ func (w *Firewall) planPatch(f netfilter.Family, c *netfilter.RulesChange) (*fam
 		}
 	}
 	w.compare(p)
-	return p, nil
+	return nil
 }
 
-// compare sets what the plan says about the writing of chains.
+// compare sets what the plan says about its sets as a whole, and about the writing of chains.
 func (w *Firewall) compare(p *familyPlan) {
+	for i := range p.sets {
+		s := &p.sets[i]
+		p.roles |= 1 << s.Role
+		p.creates = p.creates || s.create
+	}
 	p.writes = len(p.deleted) > 0
 	for table, chains := range p.chains {
 		t := w.known.tables[place{p.family, table}]

@@ -64,7 +64,7 @@ var errWarned = errors.New("unexpected warning")
 var failedLine = regexp.MustCompile(`\bline:? (\d+)`)
 
 // ruleLine takes a rule of rendered input apart: chain, comment after the hash, and what the rule does.
-var ruleLine = regexp.MustCompile(`^-A (\S+) -m comment --comment "\S+ ?([^"]*)" (.*)$`)
+var ruleLine = regexp.MustCompile(`^-A (\S+) (.*)-m comment --comment "\S+ ?([^"]*)" (.*)$`)
 
 // suite is the programs of one backend.
 type suite map[netfilter.Family]*tools
@@ -222,5 +222,5 @@ func blame(input, stderr string, err error) error {
 	if rule == nil {
 		return err
 	}
-	return &ruleError{chain: rule[1], comment: rule[2], rule: rule[3], err: err}
+	return &ruleError{chain: rule[1], comment: rule[3], rule: rule[2] + rule[4], err: err}
 }

@@ -64,11 +64,19 @@ func (s *standing) move(enter bool, members []netfilter.Entry) {
 
 // setPlan is what has to happen to one wanted set.
 type setPlan struct {
-	netfilter.Set
+	*netfilter.Set
 	family netfilter.Family
+	// stands is what is known of the set in the kernel, nil where there is none.
+	stands *standing
 	// create: there is none. replace: there is one of another type or family, which goes first.
 	create, replace bool
 	add, remove     []netfilter.Entry
+}
+
+// note remembers that a set of a plan is in the kernel with these members.
+func (w *Firewall) note(s *setPlan, as *set) {
+	s.stands = stand(s.Role, as)
+	w.known.sets[s.Name] = s.stands
 }
 
 // moving are the members that are to enter or leave.
@@ -82,17 +90,18 @@ func (s *setPlan) moving(enter bool) []netfilter.Entry {
 // planSets compares the sets that stand with those of one family that are wanted.
 func planSets(have map[string]*set, f netfilter.Family, wanted []netfilter.Set) []setPlan {
 	plans := make([]setPlan, 0, len(wanted))
-	for _, w := range wanted {
-		w.Entries = sorted(w.Entries)
+	for i := range wanted {
+		w := &wanted[i]
+		entries := sorted(w.Entries)
 		p := setPlan{Set: w, family: f}
 		stands := have[w.Name]
 		switch {
 		case stands == nil:
-			p.create, p.add = true, w.Entries
+			p.create, p.add = true, entries
 		case stands.typ != w.Type || stands.family != f:
-			p.create, p.replace, p.add = true, true, w.Entries
+			p.create, p.replace, p.add = true, true, entries
 		default:
-			p.add, p.remove = netfilter.DiffEntries(stands.members, w.Entries)
+			p.add, p.remove = netfilter.DiffEntries(stands.members, entries)
 			if w.Keeps {
 				p.remove = nil
 			}
@@ -102,30 +111,30 @@ func planSets(have map[string]*set, f netfilter.Family, wanted []netfilter.Set) 
 	return plans
 }
 
-// patchSets returns the plans for the sets that a change names. It is an error where the change does not fit what stands.
-func (w *Firewall) patchSets(f netfilter.Family, changes []netfilter.SetChange) ([]setPlan, []goneSet, error) {
-	plans := make([]setPlan, 0, len(changes))
-	var gone []goneSet
-	for _, c := range changes {
+// patchSets plans for the sets that a change names. It is an error where the change does not fit what stands.
+func (w *Firewall) patchSets(p *familyPlan, changes []netfilter.SetChange) error {
+	p.sets = slices.Grow(p.sets, len(changes))
+	for i := range changes {
+		c := &changes[i]
 		st := w.known.sets[c.Name]
 		_, lacking := w.lacking[c.Name]
 		switch {
 		case lacking && c.Role != netfilter.Allows:
 			// Whom the gate keeps out because of it depends on all of its members.
-			return nil, nil, fmt.Errorf("%w: set %s is not as it was wanted", ErrUnknown, c.Name)
+			return fmt.Errorf("%w: set %s is not as it was wanted", ErrUnknown, c.Name)
 		case st == nil && lacking && !c.New:
 			// What needs it is closed until an apply can make it.
 		case c.Gone && st != nil:
-			gone = append(gone, goneSet{name: c.Name, known: true, role: st.role, members: st.members})
+			p.gone = append(p.gone, goneSet{name: c.Name, known: true, role: st.role, members: st.members})
 		case c.New && st == nil:
-			plans = append(plans, setPlan{Set: c.Set, family: f, create: true, add: sorted(c.Entries)})
-		case !c.New && st != nil && st.typ == c.Type && st.family == f:
-			plans = append(plans, setPlan{Set: c.Set, family: f, add: c.Add, remove: c.Remove})
+			p.sets = append(p.sets, setPlan{Set: &c.Set, family: p.family, create: true, add: sorted(c.Entries)})
+		case !c.New && st != nil && st.typ == c.Type && st.family == p.family:
+			p.sets = append(p.sets, setPlan{Set: &c.Set, family: p.family, stands: st, add: c.Add, remove: c.Remove})
 		default:
-			return nil, nil, fmt.Errorf("%w: set %s is not what the change takes it for", ErrUnknown, c.Name)
+			return fmt.Errorf("%w: set %s is not what the change takes it for", ErrUnknown, c.Name)
 		}
 	}
-	return plans, gone, nil
+	return nil
 }
 
 // leftOverSets returns the sets that stand and are not wanted, sorted. before is what was known of them.

@@ -77,9 +77,19 @@ func (s *socket) exchange(handle func([]byte)) error {
 	if len(s.messages) == 0 {
 		return nil
 	}
+	s.acknowledge()
+	return s.converse(handle)
+}
+
+// acknowledge completes the last message and has it acknowledged.
+func (s *socket) acknowledge() {
 	s.end()
 	flags := s.messages[s.last+6:]
 	binary.NativeEndian.PutUint16(flags, binary.NativeEndian.Uint16(flags)|unix.NLM_F_ACK)
+}
+
+// converse sends the messages and goes through the answers until that to the last one.
+func (s *socket) converse(handle func([]byte)) error {
 	if _, err := unix.Write(s.fd, s.messages); err != nil {
 		return fmt.Errorf("asking the kernel: %w", err)
 	}

@@ -19,15 +19,16 @@ import (
 	"github.com/warren-cni/warren/pkg/podcidr"
 )
 
-// The chains of this package, each behind one hook, but for judgedChain, which hangs below guardChain.
+// The chains of this package, each behind one hook, but for judgedChain, which hangs below guardChain, and segmentsChain below forwardChain.
 const (
-	rawChain     = netfilter.Prefix + "-RAW"
-	forwardChain = netfilter.Prefix + "-FORWARD"
-	guardChain   = netfilter.Prefix + "-GUARD"
-	judgedChain  = netfilter.Prefix + "-JUDGED"
-	natChain     = netfilter.Prefix + "-NAT"
-	acceptChain  = netfilter.Prefix + "-ACCEPT"
-	beltChain    = netfilter.Prefix + "-BELT"
+	rawChain      = netfilter.Prefix + "-RAW"
+	forwardChain  = netfilter.Prefix + "-FORWARD"
+	guardChain    = netfilter.Prefix + "-GUARD"
+	judgedChain   = netfilter.Prefix + "-JUDGED"
+	segmentsChain = netfilter.Prefix + "-SEGMENTS"
+	natChain      = netfilter.Prefix + "-NAT"
+	acceptChain   = netfilter.Prefix + "-ACCEPT"
+	beltChain     = netfilter.Prefix + "-BELT"
 )
 
 // Config is what the rules depend on. Prefixes are masked.
@@ -52,8 +53,24 @@ type Config struct {
 }
 
 // Compile plans the rules of both families.
-func Compile(c Config) netfilter.Ruleset {
+func Compile(c Config) netfilter.Ruleset { return netfilter.Merge(Rules(c), NodeSets(c.NodeAddresses)) }
+
+// Rules is Compile without what NodeSets returns: a node that comes or goes changes nothing of it, but where its podCIDRs stand in for
+// the cluster CIDR.
+func Rules(c Config) netfilter.Ruleset {
 	return netfilter.Ruleset{V4: c.compile(netfilter.IPv4), V6: c.compile(netfilter.IPv6)}
+}
+
+// NodeSets are the sets of the nodes' addresses. The rules that Rules plans only count by them. The kernel takes no address of zeros,
+// which a hostile Node may say.
+func NodeSets(nodes []netip.Addr) netfilter.Ruleset {
+	nodes = slices.DeleteFunc(slices.Clone(nodes), netip.Addr.IsUnspecified)
+	set := func(f netfilter.Family) netfilter.Rules {
+		return netfilter.Rules{Sets: []netfilter.Set{{
+			Name: nodeSetName(f), Type: netfilter.HashIP, Role: netfilter.Allows, Comment: "addresses of all nodes", Entries: entries(f, nodes),
+		}}}
+	}
+	return netfilter.Ruleset{V4: set(netfilter.IPv4), V6: set(netfilter.IPv6)}
 }
 
 func (c Config) compile(f netfilter.Family) netfilter.Rules {
@@ -63,7 +80,7 @@ func (c Config) compile(f netfilter.Family) netfilter.Rules {
 		outside:   of(f, c.NonMasquerade),
 		encrypted: c.Encrypted,
 	}
-	sets := []netfilter.Set{readySet(f, c.Ready), nodeSet(f, c.NodeAddresses)}
+	sets := []netfilter.Set{readySet(f, c.Ready)}
 	cluster := of(f, c.ClusterCIDRs)
 	p.fence = literal(cluster, p.own)
 	if len(cluster) == 0 {
@@ -74,17 +91,22 @@ func (c Config) compile(f netfilter.Family) netfilter.Rules {
 		p.fence = append(p.fence, fence{set: knownSet(f)})
 	}
 	slices.SortFunc(sets, func(a, b netfilter.Set) int { return strings.Compare(a.Name, b.Name) })
+	chains := []netfilter.Chain{
+		{Table: "filter", Name: acceptChain, Rules: p.accept()},
+		{Table: "filter", Name: beltChain, Rules: belt()},
+		{Table: "mangle", Name: forwardChain, Rules: p.forward()},
+		{Table: "mangle", Name: guardChain, Rules: p.guard()},
+		{Table: "mangle", Name: judgedChain, Rules: judged()},
+		{Table: "nat", Name: natChain, Rules: p.nat()},
+		{Table: "raw", Name: rawChain, Rules: p.raw()},
+	}
+	if p.encrypted {
+		chains = append(chains, netfilter.Chain{Table: "mangle", Name: segmentsChain, Rules: segments()})
+		slices.SortFunc(chains, netfilter.Chain.Compare)
+	}
 	return netfilter.Rules{
-		Sets: sets,
-		Chains: []netfilter.Chain{
-			{Table: "filter", Name: acceptChain, Rules: p.accept()},
-			{Table: "filter", Name: beltChain, Rules: belt()},
-			{Table: "mangle", Name: forwardChain, Rules: p.forward()},
-			{Table: "mangle", Name: guardChain, Rules: p.guard()},
-			{Table: "mangle", Name: judgedChain, Rules: judged()},
-			{Table: "nat", Name: natChain, Rules: p.nat()},
-			{Table: "raw", Name: rawChain, Rules: p.raw()},
-		},
+		Sets:   sets,
+		Chains: chains,
 		Hooks: []netfilter.Hook{
 			{Table: "filter", BuiltIn: "FORWARD", Chain: acceptChain, Append: true},
 			{Table: "filter", BuiltIn: "FORWARD", Chain: beltChain},
@@ -101,14 +123,6 @@ func readySet(f netfilter.Family, ready []netip.Addr) netfilter.Set {
 	return netfilter.Set{
 		Name: netfilter.ReadySet(f), Type: netfilter.HashIP, Role: netfilter.Gate,
 		Comment: "pods whose policies stand", Entries: entries(f, ready),
-	}
-}
-
-// nodeSet is the set of the nodes' addresses. Rules only count by it. The kernel takes no address of zeros, which a hostile Node may say.
-func nodeSet(f netfilter.Family, nodes []netip.Addr) netfilter.Set {
-	nodes = slices.DeleteFunc(slices.Clone(nodes), netip.Addr.IsUnspecified)
-	return netfilter.Set{
-		Name: nodeSetName(f), Type: netfilter.HashIP, Role: netfilter.Allows, Comment: "addresses of all nodes", Entries: entries(f, nodes),
 	}
 }
 

@@ -33,19 +33,21 @@ func (p plan) raw() []netfilter.Rule {
 	if p.family == netfilter.IPv6 {
 		loopback, nobody = "::1/128", "::/128"
 	}
-	rules := []netfilter.Rule{
+	var rules []netfilter.Rule
+	if p.encrypted {
+		rules = append(rules, rule("checked by the peer's allowed addresses", "-i "+link+" -j RETURN"))
+	}
+	rules = append(rules,
 		rule("a pod sends from its own address only", "-i wrn+ -m rpfilter --invert -j DROP"),
 		// rpfilter lets it pass: routing never forwards it, but the node itself takes it.
 		rule("and not from none", "-i wrn+ -s "+nobody+" -j DROP"),
 		// kube-proxy and portmap may set route_localnet, and then a pod reaches servers on the node's loopback.
-		rule("the node's loopback is not for pods", "-i wrn+ -d "+loopback+" -j DROP"),
-	}
+		rule("the node's loopback is not for pods", "-i wrn+ -d "+loopback+" -j DROP"))
 	if !p.encrypted {
 		return rules
 	}
 	rules = append(rules,
 		rule("checked above", "-i wrn+ -j RETURN"),
-		rule("checked by the peer's allowed addresses", "-i "+link+" -j RETURN"),
 		rule("the node to itself", "-i lo -j RETURN"))
 	for _, f := range p.fence {
 		rules = append(rules, matching("a pod's address comes by the tunnel only", f.match("src"), "-j DROP"))
@@ -58,26 +60,39 @@ func (p plan) raw() []netfilter.Rule {
 func (p plan) forward() []netfilter.Rule {
 	var rules []netfilter.Rule
 	if p.encrypted {
-		// Ahead of ESTABLISHED, because the answer to a SYN is.
-		clamp := " -p tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu"
 		rules = append(rules,
 			// IPv6 lets another host send from this node's address (IPv4 has a check of its own), and the translation for
 			// the tunnel would give it the node's identity towards remote pods.
 			rule("the node's own packets are not forwarded", "! -i wrn+ -o "+link+" -m addrtype --src-type LOCAL -j DROP"),
-			rule("segments that fit the tunnel", "-o "+link+clamp),
-			rule("segments that fit the tunnel", "-i "+link+clamp))
+			// Ahead of ESTABLISHED, because the answer to a SYN is.
+			rule("how large segments may be", "-p tcp --tcp-flags SYN,RST SYN -j "+segmentsChain))
 	}
 	ready := netfilter.ReadySet(p.family)
 	return append(rules,
-		rule("not a pod's traffic", "! -i wrn+ ! -o wrn+ -j RETURN"),
 		rule("start gate", "-i wrn+ -m set ! --match-set "+ready+" src -j DROP"),
 		rule("start gate", "-o wrn+ -m set ! --match-set "+ready+" dst -j DROP"),
+		rule("allowed when it began", goesOn()+" -j RETURN"),
+		rule("not a pod's traffic", "! -i wrn+ ! -o wrn+ -j RETURN"),
 		// Both ways, and the errors of ICMP that belong to it: they carry the mark of the connection that they are about.
 		cut(),
 		// They would not be translated, and leave with the pod's address.
 		rule("no connection to judge by", "-i wrn+ -m conntrack --ctstate INVALID,UNTRACKED -j DROP"),
-		rule("allowed when it began", "-m conntrack --ctstate ESTABLISHED,RELATED -j RETURN"),
 		rule("new connections", "-j "+netfilter.PolicyChain))
+}
+
+// segments keeps what the ends of a TCP connection offer each other within what fits the tunnel.
+func segments() []netfilter.Rule {
+	const clamp = " -p tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu"
+	return []netfilter.Rule{
+		rule("segments that fit the tunnel", "-o "+link+clamp),
+		rule("segments that fit the tunnel", "-i "+link+clamp),
+	}
+}
+
+// goesOn matches what belongs to a connection that is established and not cut, as most packets do. It stands first in a chain that asks no
+// more of them: each rule that a packet passes costs time, and pushes out of the processor's caches what the tunnel has there.
+func goesOn() string {
+	return fmt.Sprintf("-m conntrack --ctstate ESTABLISHED,RELATED -m connmark ! --mark %#x/%#x", netfilter.CutMark, netfilter.CutMark)
 }
 
 // cut stops the connections that policies no longer allow.
@@ -90,10 +105,14 @@ func cut() netfilter.Rule {
 // holds back what forward should have judged and did not see, because another program took its jump away or accepts
 // ahead of it: connections that were cut, and new ones. Those that are established go on meanwhile.
 func (p plan) guard() []netfilter.Rule {
-	rules := []netfilter.Rule{
-		cut(),
-		rule("new connections", "-m conntrack ! --ctstate ESTABLISHED,RELATED -j "+judgedChain),
+	var rules []netfilter.Rule
+	if p.encrypted {
+		rules = append(rules, rule("encrypted", "-o "+link+" "+goesOn()+" -j RETURN"))
 	}
+	rules = append(rules,
+		rule("to a pod of this node", "-o wrn+ "+goesOn()+" -j RETURN"),
+		cut(),
+		rule("new connections", "-m conntrack ! --ctstate ESTABLISHED,RELATED -j "+judgedChain))
 	if p.encrypted {
 		rules = append(rules, rule("encrypted", "-o "+link+" -j RETURN"))
 	}
@@ -157,8 +176,11 @@ func unjudged() string {
 // belt holds back the same in another table, because a flush of mangle takes all rules there that judge, and those that drop what
 // was not judged. It stands first, ahead of what other programs accept, and accepts nothing itself.
 func belt() []netfilter.Rule {
-	begins := " -m conntrack ! --ctstate ESTABLISHED,RELATED" + unjudged() + " -j DROP"
-	return []netfilter.Rule{cut(), rule("not judged", "-i wrn+"+begins), rule("not judged", "-o wrn+"+begins)}
+	begins := unjudged() + " -j DROP"
+	return []netfilter.Rule{
+		rule("goes on", goesOn()+" -j RETURN"), cut(),
+		rule("not judged", "-i wrn+"+begins), rule("not judged", "-o wrn+"+begins),
+	}
 }
 
 // nat gives packets that leave the pods' world the node's address, and the node's packets to remote pods an address that

@@ -7,7 +7,6 @@ import (
 	"maps"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
@@ -20,6 +19,12 @@ const coolDown = 30 * time.Second
 
 // cooling is the directory of the names of addresses that cool down.
 const cooling = ".cooling"
+
+// forgotten is the file whose modification time says that what was released before has no connections any more.
+const forgotten = ".forgotten"
+
+// soon is what is said of an address that only waits for Forget.
+const soon = time.Second
 
 // ExhaustedError says that no address of a range can be leased now.
 type ExhaustedError struct {
@@ -59,59 +64,219 @@ func boottime() (time.Duration, error) {
 	return time.Duration(t.Nano()), nil
 }
 
-// stamp is a time since the boot as the modification time of a file.
-func stamp(now time.Duration) time.Time { return time.Unix(0, int64(now)) }
-
-// wait returns how long the cool-down still lasts that began when the file says, zero or less where it is over. A time
-// to come is none of this boot.
-func wait(file fs.FileInfo, now time.Duration) time.Duration {
-	since := time.Duration(file.ModTime().UnixNano())
-	if since > now {
-		return 0
-	}
-	return since + coolDown - now
-}
-
-// coolingPath returns the path that an address has while it cools down.
-func (s *Store) coolingPath(a netip.Addr) string {
-	return filepath.Join(s.path(cooling), a.String())
-}
-
-// cool ends what holds the addresses, and has them cool down from now on. Each is renamed after the time is in its file: at no
-// moment is it neither held nor cooling. No step needs space on the disk.
-func (s *Store) cool(addresses []netip.Addr, now time.Duration) error {
-	for _, a := range addresses {
-		held := s.path(a.String())
-		err := os.Chtimes(held, time.Time{}, stamp(now))
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if err == nil {
-			err = os.Rename(held, s.coolingPath(a))
-		}
-		if err != nil {
-			return err
-		}
+// setTime says in a file that something began at a time since the boot: in itself, not in what a link leads to.
+func setTime(path string, since time.Duration) error {
+	times := []unix.Timespec{{Nsec: unix.UTIME_OMIT}, unix.NsecToTimespec(int64(since))}
+	if err := unix.UtimesNanoAt(unix.AT_FDCWD, path, times, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return &fs.PathError{Op: "utimensat", Path: path, Err: err}
 	}
 	return nil
 }
 
-// taken says whether an address is held or cools down. Where that cannot be read, it is taken.
-func (s *Store) taken(a netip.Addr, now time.Duration) bool {
-	if _, err := os.Lstat(s.path(a.String())); !errors.Is(err, fs.ErrNotExist) {
-		return true
-	}
-	file, err := os.Lstat(s.coolingPath(a))
+// moment is a time since the boot, and what has been forgotten by then: what was released before forgotten.
+type moment struct{ now, forgotten time.Duration }
+
+// moment returns what is now.
+func (s *Store) moment() (moment, error) {
+	now, err := s.now()
 	if err != nil {
-		return !errors.Is(err, fs.ErrNotExist)
+		return moment{}, err
 	}
-	return wait(file, now) > 0
+	file, err := lstat(s.path(forgotten))
+	if errors.Is(err, fs.ErrNotExist) {
+		return moment{now: now}, nil
+	}
+	if err != nil {
+		return moment{}, fmt.Errorf("reading what was forgotten: %w", err)
+	}
+	m := moment{now, modified(&file)}
+	if m.forgotten > now { // of another boot
+		m.forgotten = 0
+	}
+	return m, nil
 }
 
-// exhausted is the error that says what became of the addresses of a range.
-func (s *Store) exhausted(r netip.Prefix, now time.Duration) error {
-	e := &ExhaustedError{Range: r}
-	if err := errors.Join(s.countLeased(e), s.countCooling(e, now)); err != nil {
+// modified returns the time since the boot that a file says as that of its modification.
+func modified(file *unix.Stat_t) time.Duration { return time.Duration(file.Mtim.Nano()) }
+
+// unforgotten says whether what was released then may have connections: it was in this boot, in which a time to come was not.
+func (m moment) unforgotten(released time.Duration) bool {
+	return m.forgotten <= released && released <= m.now
+}
+
+// wait returns how long an address still cools down that was released then, zero or less where it is free.
+func (m moment) wait(released time.Duration) time.Duration {
+	if released > m.now { // of another boot
+		return 0
+	}
+	left := released + coolDown - m.now
+	if m.unforgotten(released) {
+		left = max(left, soon)
+	}
+	return left
+}
+
+// Forget calls end with the addresses whose connections were not ended since their release, if there are any. Where that succeeds they
+// may be leased again when they have cooled down. No lock is held meanwhile. The names of those that have cooled down already are removed:
+// in a large range nobody comes back to them.
+func (s *Store) Forget(end func([]netip.Addr) error) error {
+	began, addresses, err := s.remembered()
+	if err != nil || len(addresses) == 0 {
+		return err
+	}
+	if err = end(addresses); err != nil {
+		return err
+	}
+	l, err := s.lock()
+	if err != nil {
+		return err
+	}
+	defer l.unlock()
+	return s.setForgotten(began)
+}
+
+// remembered returns the addresses that Forget is for, and as of when, and removes the names of those that have cooled down. Who releases
+// later has a later time.
+func (s *Store) remembered() (time.Duration, []netip.Addr, error) {
+	l, err := s.lock()
+	if err != nil {
+		return 0, nil, err
+	}
+	defer l.unlock()
+	now, err := s.moment()
+	files, listErr := s.cooled()
+	if err = errors.Join(err, listErr); err != nil {
+		return 0, nil, err
+	}
+	var addresses []netip.Addr
+	for _, file := range files {
+		a, isAddress := addressNamed(file.name)
+		switch {
+		case !isAddress: // foreign, and does no harm
+		case now.wait(file.released) <= 0:
+			_ = unlink(s.coolingPath(file.name)) // it is leased as well with that name
+		case now.unforgotten(file.released):
+			addresses = append(addresses, a)
+		}
+	}
+	return now.now, addresses, nil
+}
+
+// setForgotten notes that what was released before began is forgotten. Another may have come further meanwhile.
+func (s *Store) setForgotten(began time.Duration) error {
+	now, err := s.moment()
+	if err != nil || began <= now.forgotten {
+		return err
+	}
+	if file, statErr := lstat(s.path(forgotten)); statErr == nil && file.Mode&unix.S_IFMT != unix.S_IFREG {
+		err = s.setAside(forgotten)
+	}
+	if err != nil {
+		return fmt.Errorf("noting what was forgotten: %w", err)
+	}
+	fd, err := open(s.path(forgotten), unix.O_WRONLY|unix.O_CREAT)
+	if err != nil {
+		return fmt.Errorf("noting what was forgotten: %w", err)
+	}
+	if err = errors.Join(unix.Close(fd), setTime(s.path(forgotten), began)); err != nil {
+		return fmt.Errorf("noting what was forgotten: %w", err)
+	}
+	return nil
+}
+
+// coolingPath returns the path that a name has among those of the addresses that cool down.
+func (s *Store) coolingPath(name string) string { return s.path(cooling) + "/" + name }
+
+// makeCooling makes the directory of what cools down, in the place of anything else.
+func (s *Store) makeCooling() error {
+	path := s.path(cooling)
+	file, err := lstat(path)
+	if err == nil && file.Mode&unix.S_IFMT == unix.S_IFDIR {
+		return nil
+	}
+	if err == nil {
+		err = s.setAside(cooling)
+	} else if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	if err == nil {
+		err = unix.Mkdir(path, 0o700)
+	}
+	if err != nil {
+		return fmt.Errorf("making the directory of what cools down: %w", err)
+	}
+	return nil
+}
+
+// cool ends what holds the addresses, and has them cool down from now on. Each is renamed after the time is in its file: at no
+// moment is it neither held nor cooling. No step needs space on the disk.
+func (s *Store) cool(l lock, addresses []netip.Addr, now time.Duration) error {
+	if len(addresses) == 0 {
+		return nil
+	}
+	if err := s.makeCooling(); err != nil {
+		return err
+	}
+	m, save := l.recall()
+	defer save()
+	for _, a := range addresses {
+		held := s.path(a.String())
+		err := setTime(held, now)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err == nil {
+			err = rename(held, s.coolingPath(a.String()))
+		}
+		if err != nil {
+			return err
+		}
+		m.released(a)
+	}
+	return nil
+}
+
+// warm removes the name that an address has among those that cool down.
+func (s *Store) warm(a netip.Addr) error {
+	if err := s.makeCooling(); err != nil { // nothing is removed by way of a link
+		return err
+	}
+	return unlink(s.coolingPath(a.String()))
+}
+
+// taken says whether an address is held or cools down, and whether it has cooled down but still has the name.
+func (s *Store) taken(a netip.Addr, now func() (moment, error)) (taken, cooled bool, err error) {
+	if taken, err = s.leased(a); err != nil || taken {
+		return taken, false, err
+	}
+	file, err := lstat(s.coolingPath(a.String()))
+	if nothingCools(err) {
+		return false, false, nil
+	}
+	if err != nil {
+		return false, false, err
+	}
+	m, err := now()
+	taken = m.wait(modified(&file)) > 0
+	return taken, !taken, err
+}
+
+// nothingCools says whether an error is one because nothing cools down there, or because there is no directory of ours yet.
+func nothingCools(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP)
+}
+
+// explain completes an *ExhaustedError by what became of the addresses of its range, and leaves any other error. It needs no lock.
+func (s *Store) explain(err error) error {
+	e, ok := errors.AsType[*ExhaustedError](err)
+	if !ok {
+		return err
+	}
+	now, err := s.moment()
+	if err != nil {
+		return err
+	}
+	if err = errors.Join(s.countLeased(e), s.countCooling(e, now)); err != nil {
 		return err
 	}
 	return e
@@ -119,17 +284,19 @@ func (s *Store) exhausted(r netip.Prefix, now time.Duration) error {
 
 // countLeased counts the addresses of the range that are leased, and to whom the most are.
 func (s *Store) countLeased(e *ExhaustedError) error {
-	leased, err := s.addressNames()
+	names, err := s.addressNames()
 	if err != nil {
 		return err
 	}
-	namespaces := make(map[string]int)
-	for _, a := range leased {
-		if !e.Range.Contains(a) {
-			continue
+	for _, a := range names {
+		if e.Range.Contains(a) {
+			e.Leased++
 		}
-		e.Leased++
-		if lease, readErr := s.read(a.String()); readErr == nil {
+	}
+	leases, _ := s.List() // what cannot be read is of no namespace
+	namespaces := make(map[string]int)
+	for _, lease := range leases {
+		if slices.ContainsFunc(lease.Addresses, e.Range.Contains) {
 			namespaces[lease.Namespace]++
 		}
 	}
@@ -142,14 +309,14 @@ func (s *Store) countLeased(e *ExhaustedError) error {
 }
 
 // countCooling counts the addresses of the range that cool down, and finds out when the first of them is free.
-func (s *Store) countCooling(e *ExhaustedError, now time.Duration) error {
+func (s *Store) countCooling(e *ExhaustedError, now moment) error {
 	files, err := s.cooled()
 	if err != nil {
 		return err
 	}
 	for _, file := range files {
-		a, parseErr := netip.ParseAddr(file.Name())
-		left := wait(file, now)
+		a, parseErr := netip.ParseAddr(file.name)
+		left := now.wait(file.released)
 		if parseErr != nil || !e.Range.Contains(a) || left <= 0 {
 			continue
 		}
@@ -161,42 +328,38 @@ func (s *Store) countCooling(e *ExhaustedError, now time.Duration) error {
 	return nil
 }
 
-// sweep removes the names of addresses that have cooled down: in a large range nobody comes back to them. It looks at them
-// only once in the time of a cool-down, which the modification time of the lock tells, so that a release costs
-// the same however many cool down.
-func (s *Store) sweep(now time.Duration) error {
-	lock, err := os.Lstat(s.path(".lock"))
-	if err != nil {
-		return err
-	}
-	if wait(lock, now) > 0 {
-		return nil
-	}
-	files, err := s.cooled()
-	if err != nil {
-		return err
-	}
-	for _, file := range files {
-		if wait(file, now) <= 0 {
-			_ = os.Remove(filepath.Join(s.path(cooling), file.Name())) // what is foreign and stays does no harm
-		}
-	}
-	return os.Chtimes(s.path(".lock"), time.Time{}, stamp(now))
+// released is an address's file since its release.
+type released struct {
+	name     string
+	released time.Duration // the time since the boot
 }
 
-// cooled returns the files of all addresses that cool down, and of those that have cooled down and were not swept yet.
-func (s *Store) cooled() ([]fs.FileInfo, error) {
-	entries, err := os.ReadDir(s.path(cooling))
+// cooled returns the files of all addresses that cool down, and of those that have cooled down and still have the name.
+func (s *Store) cooled() ([]released, error) {
+	path := s.path(cooling)
+	fd, err := open(path, unix.O_RDONLY|unix.O_DIRECTORY) // no link
+	if nothingCools(err) {
+		return nil, nil
+	}
 	if err != nil {
 		return nil, fmt.Errorf("listing what cools down: %w", err)
 	}
-	files := make([]fs.FileInfo, 0, len(entries))
-	for _, e := range entries {
-		file, err := e.Info()
+	dir := os.NewFile(uintptr(fd), path)
+	defer func() { _ = dir.Close() }()
+	names, err := dir.Readdirnames(-1)
+	if err != nil {
+		return nil, fmt.Errorf("listing what cools down: %w", err)
+	}
+	files := make([]released, 0, len(names))
+	for _, name := range names {
+		file, err := lstat(s.coolingPath(name))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // leased meanwhile, or swept
+		}
 		if err != nil {
 			return nil, fmt.Errorf("listing what cools down: %w", err)
 		}
-		files = append(files, file)
+		files = append(files, released{name, modified(&file)})
 	}
 	return files, nil
 }

@@ -27,6 +27,20 @@ func at(s *ipam.Store, now time.Duration) (passed func(time.Duration)) {
 	return func(d time.Duration) { now += d }
 }
 
+// forget has the connections of everything ended that was released so far, and says of what.
+func forget(t *testing.T, s *ipam.Store) []netip.Addr {
+	t.Helper()
+	var all []netip.Addr
+	err := s.Forget(func(as []netip.Addr) error {
+		all = as
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
 // cooling returns the files of addresses that cool down, or have.
 func cooling(t *testing.T, dir string) []string {
 	t.Helper()
@@ -80,6 +94,7 @@ func TestAddressCoolsDown(t *testing.T) {
 	}
 	refused(coolDown)
 	passed(coolDown - time.Nanosecond)
+	forget(t, s)
 	refused(time.Nanosecond)
 	passed(time.Nanosecond)
 	if diff := cmp.Diff(addresses("10.0.0.2", "fd00::3"), allocate(t, s, ranges, owner(2)), equal); diff != "" {
@@ -109,6 +124,7 @@ func TestExhaustedSaysWhatBecameOfTheAddresses(t *testing.T) {
 	for i := range 2 {
 		release(t, s, owner(i))
 		passed(4500 * time.Millisecond)
+		forget(t, s)
 	}
 	_, err := s.Allocate(ranges, owner(9))
 	want := "leasing for c9@eth0: range 10.0.0.8/29 is exhausted: 3 addresses are leased (2 of them to namespace shop) and 2 cool down after their release, " +
@@ -164,19 +180,80 @@ func TestCooledAreSwept(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(dir, ".cooling", "foreign", "x"), 0o700); err != nil {
 		t.Fatal(err)
 	}
+	write(t, filepath.Join(dir, ".cooling"), "notes", "hello")
 	most := 0
 	for range 300 {
 		allocate(t, s, prefixes("fd00::/64"), owner(1))
 		release(t, s, owner(1))
 		most = max(most, len(cooling(t, dir)))
 		passed(time.Second)
+		forget(t, s)
 	}
 	if most < 30 || most > 62 {
 		t.Errorf("up to %d files of addresses that were released in the last 30 s, want between 30 and 62", most)
 	}
+	if _, err := os.Stat(filepath.Join(dir, ".cooling", "notes")); err != nil {
+		t.Errorf("what is no address's was swept, too: %v", err)
+	}
 }
 
-// TestReleaseNeedsNoSpace: on a full disk addresses become free.
+// TestAddressWaitsForItsConnections: however long ago its release is, an address is leased to nobody before its connections were
+// ended, by whomever.
+func TestAddressWaitsForItsConnections(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	passed := at(s, time.Hour)
+	ranges := prefixes("10.0.0.0/30", "fd00::/64")
+	held := allocate(t, s, ranges, owner(1))
+	if got := forget(t, s); got != nil {
+		t.Errorf("nothing was released, but the connections of %v are to be ended", got)
+	}
+	release(t, s, owner(1))
+	refused := func(wait time.Duration) {
+		t.Helper()
+		var exhausted *ipam.ExhaustedError
+		if as, err := s.Allocate(ranges, owner(2)); !errors.As(err, &exhausted) || exhausted.Cooling != 1 || exhausted.Wait != wait {
+			t.Errorf("leased %v, %v; want it to wait another %v", as, err, wait)
+		}
+		release(t, s, owner(9))
+	}
+	passed(2 * coolDown)
+	refused(time.Second)
+	if err := s.Forget(func([]netip.Addr) error { return unix.EPERM }); !errors.Is(err, unix.EPERM) {
+		t.Errorf("got %v", err)
+	}
+	refused(time.Second)
+	// What is released while connections end is not among those that were ended.
+	other := allocate(t, s, prefixes("10.0.1.0/30"), owner(3))
+	err := s.Forget(func(as []netip.Addr) error {
+		if diff := cmp.Diff(held, as, equal); diff != "" {
+			t.Errorf("ended (-want +got):\n%s", diff)
+		}
+		release(t, s, owner(3))
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if again := allocate(t, s, ranges, owner(2)); again[0] != held[0] {
+		t.Errorf("leased %v, want %v again", again, held[0])
+	}
+	passed(2 * coolDown)
+	var exhausted *ipam.ExhaustedError
+	if as, err := s.Allocate(prefixes("10.0.1.0/30"), owner(4)); !errors.As(err, &exhausted) {
+		t.Errorf("leased %v, %v", as, err)
+	}
+	if diff := cmp.Diff(other, forget(t, s), equal); diff != "" {
+		t.Errorf("ended (-want +got):\n%s", diff)
+	}
+	passed(time.Nanosecond)
+	allocate(t, s, prefixes("10.0.1.0/30"), owner(4))
+	if got := forget(t, s); got != nil {
+		t.Errorf("the connections of %v are to be ended again", got)
+	}
+}
+
+// TestReleaseNeedsNoSpace: on a disk that holds no more files and no more bytes addresses become free.
 func TestReleaseNeedsNoSpace(t *testing.T) {
 	dir := t.TempDir()
 	if err := unix.Mount("ipam", dir, "tmpfs", 0, "size=64k,nr_inodes=16"); err != nil {
@@ -197,6 +274,9 @@ func TestReleaseNeedsNoSpace(t *testing.T) {
 	}
 	if !errors.Is(full, unix.ENOSPC) {
 		t.Fatal(full)
+	}
+	for i, err := 0, error(nil); err == nil; i++ {
+		err = os.WriteFile(filepath.Join(dir, fmt.Sprintf(".full-empty%d", i)), nil, 0o600)
 	}
 	if as, err := s.Allocate(ranges, owner(2)); !errors.Is(err, unix.ENOSPC) {
 		t.Fatalf("leased %v, %v; the disk is not full", as, err)

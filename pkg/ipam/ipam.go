@@ -7,13 +7,17 @@
 // all its addresses, and what a killed process leaves behind can only be names of addresses, which Release and Owners find.
 // A file is complete before it has any name and its content never changes, so that readers need no lock.
 //
+// The names alone say what is taken and by whom: whatever becomes of a file's content, its addresses are leased to nobody
+// else, and end with their attachment. What the names do not explain is set aside; see Repair.
+//
 // An address that is released cools down before it is leased again: its name moves into the directory ".cooling", and the
 // modification time of its file says since when, as the time since the boot, which no set clock shortens or prolongs. One rename takes
 // it from held to cooling, so that a process that is killed at any moment leaves it as the one or as the other. What cools
-// down is held by nobody; when the time is over it is free without anybody's doing.
+// down is held by nobody. It is free when the time is over and Forget has been told since its release that no connection of its last
+// pod is left: the modification time of the file ".forgotten" says when that began.
 //
-// The directory must not outlive a boot (it is a tmpfs in production), because pods do not. That is also why nothing is
-// synced to a disk: the memory that would lose a lease loses the pods with it.
+// Leases end with the boot, because pods do. The directory is a tmpfs in production; where it is not, StartBoot frees what an
+// earlier boot left. That is also why nothing is synced to a disk: the memory that would lose a lease loses the pods with it.
 package ipam
 
 import (
@@ -24,9 +28,11 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strings"
+	"slices"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // errLeased says that the attachment has a lease already.
@@ -39,6 +45,8 @@ type Owner struct {
 	Namespace   string `json:"namespace"`
 	Name        string `json:"name"`
 	UID         string `json:"uid,omitempty"`
+	// Netns is the path of the container's network namespace, as the runtime named it.
+	Netns string `json:"netns,omitempty"`
 }
 
 // Lease is what an owner holds.
@@ -46,6 +54,9 @@ type Lease struct {
 	Owner
 	Addresses []netip.Addr `json:"addresses"`
 }
+
+// draft is the name of a file that has no other yet.
+const draft = ".new"
 
 // attachment is the name of the lease's file for its attachment. Neither half can hold an "@" before the first one, and no
 // address holds any.
@@ -56,80 +67,101 @@ func attachment(containerID, ifname string) string {
 // Store is the directory of the leases.
 type Store struct {
 	dir string
-	// now is the time since the boot.
-	now func() (time.Duration, error)
+	// now is the time since the boot, and bootID which boot it is.
+	now    func() (time.Duration, error)
+	bootID func() (string, error)
 
 	mu     sync.Mutex
-	parsed map[string]parsed // by attachment name; List's memory
+	parsed map[string]*parsed // by attachment name; List's memory
 }
 
 // Open returns the store in dir, which is made where it is missing.
 func Open(dir string) (*Store, error) {
-	if err := os.MkdirAll(filepath.Join(dir, cooling), 0o700); err != nil {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("making the lease directory: %w", err)
 	}
-	return &Store{dir: dir, now: boottime}, nil
+	s := &Store{dir: filepath.Clean(dir), now: boottime, bootID: bootID}
+	_ = unix.Mkdir(s.path(cooling), 0o700) // not only with the first release, for which there may be no space
+	return s, nil
 }
 
 // Allocate leases one address of each range to the owner: of all ranges or of none. It refuses an attachment that
-// has a lease. An address that was released is leased to nobody for 30 s. The error is an *ExhaustedError where a range has
-// no free address.
+// has a lease. An address that was released is leased to nobody for 30 s, nor before Forget was there. The error is an
+// *ExhaustedError where a range has no free address.
 func (s *Store) Allocate(ranges []netip.Prefix, owner Owner) ([]netip.Addr, error) {
-	unlock, err := s.lock()
+	l, err := s.lock()
 	if err != nil {
 		return nil, err
 	}
-	lease, err := s.allocate(ranges, owner)
-	return lease.Addresses, errors.Join(err, unlock())
+	lease, err := s.allocate(l, ranges, owner)
+	l.unlock()
+	if err != nil {
+		err = s.explain(err) // without the lock, for which others wait
+		return nil, fmt.Errorf("leasing for %s: %w", attachment(owner.ContainerID, owner.Interface), err)
+	}
+	return lease.Addresses, nil
 }
 
 // allocate does the work of Allocate under the lock.
-func (s *Store) allocate(ranges []netip.Prefix, owner Owner) (Lease, error) {
+func (s *Store) allocate(l lock, ranges []netip.Prefix, owner Owner) (Lease, error) {
 	lease := Lease{Owner: owner}
 	name := attachment(owner.ContainerID, owner.Interface)
-	switch _, err := os.Lstat(s.path(name)); {
+	switch _, err := lstat(s.path(name)); {
 	case err == nil:
-		return Lease{}, fmt.Errorf("leasing for %s: %w", name, errLeased)
+		return Lease{}, errLeased
 	case !errors.Is(err, fs.ErrNotExist):
-		return Lease{}, fmt.Errorf("leasing for %s: %w", name, err)
+		return Lease{}, err
 	}
-	now, err := s.now()
-	if err != nil {
-		return Lease{}, fmt.Errorf("leasing for %s: %w", name, err)
-	}
+	m, save := l.recall()
+	now := sync.OnceValues(s.moment) // asked only where something cools down
 	for _, r := range ranges {
-		address, err := s.free(r, now)
+		address, err := s.free(m, r, now)
 		if err != nil {
-			return Lease{}, fmt.Errorf("leasing for %s: %w", name, err)
+			save() // the names were looked at, perhaps
+			return Lease{}, err
 		}
 		lease.Addresses = append(lease.Addresses, address)
 	}
 	if err := s.write(lease, name); err != nil {
-		return Lease{}, fmt.Errorf("writing the lease of %s: %w", name, err)
+		return Lease{}, fmt.Errorf("writing the lease: %w", err)
 	}
-	for i, r := range ranges {
-		if err := os.WriteFile(s.cursor(r), []byte(lease.Addresses[i].String()), 0o600); err != nil {
-			return Lease{}, errors.Join(fmt.Errorf("remembering the last address of %s: %w", r, err), s.remove(name, lease.Addresses))
-		}
+	for _, a := range lease.Addresses {
+		m.leased(a)
 	}
+	save()
 	return lease, nil
 }
 
 // free returns the next free address of a range.
-func (s *Store) free(r netip.Prefix, now time.Duration) (netip.Addr, error) {
-	first, last, ok := span(r)
-	if !ok {
-		return netip.Addr{}, fmt.Errorf("range %s has no address to lease beside the node's own", r)
+func (s *Store) free(m memory, r netip.Prefix, now func() (moment, error)) (netip.Addr, error) {
+	var cooled bool
+	taken := func(a netip.Addr) (taken bool, err error) {
+		taken, cooled, err = s.taken(a, now)
+		return taken, err
 	}
-	// The cursor is a hint: without it, or where it was cut off, the search begins at the start.
-	text, _ := os.ReadFile(s.cursor(r))
-	cursor, _ := netip.ParseAddr(string(text))
-	address, ok := pick(first, last, cursor, func(a netip.Addr) bool { return s.taken(a, now) })
-	if !ok {
-		return netip.Addr{}, s.exhausted(r, now)
+	address, err := s.search(m, r, taken)
+	if err != nil || !cooled {
+		return address, err
 	}
-	// It may have cooled down: an address is held or cooling, never both.
-	return address, s.remove(filepath.Join(cooling, address.String()), nil)
+	// An address is held or cooling, never both.
+	return address, s.warm(address)
+}
+
+// search picks an address of a range, and looks at the names before it says that there is none: what is remembered may lie.
+func (s *Store) search(m memory, r netip.Prefix, taken func(netip.Addr) (bool, error)) (netip.Addr, error) {
+	address, err := m.pick(r, taken)
+	if err != nil || address.IsValid() {
+		return address, err
+	}
+	names, err := s.addressNames()
+	if err != nil {
+		return netip.Addr{}, err
+	}
+	m.mark(r, names)
+	if address, err = m.pick(r, taken); err == nil && !address.IsValid() {
+		err = &ExhaustedError{Range: r}
+	}
+	return address, err
 }
 
 // write makes the lease's file under all its names or under none.
@@ -138,21 +170,52 @@ func (s *Store) write(lease Lease, name string) error {
 	if err != nil {
 		return err
 	}
-	unnamed := s.path(".new")
-	// Removed, not truncated: a killed process may have left it as an address's file.
-	if err = os.Remove(unnamed); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	unnamed, err := s.draft(data)
+	if err != nil {
 		return err
-	}
-	if err = os.WriteFile(unnamed, append(data, '\n'), 0o600); err != nil {
-		return errors.Join(err, s.remove(".new", nil))
 	}
 	for i, a := range lease.Addresses {
 		if err = os.Link(unnamed, s.path(a.String())); err != nil {
-			return errors.Join(err, s.remove(".new", lease.Addresses[:i]))
+			return errors.Join(err, s.remove(draft, lease.Addresses[:i]))
 		}
 	}
-	if err = os.Rename(unnamed, s.path(name)); err != nil {
-		return errors.Join(err, s.remove(".new", lease.Addresses))
+	if err = rename(unnamed, s.path(name)); err != nil {
+		return errors.Join(err, s.remove(draft, lease.Addresses))
+	}
+	return nil
+}
+
+// draft makes a file that has no name yet but its path.
+func (s *Store) draft(data []byte) (path string, err error) {
+	path = s.path(draft)
+	const flags = unix.O_WRONLY | unix.O_CREAT | unix.O_EXCL
+	fd, err := open(path, flags)
+	if errors.Is(err, unix.EEXIST) {
+		// Removed, not truncated: a killed process may have left it as an address's file.
+		if err = unlink(path); errors.Is(err, unix.EISDIR) {
+			err = s.setAside(draft)
+		}
+		if err == nil {
+			fd, err = open(path, flags)
+		}
+	}
+	if err != nil {
+		return "", err
+	}
+	if err = errors.Join(writeAll(fd, append(data, '\n')), unix.Close(fd)); err != nil {
+		return "", errors.Join(fmt.Errorf("writing %s: %w", path, err), unlink(path))
+	}
+	return path, nil
+}
+
+// writeAll writes all of the data.
+func writeAll(fd int, data []byte) error {
+	for len(data) > 0 {
+		n, err := unix.Write(fd, data)
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			return err
+		}
+		data = data[max(n, 0):]
 	}
 	return nil
 }
@@ -160,19 +223,20 @@ func (s *Store) write(lease Lease, name string) error {
 // Release ends the lease of an attachment and returns the addresses that it held, which cool down from now on. Without a
 // lease it does nothing.
 func (s *Store) Release(containerID, ifname string) ([]netip.Addr, error) {
-	unlock, err := s.lock()
+	l, err := s.lock()
 	if err != nil {
 		return nil, err
 	}
-	addresses, err := s.release(containerID, ifname)
-	if err = errors.Join(err, unlock()); err != nil {
+	defer l.unlock()
+	addresses, err := s.release(l, containerID, ifname)
+	if err != nil {
 		return addresses, fmt.Errorf("releasing the lease of %s: %w", attachment(containerID, ifname), err)
 	}
 	return addresses, nil
 }
 
 // release does the work of Release under the lock.
-func (s *Store) release(containerID, ifname string) ([]netip.Addr, error) {
+func (s *Store) release(l lock, containerID, ifname string) ([]netip.Addr, error) {
 	addresses, err := s.Held(containerID, ifname)
 	if err != nil {
 		return nil, err
@@ -184,23 +248,20 @@ func (s *Store) release(containerID, ifname string) ([]netip.Addr, error) {
 	if err = s.remove(attachment(containerID, ifname), nil); err != nil {
 		return addresses, err
 	}
-	if err = s.cool(addresses, now); err != nil {
-		return addresses, err
-	}
-	return addresses, s.sweep(now)
+	return addresses, s.cool(l, addresses, now)
 }
 
 // Freeze calls do while no lease is made and none ends. The function that do gets says who holds an address.
 func (s *Store) Freeze(do func(holder func(netip.Addr) (Owner, bool)) error) error {
-	unlock, err := s.lock()
+	l, err := s.lock()
 	if err != nil {
 		return err
 	}
-	err = do(func(a netip.Addr) (Owner, bool) {
+	defer l.unlock()
+	return do(func(a netip.Addr) (Owner, bool) {
 		lease, readErr := s.read(a.String())
 		return lease.Owner, readErr == nil
 	})
-	return errors.Join(err, unlock())
 }
 
 // Get returns the lease of an attachment. The error is fs.ErrNotExist where it has none.
@@ -218,7 +279,7 @@ func (s *Store) Held(containerID, ifname string) ([]netip.Addr, error) {
 	return lease.Addresses, nil
 }
 
-// addressesOf returns the addresses whose files belong to the attachment, by what they say or by being its file.
+// addressesOf returns the addresses that belong to the attachment, because their file is its file or says so.
 func (s *Store) addressesOf(containerID, ifname string) ([]netip.Addr, error) {
 	all, err := s.addressNames()
 	if err != nil {
@@ -231,13 +292,14 @@ func (s *Store) addressesOf(containerID, ifname string) ([]netip.Addr, error) {
 		if statErr == nil {
 			if other, otherErr := os.Lstat(s.path(a.String())); otherErr == nil && os.SameFile(file, other) {
 				found = append(found, a)
+				continue
 			}
-			continue
 		}
 		if lease, readErr := s.read(a.String()); readErr == nil && attachment(lease.ContainerID, lease.Interface) == name {
 			found = append(found, a)
 		}
 	}
+	slices.SortFunc(found, netip.Addr.Compare)
 	return found, nil
 }
 
@@ -248,17 +310,37 @@ func (s *Store) remove(name string, addresses []netip.Addr) error {
 		names = append(names, a.String())
 	}
 	for _, n := range names {
-		if err := os.Remove(s.path(n)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := unlink(s.path(n)); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// path returns the path of a name in the directory.
-func (s *Store) path(name string) string { return filepath.Join(s.dir, name) }
-
-// cursor is the file with the address of a range that was leased last.
-func (s *Store) cursor(r netip.Prefix) string {
-	return s.path(".last-" + strings.ReplaceAll(r.String(), "/", "_"))
+// unlink removes a file. That it is not there is no error. (os.Remove tries a directory, too.)
+func unlink(path string) error {
+	if err := unix.Unlink(path); err != nil && !errors.Is(err, unix.ENOENT) {
+		return &fs.PathError{Op: "unlink", Path: path, Err: err}
+	}
+	return nil
 }
+
+// rename gives a file another path. (os.Rename looks first what is there.)
+func rename(from, to string) error {
+	if err := again(func() error { return unix.Rename(from, to) }); err != nil {
+		return &os.LinkError{Op: "rename", Old: from, New: to, Err: err}
+	}
+	return nil
+}
+
+// lstat returns what the kernel says of a file. (os.Lstat makes more of it.)
+func lstat(path string) (st unix.Stat_t, err error) {
+	err = again(func() error { return unix.Lstat(path, &st) })
+	if err != nil {
+		return st, &fs.PathError{Op: "lstat", Path: path, Err: err}
+	}
+	return st, nil
+}
+
+// path returns the path of a name in the directory.
+func (s *Store) path(name string) string { return s.dir + "/" + name }

@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
@@ -76,7 +75,7 @@ func names(t *testing.T, dir string) []string {
 	}
 	var ns []string
 	for _, e := range entries {
-		if !strings.HasPrefix(e.Name(), ".last-") && e.Name() != ".lock" && e.Name() != ".cooling" {
+		if e.Name() != ".lock" && e.Name() != ".cooling" && e.Name() != ".forgotten" {
 			ns = append(ns, e.Name())
 		}
 	}
@@ -160,6 +159,7 @@ func TestSmallRanges(t *testing.T) {
 			// The one that becomes free is found, wherever it is.
 			release(t, s, owner(0))
 			passed(coolDown)
+			forget(t, s)
 			if again := allocate(t, s, prefixes(tt.prefix), owner(100)); again[0] != netip.MustParseAddr(tt.leases[0]) {
 				t.Errorf("leased %v, want %s", again, tt.leases[0])
 			}
@@ -292,50 +292,37 @@ func TestDirectoryGone(t *testing.T) {
 	}
 }
 
-// TestWriteFailsAtEveryName makes each file in turn impossible to create.
-func TestWriteFailsAtEveryName(t *testing.T) {
-	ranges := prefixes("10.0.0.0/24", "fd00::/64")
-	for _, name := range []string{".lock", ".new", ".last-10.0.0.0_24", ".last-fd00::_64"} {
+// A node that gets other podCIDRs, or one of another family beside: what is leased stays leased until it is released, and nobody else gets
+// it, also where the new range holds it.
+func TestRangesChange(t *testing.T) {
+	tests := map[string]struct{ before, after []netip.Prefix }{
+		"others":   {prefixes("10.0.0.0/24", "fd00::/64"), prefixes("10.0.1.0/24", "fd00:1::/64")},
+		"smaller":  {prefixes("10.0.0.0/24", "fd00::/64"), prefixes("10.0.0.0/29", "fd00::/125")},
+		"larger":   {prefixes("10.0.0.0/29", "fd00::/125"), prefixes("10.0.0.0/16", "fd00::/48")},
+		"one more": {prefixes("10.0.0.0/24"), prefixes("10.0.0.0/24", "fd00::/64")},
+		"one less": {prefixes("10.0.0.0/24", "fd00::/64"), prefixes("fd00::/64")},
+	}
+	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
+			old := allocate(t, open(t, dir), tt.before, owner(1))
 			s := open(t, dir)
-			// A directory with something in it can be neither opened for writing nor removed.
-			if err := os.MkdirAll(filepath.Join(dir, name, "x"), 0o700); err != nil {
-				t.Fatal(err)
-			}
-			before := names(t, dir)
-			if as, err := s.Allocate(ranges, owner(1)); err == nil || as != nil {
-				t.Errorf("got %v, %v; want an error and no address", as, err)
-			}
-			if diff := cmp.Diff(before, names(t, dir)); diff != "" {
-				t.Errorf("files (-before +after):\n%s", diff)
-			}
-		})
-	}
-}
-
-func BenchmarkLease(b *testing.B) {
-	for _, pods := range []int{1, 250} {
-		b.Run(fmt.Sprintf("pods=%d", pods), func(b *testing.B) {
-			s, err := ipam.Open(b.TempDir())
-			if err != nil {
-				b.Fatal(err)
-			}
-			passed := at(s, 0)
-			ranges := prefixes("10.0.0.0/16", "fd00::/64")
-			for i := range pods {
-				if _, err = s.Allocate(ranges, owner(i)); err != nil {
-					b.Fatal(err)
+			for i := range 3 {
+				fresh := allocate(t, s, tt.after, owner(2+i))
+				if len(fresh) != len(tt.after) {
+					t.Errorf("leased %v of %v", fresh, tt.after)
+				}
+				for j, a := range fresh {
+					if !tt.after[j].Contains(a) || slices.Contains(old, a) {
+						t.Errorf("leased %v, of %v beside %v", a, tt.after[j], old)
+					}
 				}
 			}
-			for b.Loop() {
-				passed(10 * time.Millisecond) // a pod each: 3000 cool down
-				if _, err = s.Allocate(ranges, owner(pods)); err != nil {
-					b.Fatal(err)
-				}
-				if _, err = s.Release(owner(pods).ContainerID, "eth0"); err != nil {
-					b.Fatal(err)
-				}
+			if diff := cmp.Diff(old, release(t, s, owner(1)), equal); diff != "" {
+				t.Errorf("released (-want +got):\n%s", diff)
+			}
+			if leases, err := s.List(); err != nil || len(leases) != 3 {
+				t.Errorf("leases %v, %v", leases, err)
 			}
 		})
 	}

@@ -29,24 +29,3 @@ func lastOf(r netip.Prefix) netip.Addr {
 	last, _ := netip.AddrFromSlice(b)
 	return last
 }
-
-// pick returns the first address behind the cursor that is not taken, round about: an address that was just released is
-// the last to be leased again. ok is false when all are taken. It looks at no more addresses than are taken, however
-// large the span.
-func pick(first, last, cursor netip.Addr, taken func(netip.Addr) bool) (address netip.Addr, ok bool) {
-	after := func(a netip.Addr) netip.Addr {
-		if !a.IsValid() || a.Compare(first) < 0 || a.Compare(last) >= 0 {
-			return first
-		}
-		return a.Next()
-	}
-	start := after(cursor)
-	for a := start; ; {
-		if !taken(a) {
-			return a, true
-		}
-		if a = after(a); a == start {
-			return netip.Addr{}, false
-		}
-	}
-}

@@ -77,7 +77,7 @@ func TestFilesThatAreNoLease(t *testing.T) {
 	if diff := cmp.Diff([]ipam.Lease{{Owner: owner(1), Addresses: addresses("10.0.0.2")}}, leases, equal); diff != "" {
 		t.Errorf("leases (-want +got):\n%s", diff)
 	}
-	for _, name := range []string{"c2@eth0", "c3@eth0", "c4@eth0", "notes"} {
+	for _, name := range []string{"c2@eth0", "c3@eth0", "c4@eth0"} {
 		if err == nil || !strings.Contains(err.Error(), filepath.Join(dir, name)) {
 			t.Errorf("error %q does not name %s", err, name)
 		}

@@ -2,6 +2,7 @@ package kube
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"sync"
 	"time"
@@ -60,20 +61,9 @@ func (p *protection) run(ctx context.Context, notify func()) {
 
 // look reads the policies and their bindings. Where the server does not answer, what was known stays.
 func (p *protection) look(ctx context.Context) (changed bool, again time.Duration) {
-	ctx, cancel := context.WithTimeout(ctx, lookPatience)
-	defer cancel()
-	var found []cluster.Problem
-	for _, c := range confinements() {
-		weak, err := p.weakness(ctx, c.name)
-		if err != nil {
-			return false, lookWhileNot
-		}
-		if weak != "" {
-			found = append(found, cluster.Problem{
-				Code: codeUnconfined, Object: "ValidatingAdmissionPolicy " + c.name, Message: weak + ": " + c.without,
-				Remedy: "apply manifests/warren.yaml of this version; it needs Kubernetes 1.30 or newer",
-			})
-		}
+	found, err := unconfined(ctx, p.client)
+	if err != nil {
+		return false, lookWhileNot
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -85,13 +75,47 @@ func (p *protection) look(ctx context.Context) (changed bool, again time.Duratio
 	return changed, lookWhileWell
 }
 
+// Unconfined asks an API server for the admission policies of the manifests, and returns what is wrong with them. An error says that
+// the server did not answer.
+func Unconfined(ctx context.Context, config *rest.Config) ([]cluster.Problem, error) {
+	c, err := newClients(config, nil)
+	if err != nil {
+		return nil, err
+	}
+	found, err := unconfined(ctx, c.admission)
+	if err != nil {
+		return nil, fmt.Errorf("asking the API server for admission policies: %w", err)
+	}
+	return found, nil
+}
+
+// unconfined finds the policies that do not stand or deny nothing.
+func unconfined(ctx context.Context, client rest.Interface) ([]cluster.Problem, error) {
+	ctx, cancel := context.WithTimeout(ctx, lookPatience)
+	defer cancel()
+	var found []cluster.Problem
+	for _, c := range confinements() {
+		weak, err := weakness(ctx, client, c.name)
+		if err != nil {
+			return nil, err
+		}
+		if weak != "" {
+			found = append(found, cluster.Problem{
+				Code: codeUnconfined, Object: "ValidatingAdmissionPolicy " + c.name, Message: weak + ": " + c.without,
+				Remedy: "apply manifests/warren.yaml of this version; it needs Kubernetes 1.30 or newer",
+			})
+		}
+	}
+	return found, nil
+}
+
 // weakness says why a policy denies nothing; it is empty where the policy denies. An error says that the server did not answer.
-func (p *protection) weakness(ctx context.Context, name string) (string, error) {
+func weakness(ctx context.Context, client rest.Interface, name string) (string, error) {
 	var policy admissionv1.ValidatingAdmissionPolicy
 	var binding admissionv1.ValidatingAdmissionPolicyBinding
 	// Every node asks, and nothing here is urgent: the server's cache will do.
 	read := func(resource string) *rest.Request {
-		return p.client.Get().Resource(resource).Name(name).Param("resourceVersion", "0")
+		return client.Get().Resource(resource).Name(name).Param("resourceVersion", "0")
 	}
 	for _, err := range []error{
 		read("validatingadmissionpolicies").Do(ctx).Into(&policy),

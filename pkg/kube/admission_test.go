@@ -79,6 +79,9 @@ func testAPIProtection(t *testing.T, server *apiserver.Server, admin kubernetes.
 	if got := missing(stranger.Problems()); len(got) != len(confinements()) {
 		t.Errorf("who may not read the policies misses %q", got)
 	}
+	if found, err := Unconfined(r.ctx, server.Admin()); err != nil || len(found) > 0 {
+		t.Errorf("who asks once misses %v, error %v", found, err)
+	}
 
 	name := confinements()[1].name
 	patch := func(what, text string, want ...string) {

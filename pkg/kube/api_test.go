@@ -81,6 +81,7 @@ func TestAPI(t *testing.T) {
 	t.Run("refresh", func(t *testing.T) { testAPIRefresh(t, server, admin) })
 	t.Run("refresh in an outage", func(t *testing.T) { testAPIRefreshOutage(t, server, admin) })
 	t.Run("service", func(t *testing.T) { testAPIService(t, server, admin) })
+	t.Run("servers", func(t *testing.T) { testAPIServers(t, server, admin) })
 	t.Run("events", func(t *testing.T) { testAPIEvents(t, server, admin) })
 	t.Run("publish", func(t *testing.T) { testAPIPublish(t, server, admin) })
 	t.Run("outage", func(t *testing.T) { testAPIOutage(t, server, admin) })

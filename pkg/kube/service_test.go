@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -11,6 +12,7 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
 
 	"github.com/warren-cni/warren/pkg/cluster"
 	"github.com/warren-cni/warren/pkg/internal/apiserver"
@@ -202,5 +204,46 @@ func testAPIService(t *testing.T, server *apiserver.Server, admin kubernetes.Int
 	}
 	if _, err = a.Service(t.Context(), "shop", "none"); !errors.Is(err, errServiceUnknown) {
 		t.Errorf("a Service that does not exist: got %v, want errServiceUnknown", err)
+	}
+}
+
+// testAPIServers asks where a real server is.
+func testAPIServers(t *testing.T, server *apiserver.Server, admin kubernetes.Interface) {
+	for name, address := range map[string]string{"kubernetes": "192.0.2.17", "other": "192.0.2.18"} {
+		_, err := admin.DiscoveryV1().EndpointSlices(metav1.NamespaceDefault).Create(t.Context(), &discoveryv1.EndpointSlice{
+			ObjectMeta:  metav1.ObjectMeta{Name: name, Labels: map[string]string{discoveryv1.LabelServiceName: name}},
+			AddressType: discoveryv1.AddressTypeIPv4, Endpoints: []discoveryv1.Endpoint{{Addresses: []string{address}}},
+		}, metav1.CreateOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	ask := func(config *rest.Config) ([]netip.Addr, error) {
+		a, err := NewAPI(config, "n1", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a.Servers(t.Context())
+	}
+	for who, config := range map[string]*rest.Config{"admin": server.Admin(), "kubelet, which may not read endpoints": server.Kubelet("n1")} {
+		want := []netip.Addr{addr("127.0.0.1")}
+		if who == "admin" {
+			want = append(want, addr("192.0.2.17"))
+		}
+		got, err := ask(config)
+		if err != nil {
+			t.Errorf("%s: %v", who, err)
+		}
+		checkEqual(t, who, want, got)
+	}
+	named := server.Admin()
+	named.ServerName = "127.0.0.1" // as its certificate has it
+	named.Host = strings.Replace(named.Host, "127.0.0.1", "localhost", 1)
+	if got, err := ask(named); err != nil || !slices.Contains(got, addr("127.0.0.1")) || !slices.Contains(got, addr("192.0.2.17")) {
+		t.Errorf("at %s: %v, error %v", named.Host, got, err)
+	}
+	named.Host = strings.Replace(named.Host, "localhost", "unknown.invalid", 1)
+	if got, err := ask(named); err == nil {
+		t.Errorf("at %s: %v, want an error", named.Host, got)
 	}
 }

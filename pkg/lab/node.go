@@ -17,11 +17,12 @@ import (
 
 	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/cniconf"
+	"github.com/warren-cni/warren/pkg/ipam"
 	"github.com/warren-cni/warren/pkg/wgdevice"
 )
 
 // startPatience is how long a daemon may take until it can serve pods, on an emulated processor, too.
-const startPatience = time.Minute
+const startPatience = 2 * time.Minute
 
 // Node is a network namespace with an uplink on the wire and directories of its own.
 type Node struct {
@@ -34,6 +35,7 @@ type Node struct {
 	MAC net.HardwareAddr
 
 	lab       *Lab
+	number    byte
 	namespace string
 	netns     ns.NetNS
 	dir       string
@@ -42,13 +44,13 @@ type Node struct {
 
 // addNode makes a node and its Node object.
 func (l *Lab) addNode(ctx context.Context, number byte) (*Node, error) {
-	address4, address6 := host(nodeNetwork4, number), host(nodeNetwork6, number)
 	n := &Node{
 		Name:      fmt.Sprintf("node-%d", number),
-		Addresses: []netip.Addr{address4.Addr(), address6.Addr()},
+		Addresses: []netip.Addr{host(nodeNetwork4, number).Addr(), host(nodeNetwork6, number).Addr()},
 		PodCIDRs:  []netip.Prefix{netip.MustParsePrefix(fmt.Sprintf("10.244.%d.0/24", number))},
 		MAC:       net.HardwareAddr{2, 0, 0, 0, 0, number},
 		lab:       l,
+		number:    number,
 		namespace: fmt.Sprintf("%s-%d", l.options.Name, number),
 	}
 	if l.options.IPv6Nodes {
@@ -63,9 +65,18 @@ func (l *Lab) addNode(ctx context.Context, number byte) (*Node, error) {
 			return nil, fmt.Errorf("making a directory of the node: %w", err)
 		}
 	}
+	if err := n.boot(ctx); err != nil {
+		return nil, err
+	}
+	return n, l.Write(n.Name, n.object())
+}
+
+// boot makes the node's network namespace and its uplink.
+func (n *Node) boot(ctx context.Context) error {
+	l := n.lab
 	var err error
 	if n.netns, err = addNamespace(ctx, n.namespace); err != nil {
-		return nil, err
+		return err
 	}
 	err = batch(ctx, n.namespace, fmt.Sprintf(`link set lo up
 link add eth0 mtu %[8]d address %[9]s type veth peer name %[1]s mtu %[8]d netns %[2]s
@@ -75,15 +86,46 @@ addr add %[3]s dev eth0
 addr add %[4]s dev eth0 nodad
 addr add fe80::%[7]d/64 dev eth0 nodad
 route add default via %[5]s
-route add default via %[6]s`, n.Name, l.wireName(), address4, address6,
-		host(nodeNetwork4, gatewayHost).Addr(), host(nodeNetwork6, gatewayHost).Addr(), number, l.uplinkMTU(number), n.MAC))
+route add default via %[6]s`, n.Name, l.wireName(), host(nodeNetwork4, n.number), host(nodeNetwork6, n.number),
+		host(nodeNetwork4, gatewayHost).Addr(), host(nodeNetwork6, gatewayHost).Addr(), n.number, l.uplinkMTU(n.number), n.MAC))
 	if err == nil {
 		err = batch(ctx, l.wireName(), "link set "+n.Name+" addrgenmode none\nlink set "+n.Name+" master wire up")
 	}
 	if err != nil {
-		return nil, errors.Join(err, n.netns.Close())
+		return errors.Join(err, n.netns.Close())
 	}
-	return n, l.Write(n.Name, n.object())
+	return nil
+}
+
+// Reboot does what a power cut does: the node's processes end, and its network and those of its pods are gone with all that was on
+// a tmpfs. What is on the disk stays, and the runtime still knows the pods: Delete is what it does next, or nothing.
+func (n *Node) Reboot(ctx context.Context, pods ...*Pod) error {
+	var errs []error
+	for _, p := range n.processes {
+		if p.ended() == nil {
+			errs = append(errs, p.Kill())
+		}
+	}
+	n.processes = nil
+	for _, pod := range pods {
+		errs = append(errs, pod.lose(ctx))
+	}
+	errs = append(errs, n.netns.Close(), deleteNamespace(ctx, n.namespace))
+	for _, dir := range []string{"run", "wireguard"} {
+		errs = append(errs, os.RemoveAll(filepath.Join(n.dir, dir)))
+	}
+	// The kernel takes the namespace apart a little later, and the other end of the uplink goes with it.
+	errs = append(errs, Until(ctx, func() error {
+		links, err := execute(ctx, "", "ip", "-netns", n.lab.wireName(), "-brief", "link", "show")
+		if err == nil && strings.Contains(links, n.Name+"@") {
+			err = fmt.Errorf("the uplink of %s is still there", n.Name)
+		}
+		return err
+	}), os.MkdirAll(filepath.Join(n.dir, "wireguard"), 0o755), n.boot(ctx)) //nolint:gosec // as on a real node
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("rebooting %s: %w", n.Name, err)
+	}
+	return nil
 }
 
 // object is the Node object.
@@ -157,8 +199,21 @@ func (n *Node) Conflist() string { return filepath.Join(n.dir, "cni-conf", cnico
 // Leases is the directory of the address leases.
 func (n *Node) Leases() string { return filepath.Join(n.dir, "run", "ipam") }
 
-// EndCoolDown lets the addresses that cool down be leased at once, as if their time were over.
-func (n *Node) EndCoolDown() error {
+// errRemembered says that connections of released addresses were not ended yet.
+var errRemembered = errors.New("connections of addresses that were released were not ended yet")
+
+// EndCoolDown lets the addresses that cool down be leased at once, as if their time were over. It waits until their connections have been
+// ended, which nothing may shorten.
+func (n *Node) EndCoolDown(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, startPatience)
+	defer cancel()
+	leases, err := ipam.Open(n.Leases())
+	if err == nil {
+		err = Until(ctx, func() error { return leases.Forget(func([]netip.Addr) error { return errRemembered }) })
+	}
+	if err != nil {
+		return fmt.Errorf("ending the cool-down on %s: %w", n.Name, err)
+	}
 	cooling, err := filepath.Glob(filepath.Join(n.Leases(), ".cooling", "*"))
 	for _, name := range cooling {
 		err = errors.Join(err, os.Remove(name))
@@ -171,11 +226,7 @@ func (n *Node) EndCoolDown() error {
 
 // Status asks the daemon for its status.
 func (n *Node) Status(ctx context.Context) (agentapi.Status, error) {
-	response, err := agentapi.Call(ctx, filepath.Join(n.dir, "run", "warrend.sock"), agentapi.Request{Op: agentapi.OpStatus})
-	if err != nil {
-		return agentapi.Status{}, err
-	}
-	return *response.Status, nil
+	return agentapi.AskStatus(ctx, filepath.Join(n.dir, "run", "warrend.sock"))
 }
 
 // Ready waits until the daemon can serve pods and knows that many peers. It fails at once when the process ends.
@@ -208,7 +259,7 @@ func (n *Node) Leftovers(ctx context.Context) ([]string, error) {
 	for _, look := range []struct{ what, mark, command string }{
 		{"rule", "WARREN", "iptables-save; ip6tables-save"},
 		{"set", "WARREN", "ipset list -name"},
-		{"link", "", "ip -oneline link show | grep -E ': (warren0|wrn[^:]*)[:@]' || true"},
+		{"link", "", "ip -oneline link show | grep -E ': (warren0|wrn[^:]*|bwp[^:]*)[:@]' || true"},
 		{"route", "", "ip route show table all proto 87; ip -6 route show table all proto 87"},
 		{"file", "", "find " + n.dir + " -type f -not -name '*.log' -not -path '*/cni-cache/*'"},
 	} {

@@ -38,48 +38,42 @@ type Pod struct {
 // conflist, and the addresses come into the object's status. Where it fails nothing is left behind but what the
 // plugin itself left; so the error of a plugin is its CNI error.
 func (n *Node) AddPod(ctx context.Context, pod Pod) (*Pod, error) {
+	p, err := n.NewPod(ctx, pod)
+	if err != nil {
+		return nil, err
+	}
+	if err = p.Wire(ctx); err != nil {
+		return nil, errors.Join(fmt.Errorf("adding pod %s/%s on %s: %w", pod.Namespace, pod.Name, n.Name, err), p.drop(ctx))
+	}
+	return p, n.lab.Write(p.file(), p.object())
+}
+
+// NewPod makes the object and the network namespace of a pod, which nothing has wired yet.
+func (n *Node) NewPod(ctx context.Context, pod Pod) (*Pod, error) {
 	pod.Node = n
 	if pod.UID == "" {
 		pod.UID = uuid.NewUUID()
 	}
 	pod.namespace = fmt.Sprintf("%s-%s-%s", n.namespace, pod.Namespace, pod.Name)
-	if err := n.lab.Write(pod.file(), pod.object()); err != nil {
-		return nil, err
+	err := n.lab.Write(pod.file(), pod.object())
+	if err == nil {
+		pod.netns, err = addNamespace(ctx, pod.namespace)
 	}
-	if err := pod.wire(ctx); err != nil {
-		return nil, errors.Join(fmt.Errorf("adding pod %s/%s on %s: %w", pod.Namespace, pod.Name, n.Name, err), pod.drop(ctx))
+	if err == nil {
+		err = batch(ctx, pod.namespace, "link set lo up")
 	}
-	return &pod, n.lab.Write(pod.file(), pod.object())
+	if err == nil && pod.Listen != nil {
+		err = pod.Listen(pod.netns)
+	}
+	if err != nil {
+		return nil, errors.Join(err, pod.drop(ctx))
+	}
+	return &pod, nil
 }
 
-// Delete does what a kubelet does for a deleted pod.
-func (p *Pod) Delete(ctx context.Context) error {
-	list, config, err := p.cni()
-	if err != nil {
-		return err
-	}
-	err = p.Node.Do(func() error { return config.DelNetworkList(ctx, list, p.runtime()) })
-	if err != nil {
-		return fmt.Errorf("deleting pod %s/%s on %s: %w", p.Namespace, p.Name, p.Node.Name, err)
-	}
-	return p.drop(ctx)
-}
-
-// wire makes the network namespace and runs the plugins' ADD.
-func (p *Pod) wire(ctx context.Context) error {
-	var err error
-	if p.netns, err = addNamespace(ctx, p.namespace); err != nil {
-		return err
-	}
-	if err = batch(ctx, p.namespace, "link set lo up"); err != nil {
-		return err
-	}
-	if p.Listen != nil {
-		if err = p.Listen(p.netns); err != nil {
-			return err
-		}
-	}
-	list, config, err := p.cni()
+// Wire runs the plugins' ADD, which is killed when ctx ends.
+func (p *Pod) Wire(ctx context.Context) error {
+	list, config, err := p.Node.cni()
 	if err != nil {
 		return err
 	}
@@ -92,6 +86,7 @@ func (p *Pod) wire(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		p.Addresses = nil
 		for _, ip := range result.IPs {
 			address, _ := netip.AddrFromSlice(ip.Address.IP)
 			p.Addresses = append(p.Addresses, address.Unmap())
@@ -100,22 +95,67 @@ func (p *Pod) wire(ctx context.Context) error {
 	})
 }
 
+// Unwire runs the plugins' DEL, which is killed when ctx ends.
+func (p *Pod) Unwire(ctx context.Context) error {
+	list, config, err := p.Node.cni()
+	if err != nil {
+		return err
+	}
+	return p.Node.Do(func() error { return config.DelNetworkList(ctx, list, p.runtime()) })
+}
+
+// Check runs the plugins' CHECK.
+func (p *Pod) Check(ctx context.Context) error {
+	list, config, err := p.Node.cni()
+	if err != nil {
+		return err
+	}
+	return p.Node.Do(func() error { return config.CheckNetworkList(ctx, list, p.runtime()) })
+}
+
+// Readiness runs the plugins' STATUS.
+func (n *Node) Readiness(ctx context.Context) error {
+	list, config, err := n.cni()
+	if err != nil {
+		return err
+	}
+	return n.Do(func() error { return config.GetStatusNetworkList(ctx, list) })
+}
+
+// Delete does what a kubelet does for a deleted pod.
+func (p *Pod) Delete(ctx context.Context) error {
+	if err := p.Unwire(ctx); err != nil {
+		return fmt.Errorf("deleting pod %s/%s on %s: %w", p.Namespace, p.Name, p.Node.Name, err)
+	}
+	return p.drop(ctx)
+}
+
 // drop removes the network namespace and the object.
 func (p *Pod) drop(ctx context.Context) error {
 	errs := []error{p.Node.lab.Remove(p.file())}
+	return errors.Join(append(errs, p.lose(ctx))...)
+}
+
+// Abandon does what a runtime does that crashed and lost its state: the network namespace goes, and no DEL comes.
+func (p *Pod) Abandon(ctx context.Context) error { return p.lose(ctx) }
+
+// lose removes the network namespace.
+func (p *Pod) lose(ctx context.Context) error {
+	var err error
 	if p.netns != nil {
-		errs = append(errs, p.netns.Close())
+		err = p.netns.Close()
+		p.netns = nil
 	}
-	return errors.Join(append(errs, deleteNamespace(ctx, p.namespace))...)
+	return errors.Join(err, deleteNamespace(ctx, p.namespace))
 }
 
 // cni returns the node's conflist and what runs it.
-func (p *Pod) cni() (*libcni.NetworkConfigList, *libcni.CNIConfig, error) {
-	list, err := libcni.NetworkConfFromFile(p.Node.Conflist())
+func (n *Node) cni() (*libcni.NetworkConfigList, *libcni.CNIConfig, error) {
+	list, err := libcni.NetworkConfFromFile(n.Conflist())
 	if err != nil {
-		return nil, nil, fmt.Errorf("reading the conflist of %s: %w", p.Node.Name, err)
+		return nil, nil, fmt.Errorf("reading the conflist of %s: %w", n.Name, err)
 	}
-	return list, libcni.NewCNIConfigWithCacheDir(p.Node.lab.options.Plugins, filepath.Join(p.Node.dir, "cni-cache"), nil), nil
+	return list, libcni.NewCNIConfigWithCacheDir(n.lab.options.Plugins, filepath.Join(n.dir, "cni-cache"), nil), nil
 }
 
 // runtime is what a container runtime says of the pod.

@@ -22,7 +22,7 @@ func BenchmarkPlanner(b *testing.B) {
 		original := nodes[rekeyed.Name]
 		full := func() *mesh.Planner {
 			p := mesh.NewPlanner(self.Name, options())
-			p.Update(nodes, 1500)
+			p.Update(nodes, mesh.Uplink{MTU: 1500})
 			return p
 		}
 		b.Run(fmt.Sprintf("first/%d", size), func(b *testing.B) {
@@ -40,7 +40,7 @@ func BenchmarkPlanner(b *testing.B) {
 				defer measure.PerOperation(b)()
 				for b.Loop() {
 					for _, change := range []map[string]*cluster.Node{one, other} {
-						if u := p.Update(change, 1500); len(u.Change.Peers)+len(u.Change.RemovedPeers) != told || u.Change.Link {
+						if u := p.Update(change, mesh.Uplink{MTU: 1500}); len(u.Change.Peers)+len(u.Change.RemovedPeers) != told || u.Change.Link {
 							b.Fatalf("%d peers change, want %d", len(u.Change.Peers), told)
 						}
 					}
@@ -56,10 +56,10 @@ func BenchmarkPlanner(b *testing.B) {
 			p.Config()
 			defer measure.PerOperation(b)()
 			for b.Loop() {
-				p.Update(map[string]*cluster.Node{newcomer.Name: newcomer}, 1500)
+				p.Update(map[string]*cluster.Node{newcomer.Name: newcomer}, mesh.Uplink{MTU: 1500})
 				p.Config()
 				p.Problems()
-				p.Update(map[string]*cluster.Node{newcomer.Name: nil}, 1500)
+				p.Update(map[string]*cluster.Node{newcomer.Name: nil}, mesh.Uplink{MTU: 1500})
 			}
 		})
 	}

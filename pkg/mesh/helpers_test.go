@@ -82,7 +82,7 @@ type planned struct {
 	t       *testing.T
 	options mesh.Options
 	nodes   map[string]*cluster.Node
-	uplink  int
+	uplink  mesh.Uplink
 	// What the changes came to.
 	peers    map[string]mesh.Peer
 	routes   map[netip.Prefix]mesh.Route
@@ -92,7 +92,7 @@ type planned struct {
 func newPlanned(t *testing.T, o mesh.Options, nodes ...cluster.Node) *planned {
 	t.Helper()
 	p := &planned{
-		Planner: mesh.NewPlanner("node-1", o), t: t, options: o, nodes: map[string]*cluster.Node{}, uplink: o.UplinkMTU,
+		Planner: mesh.NewPlanner("node-1", o), t: t, options: o, nodes: map[string]*cluster.Node{}, uplink: o.Uplink,
 		peers: map[string]mesh.Peer{}, routes: map[netip.Prefix]mesh.Route{}, podCIDRs: map[string][]netip.Prefix{},
 	}
 	if u := p.set(nodes...); !u.Change.Link {
@@ -157,7 +157,7 @@ func (p *planned) agrees(before mesh.Config, u mesh.Update) {
 		s.Nodes = append(s.Nodes, *n)
 	}
 	got, o := p.Config(), p.options
-	o.UplinkMTU = p.uplink
+	o.Uplink = p.uplink
 	want, problems := mesh.Plan(s, o)
 	atOnce := mesh.NewPlanner("node-1", o).Update(s.Delta().Nodes, p.uplink)
 	if diff := cmp.Diff(want, got, byValue); diff != "" {

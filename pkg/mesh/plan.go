@@ -33,10 +33,9 @@ type Options struct {
 	// ClusterCIDRs hold every podCIDR; empty where they are not known.
 	ClusterCIDRs []netip.Prefix
 	ListenPort   uint16
-	// UplinkMTU is that of the link which carries the node's traffic to other nodes; 0 where it is not known yet, which counts
-	// as 1500. It is for Plan.
-	UplinkMTU int
-	// MTU overrides what follows from UplinkMTU; 0 for no override.
+	// Uplink is for Plan.
+	Uplink Uplink
+	// MTU overrides what follows from the MTU of the uplink; 0 for no override.
 	MTU       int
 	Encrypted bool
 	// ServiceCIDRs hold no node's endpoint.
@@ -45,12 +44,21 @@ type Options struct {
 	NodeCIDRs []netip.Prefix
 }
 
+// Uplink is what the node's own links carry on the way to other nodes.
+type Uplink struct {
+	// MTU is that of the link which has the node's address; 0 where it is not known yet, which counts as 1500.
+	MTU int
+	// Less are the endpoints that are reached by a link which carries less, with its MTU. A node says itself where others reach it, so this
+	// concerns the way to that node alone.
+	Less map[netip.Addr]int
+}
+
 // Plan returns the mesh of the node s.Self. A claim of another node that cannot be right is a Problem and not in the
 // Config: WireGuard moves a prefix to its last claimant without a word, so a refused claim must never reach the device.
 // Where two nodes claim one prefix the older node keeps it, so that every node comes to the same mesh. A key belongs to the node
 // that proves it.
 func Plan(s cluster.Snapshot, o Options) (Config, []cluster.Problem) {
 	p := NewPlanner(s.Self, o)
-	p.Update(s.Delta().Nodes, o.UplinkMTU)
+	p.Update(s.Delta().Nodes, o.Uplink)
 	return p.Config(), p.Problems()
 }

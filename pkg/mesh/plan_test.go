@@ -71,7 +71,7 @@ func options(change ...func(*mesh.Options)) mesh.Options {
 	o := mesh.Options{
 		ClusterCIDRs: prefixes("10.244.0.0/16", "fd00::/48"),
 		ListenPort:   51820,
-		UplinkMTU:    1500,
+		Uplink:       mesh.Uplink{MTU: 1500},
 		Encrypted:    true,
 		ServiceCIDRs: prefixes("10.96.0.0/12"),
 	}
@@ -79,6 +79,11 @@ func options(change ...func(*mesh.Options)) mesh.Options {
 		f(&o)
 	}
 	return o
+}
+
+// less has a smaller link lead to an address.
+func less(address string, mtu int) func(*mesh.Options) {
+	return func(o *mesh.Options) { o.Uplink.Less = map[netip.Addr]int{netip.MustParseAddr(address): mtu} }
 }
 
 func noClusterCIDR(o *mesh.Options) { o.ClusterCIDRs = nil }
@@ -372,14 +377,19 @@ func TestPlanEndpointsAndMTU(t *testing.T) {
 		"own IPv6 only":         {node(1, addresses("2001:db8::1")), node(2), nil, "[2001:db8::2]:51820", 1420, 0},
 		"peer IPv6 only":        {node(1), node(2, addresses("2001:db8::2")), nil, "[2001:db8::2]:51820", 1440, 1408},
 		"published port": {
-			node(1), node(2, func(n *cluster.Node) { n.WireGuard.Port = 4500 }), func(o *mesh.Options) { o.UplinkMTU = 9001 }, "192.0.2.2:4500", 8941, 0,
+			node(1), node(2, func(n *cluster.Node) { n.WireGuard.Port = 4500 }), func(o *mesh.Options) { o.Uplink.MTU = 9001 }, "192.0.2.2:4500", 8941, 0,
 		},
-		"unknown uplink":         {node(1), node(2), func(o *mesh.Options) { o.UplinkMTU = 0 }, "192.0.2.2:51820", 1440, 0},
+		"unknown uplink":         {node(1), node(2), func(o *mesh.Options) { o.Uplink.MTU = 0 }, "192.0.2.2:51820", 1440, 0},
 		"override":               {node(1), node(2), func(o *mesh.Options) { o.MTU = 1300 }, "192.0.2.2:51820", 1300, 0},
 		"small uplink there":     {node(1), node(2, uplinkMTU(1400)), nil, "192.0.2.2:51820", 1440, 1328},
 		"small uplink, IPv6":     {node(1), node(2, uplinkMTU(1400), addresses("2001:db8::2")), nil, "[2001:db8::2]:51820", 1440, 1312},
 		"larger uplink there":    {node(1), node(2, uplinkMTU(9000)), nil, "192.0.2.2:51820", 1440, 0},
 		"small uplink, override": {node(1), node(2, uplinkMTU(1400)), func(o *mesh.Options) { o.MTU = 1400 }, "192.0.2.2:51820", 1400, 1328},
+		"smaller link to it":     {node(1), node(2), less("192.0.2.2", 1400), "192.0.2.2:51820", 1440, 1328},
+		"smaller link, override": {node(1), node(2), func(o *mesh.Options) { less("192.0.2.2", 1400)(o); o.MTU = 1440 }, "192.0.2.2:51820", 1440, 0},
+		"both smaller":           {node(1), node(2, uplinkMTU(1380)), less("192.0.2.2", 1400), "192.0.2.2:51820", 1440, 1312},
+		"absurd link to it":      {node(1), node(2), less("192.0.2.2", 100), "192.0.2.2:51820", 1440, 0},
+		"smaller link to others": {node(1), node(2), less("192.0.2.3", 1400), "192.0.2.2:51820", 1440, 0},
 		"behind NAT":             {node(1), node(2, behindNAT), nil, "", 1440, 1408},
 		"behind NAT, IPv4 here":  {node(1, addresses("192.0.2.1")), node(2, behindNAT), nil, "", 1440, 0},
 		"behind NAT, endpoint":   {node(1), node(2, behindNAT, endpoint("203.0.113.7", 0)), nil, "", 1440, 1408},
@@ -408,8 +418,15 @@ func TestPlanEndpointsAndMTU(t *testing.T) {
 			}
 		})
 	}
-	_, problems := mesh.Plan(snapshot(node(1)), options(func(o *mesh.Options) { o.UplinkMTU = 1300 }))
+	_, problems := mesh.Plan(snapshot(node(1)), options(func(o *mesh.Options) { o.Uplink.MTU = 1300 }))
 	wantProblems(t, problems, "MTUTooSmall Node node-1 1240")
+	_, problems = mesh.Plan(snapshot(node(1), node(2, uplinkMTU(1300))), options())
+	wantProblems(t, problems, "MTUTooSmall Node node-2 1232")
+	small := options(func(o *mesh.Options) {
+		o.Uplink.Less = map[netip.Addr]int{netip.MustParseAddr("192.0.2.2"): 1290, netip.MustParseAddr("192.0.2.3"): 1290}
+	})
+	_, problems = mesh.Plan(snapshot(node(1), node(2, uplinkMTU(1300)), node(3), node(4)), small)
+	wantProblems(t, problems, "MTUTooSmall Node node-1 leads")
 	if got, _ := mesh.Plan(snapshot(node(1, addresses("2001:db8::1"))), options()); got.MTU != 1420 {
 		t.Errorf("IPv6 node alone: MTU %d, want 1420", got.MTU)
 	}

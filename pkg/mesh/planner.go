@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"cmp"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -21,9 +22,10 @@ type Planner struct {
 	views map[string]*view
 	// stale are the names of members whose view has to be made again, troubled of those with problems.
 	stale, troubled map[string]struct{}
-	// base is what the views depend on besides the members; link is the Config without peers and routes.
-	base base
-	link Config
+	// uplink and base are what the views depend on besides the members; link is the Config without peers and routes.
+	uplink Uplink
+	base   base
+	link   Config
 	// config is the whole Config as somebody asked for it the last time, nil where nobody has; since are the views as they were
 	// then, of those that are others now.
 	config *Config
@@ -38,7 +40,7 @@ type Update struct {
 	PodCIDRs map[string][]netip.Prefix
 }
 
-// NewPlanner returns the Planner of the node self, without any Nodes. It takes the MTU of the uplink with each Update, not from
+// NewPlanner returns the Planner of the node self, without any Nodes. It takes the uplink with each Update, not from
 // the options.
 func NewPlanner(self string, o Options) *Planner {
 	return &Planner{
@@ -48,14 +50,16 @@ func NewPlanner(self string, o Options) *Planner {
 	}
 }
 
-// Update takes in Nodes that changed, nil for one that is gone, and the MTU of the link that carries the node's traffic to the others; 0
-// where it is not known yet. It returns what that changes; the first one changes the link in any case.
-func (p *Planner) Update(nodes map[string]*cluster.Node, uplinkMTU int) Update {
+// Update takes in Nodes that changed, nil for one that is gone, and the uplink. It returns what that changes; the first one changes the link
+// in any case.
+func (p *Planner) Update(nodes map[string]*cluster.Node, uplink Uplink) Update {
 	for name, n := range nodes {
 		p.take(name, n)
 	}
 	p.claims.settle(func(c *claim) { p.touch(c.of) })
-	if b := p.newBase(uplinkMTU); b != p.base {
+	otherWays := !maps.Equal(uplink.Less, p.uplink.Less)
+	p.uplink = uplink
+	if b := p.newBase(); b != p.base || otherWays {
 		p.base = b
 		for name := range p.members {
 			p.stale[name] = struct{}{}

@@ -38,7 +38,10 @@ func TestPlannerWalks(t *testing.T) {
 				}
 			}
 			if random.IntN(10) == 0 {
-				p.uplink = []int{0, 1300, 1500, 9000}[random.IntN(4)]
+				p.uplink = mesh.Uplink{MTU: []int{0, 1300, 1500, 9000}[random.IntN(4)]}
+				if random.IntN(2) == 0 {
+					p.uplink.Less = map[netip.Addr]int{netip.MustParseAddr("192.0.2.2"): 1 + random.IntN(1400)}
+				}
 			}
 			if p.update(changed); t.Failed() {
 				t.Fatalf("with %v", p.nodes)
@@ -222,8 +225,8 @@ func TestHostileNode(t *testing.T) {
 		o := options(func(o *mesh.Options) { o.NodeCIDRs = prefixes("192.0.2.0/24") })
 		alone := mesh.NewPlanner(self, o)
 		beside := mesh.NewPlanner(self, o)
-		alone.Update(cluster.Snapshot{Nodes: honest}.Delta().Nodes, 1500)
-		beside.Update(cluster.Snapshot{Nodes: honest}.Delta().Nodes, 1500)
+		alone.Update(cluster.Snapshot{Nodes: honest}.Delta().Nodes, mesh.Uplink{MTU: 1500})
+		beside.Update(cluster.Snapshot{Nodes: honest}.Delta().Nodes, mesh.Uplink{MTU: 1500})
 		for range 500 {
 			hostile := node(4)
 			var told []string
@@ -232,7 +235,7 @@ func TestHostileNode(t *testing.T) {
 				told = append(told, lie.name)
 				lie.tell(&hostile)
 			}
-			u := beside.Update(map[string]*cluster.Node{"node-4": &hostile}, 1500)
+			u := beside.Update(map[string]*cluster.Node{"node-4": &hostile}, mesh.Uplink{MTU: 1500})
 			if u.Change.Link {
 				t.Fatalf("%v: the link of %s changes", told, self)
 			}

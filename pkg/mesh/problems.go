@@ -148,6 +148,14 @@ func wayTooSmall(node string, mtu int) cluster.Problem {
 		"raise the MTU of that node's uplink")
 }
 
+// linkTooSmall says the same of all peers that a link leads to.
+func linkTooSmall(self string, uplink, mtu int) cluster.Problem {
+	return nodeProblem("MTUTooSmall", self, "",
+		fmt.Sprintf("a link of this node that leads to others carries %d, which leaves their pods an MTU of %d, and IPv6 needs %d: larger packets are cut in pieces or lost",
+			uplink, mtu, minIPv6MTU),
+		"raise the MTU of that link, which `ip link` lists")
+}
+
 func uplinkMTUAbsurd(node string, mtu int) cluster.Problem {
 	return nodeProblem("NodeMTURefused", node, fieldMTU,
 		fmt.Sprintf("the MTU %d is none of a link that carries the tunnel (%d to %d): it is ignored", mtu, minUplinkMTU, maxMTU),

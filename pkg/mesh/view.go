@@ -30,8 +30,8 @@ type base struct {
 }
 
 // newBase works out the facts of the own node.
-func (p *Planner) newBase(uplinkMTU int) base {
-	b := base{uplink: cmp.Or(uplinkMTU, ethernetMTU)}
+func (p *Planner) newBase() base {
+	b := base{uplink: cmp.Or(p.uplink.MTU, ethernetMTU)}
 	if m := p.members[p.self]; m != nil {
 		has4 := false
 		for _, a := range countingAddresses(m.addresses) {
@@ -250,16 +250,20 @@ func (p *Planner) peerMTU(v *view, m *member) int {
 }
 
 // routeMTU returns the greatest packet that gets to a podCIDR where that is less than the link's MTU, and 0 elsewhere. So a node
-// with a small MTU, or one that says so, slows down the traffic to itself and no other.
+// with a small MTU or behind a link with one, or one that says so, slows down the traffic to itself and no other.
 func (p *Planner) routeMTU(v *view, podCIDR netip.Prefix, peerUplink int) int {
-	uplink := peerUplink
-	if p.options.MTU == 0 && (uplink == 0 || p.base.uplink < uplink) {
-		uplink = p.base.uplink
+	uplink, outer := peerUplink, v.peer.Endpoint.Addr()
+	own := p.base.uplink
+	if less := p.uplink.Less[outer]; less >= minUplinkMTU {
+		own = less
+	}
+	ownLink := p.options.MTU == 0 && (uplink == 0 || own < uplink)
+	if ownLink {
+		uplink = own
 	}
 	if uplink == 0 {
 		return 0
 	}
-	outer := v.peer.Endpoint.Addr()
 	mtu := uplink - overheadIPv4
 	if outer.Is6() || (!outer.IsValid() && p.base.has6) { // a node that comes to us may come by either
 		mtu = uplink - overheadIPv6
@@ -268,7 +272,11 @@ func (p *Planner) routeMTU(v *view, podCIDR netip.Prefix, peerUplink int) int {
 		mtu -= mtu % padding
 	}
 	if isIPv6(podCIDR) && mtu < minIPv6MTU {
-		if mtu < p.base.mtu {
+		switch {
+		case mtu >= p.base.mtu: // so is the link, which is a problem of its own
+		case ownLink:
+			v.refuse(linkTooSmall(p.self, uplink, mtu))
+		default:
 			v.refuse(wayTooSmall(v.peer.Node, mtu))
 		}
 		mtu = minIPv6MTU

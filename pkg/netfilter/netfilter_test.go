@@ -86,7 +86,7 @@ func TestDelta(t *testing.T) {
 :WARREN-A - [0:0]
 :WARREN-B - [0:0]
 :WARREN-OLD - [0:0]
--A WARREN-A -m comment --comment "` + rule.Hash() + ` a ?quoted? ? name??" -p tcp -j WARREN-B
+-A WARREN-A -p tcp -m comment --comment "` + rule.Hash() + ` a ?quoted? ? name??" -j WARREN-B
 -A WARREN-B -m comment --comment "` + bare.Hash() + `" -j DROP
 -X WARREN-OLD
 COMMIT

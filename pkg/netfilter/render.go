@@ -19,13 +19,16 @@ func (r Rule) Hash() string {
 	return digest(ruleHash, append(slices.Clone(r.Args), r.Comment)...)
 }
 
-// line returns the rule as a line of iptables-restore input.
+// line returns the rule as a line of iptables-restore input. The comment stands behind the other matches, because to the kernel it is one,
+// too, and costs more than most of them: so only a packet that the rule is for comes to it.
 func (r Rule) line(chain string) string {
 	comment := strings.TrimSpace(r.Hash() + " " + r.Comment)
 	if len(comment) > maxComment {
 		comment = comment[:maxComment]
 	}
-	return "-A " + chain + " -m comment --comment " + quote(comment) + " " + strings.Join(r.Args, " ")
+	target := slices.IndexFunc(r.Args, func(word string) bool { return word == "-j" || word == "-g" })
+	words := slices.Insert(slices.Clone(r.Args), max(target, 0), "-m", "comment", "--comment", quote(comment))
+	return "-A " + chain + " " + strings.Join(words, " ")
 }
 
 // quote makes a comment one word of iptables-restore input. Names of Kubernetes objects need no escaping; what else could

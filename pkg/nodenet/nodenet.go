@@ -1,5 +1,5 @@
 // Package nodenet sets up what a node needs before any pod: that it forwards packets, and keeps its own default route while
-// it does. It also looks for what would lead packets round the packet filter's FORWARD hook.
+// it does. It also looks for what would lead packets round the packet filter's FORWARD hook, and at what else pkg/preflight judges.
 package nodenet
 
 import (
@@ -14,6 +14,8 @@ import (
 	"github.com/containernetworking/plugins/pkg/netlinksafe"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/warren-cni/warren/pkg/preflight"
 )
 
 // ipvsLink is the link that kube-proxy makes in ipvs mode, on which the addresses of all Services stand.
@@ -57,10 +59,27 @@ func EnableForwarding(sysctls string) error {
 // keepAdvertisedRoutes turns accept_ra=1 into 2 on the links whose default route came by router advertisement. Where it is 0 a
 // program of its own (systemd-networkd, NetworkManager) takes care of that route.
 func keepAdvertisedRoutes(sysctls string) error {
+	links, err := Advertised(sysctls)
+	if err != nil {
+		return err
+	}
+	for _, l := range links {
+		if l.AcceptRA == "1" {
+			if err := set(sysctls, acceptRA(l.Link), "2"); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// Advertised returns the links whose IPv6 default route came by router advertisement.
+func Advertised(sysctls string) ([]preflight.Advertised, error) {
 	routes, err := netlinksafe.RouteList(nil, netlink.FAMILY_V6)
 	if err != nil {
-		return fmt.Errorf("listing IPv6 routes: %w", err)
+		return nil, fmt.Errorf("listing IPv6 routes: %w", err)
 	}
+	var links []preflight.Advertised
 	for i := range routes {
 		if routes[i].Protocol != unix.RTPROT_RA || !isDefault(routes[i].Dst) {
 			continue
@@ -68,20 +87,20 @@ func keepAdvertisedRoutes(sysctls string) error {
 		for _, index := range linksOf(&routes[i]) {
 			link, errLink := net.InterfaceByIndex(index)
 			if errLink != nil {
-				return fmt.Errorf("looking for the link of the IPv6 default route: %w", errLink)
+				return nil, fmt.Errorf("looking for the link of the IPv6 default route: %w", errLink)
 			}
-			name := filepath.Join("net/ipv6/conf", link.Name, "accept_ra")
-			value, errGet := get(sysctls, name)
-			if errGet == nil && value == "1" {
-				errGet = set(sysctls, name, "2")
-			}
+			value, errGet := get(sysctls, acceptRA(link.Name))
 			if errGet != nil {
-				return errGet
+				return nil, errGet
 			}
+			links = append(links, preflight.Advertised{Link: link.Name, AcceptRA: value})
 		}
 	}
-	return nil
+	return links, nil
 }
+
+// acceptRA is the setting of a link that says which router advertisements it accepts.
+func acceptRA(link string) string { return filepath.Join("net/ipv6/conf", link, "accept_ra") }
 
 // linksOf returns the indexes of a route's links, of which it has several when there are several routers.
 func linksOf(r *netlink.Route) []int {

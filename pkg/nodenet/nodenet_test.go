@@ -4,7 +4,6 @@ import (
 	"errors"
 	"net"
 	"os"
-	"runtime"
 	"strings"
 	"testing"
 
@@ -23,16 +22,7 @@ const (
 // inNamespace runs f in a network namespace that ends with it.
 func inNamespace(t *testing.T, f func() error) {
 	t.Helper()
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine, and the namespace with the thread
-		err := unix.Unshare(unix.CLONE_NEWNET)
-		if err == nil {
-			err = f()
-		}
-		done <- err
-	}()
-	if err := <-done; err != nil {
+	if err := nodenet.Apart(f); err != nil {
 		t.Fatal(err)
 	}
 }

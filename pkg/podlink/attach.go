@@ -4,15 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
-	"strings"
 
-	"github.com/containernetworking/plugins/pkg/netlinksafe"
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -30,183 +27,179 @@ func Attach(netns string, p Pair) error {
 		return fmt.Errorf("opening the pod's network namespace: %w", err)
 	}
 	defer func() { _ = pod.Close() }()
-	h, err := netlinksafe.NewHandle(unix.NETLINK_ROUTE)
+	r, err := openRtnl()
 	if err != nil {
-		return fmt.Errorf("opening netlink: %w", err)
+		return err
 	}
-	defer h.Close()
-
-	// One message makes the pair complete: both names, both MAC addresses (one that is set later may be set by
-	// udev as well, and then the neighbour entries are wrong), the MTU, and the pod's end in its namespace.
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.HardwareAddr, attrs.MTU = p.Host.Name, p.Host.MAC[:], p.MTU
-	veth := netlink.NewVeth(attrs)
-	veth.PeerName, veth.PeerHardwareAddr, veth.PeerNamespace = p.Pod.Name, p.Pod.MAC[:], netlink.NsFd(pod.Fd())
-	if err = h.LinkAdd(veth); err != nil {
-		return fmt.Errorf("making the devices %s and, in the pod, %s: %w", p.Host.Name, p.Pod.Name, err)
+	defer r.close()
+	err = r.create(pod, p)
+	if errors.Is(err, fs.ErrExist) {
+		reclaimed, reclaimErr := reclaim(pod, p.Pod.Name)
+		err = errors.Join(err, reclaimErr)
+		if reclaimed && reclaimErr == nil {
+			err = r.create(pod, p)
+		}
 	}
-	err = p.Host.configure()
+	if err != nil {
+		return err
+	}
+	err = r.configure(&p.Host)
 	if err == nil {
 		err = pod.Do(func(ns.NetNS) error { return p.Pod.configure() })
 	}
+	byName := nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(p.Host.Name))
 	if err == nil {
 		// The host end went up without a carrier, and sends only once the kernel's link watch has seen that it has one now. That
 		// happens when somebody looks (rtnl_getlink), and otherwise a little later: too late for the pod's first packet.
-		_, err = h.LinkByName(p.Host.Name)
+		err = r.do([]step{{"looking at " + p.Host.Name, link(unix.RTM_GETLINK, 0, byName), false}})
 	}
 	if err != nil {
-		return errors.Join(err, h.LinkDel(veth))
+		return errors.Join(err, r.do([]step{{"deleting " + p.Host.Name, link(unix.RTM_DELLINK, 0, byName), true}}))
 	}
 	return nil
 }
 
-// Detach deletes the pair with a host end of that name, wherever its other end is. It is no error if there is none.
-func Detach(hostName string) error {
-	h, err := netlinksafe.NewHandle(unix.NETLINK_ROUTE)
-	if err != nil {
-		return fmt.Errorf("opening netlink: %w", err)
+// create makes both devices, by one message that makes them complete: both names, both MAC addresses (one that is set later may be
+// set by udev as well, and then the neighbour entries are wrong), the MTU, and the pod's end in its namespace.
+func (r rtnl) create(pod ns.NetNS, p Pair) error {
+	mtu := func() *nl.RtAttr { return nl.NewRtAttr(unix.IFLA_MTU, nl.Uint32Attr(uint32(p.MTU))) } //nolint:gosec // the kernel refuses what is no MTU
+	peer := nl.NewRtAttr(nl.VETH_INFO_PEER, nil)
+	for _, part := range []nl.NetlinkRequestData{
+		nl.NewIfInfomsg(unix.AF_UNSPEC), nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(p.Pod.Name)), mtu(),
+		nl.NewRtAttr(unix.IFLA_ADDRESS, p.Pod.MAC[:]), nl.NewRtAttr(unix.IFLA_NET_NS_FD, nl.Uint32Attr(uint32(pod.Fd()))), //nolint:gosec // a descriptor
+	} {
+		peer.AddChild(part)
 	}
-	defer h.Close()
-	link, err := h.LinkByName(hostName)
-	if err == nil {
-		err = h.LinkDel(link)
-	}
-	if err != nil && !errors.As(err, &netlink.LinkNotFoundError{}) && !errors.Is(err, unix.ENODEV) {
-		return fmt.Errorf("deleting the device %s: %w", hostName, err)
-	}
-	return nil
+	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
+	info.AddRtAttr(nl.IFLA_INFO_KIND, nl.NonZeroTerminated("veth"))
+	info.AddRtAttr(nl.IFLA_INFO_DATA, nil).AddChild(peer)
+	request := about(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL, nl.NewIfInfomsg(unix.AF_UNSPEC), []nl.NetlinkRequestData{
+		nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(p.Host.Name)), mtu(), nl.NewRtAttr(unix.IFLA_ADDRESS, p.Host.MAC[:]), info,
+	})
+	return r.do([]step{{"making the devices " + p.Host.Name + " and, in the pod, " + p.Pod.Name, request, false}})
 }
 
-// Links returns the names of all host ends.
-func Links() ([]string, error) {
-	h, err := netlinksafe.NewHandle(unix.NETLINK_ROUTE)
-	if err != nil {
-		return nil, fmt.Errorf("opening netlink: %w", err)
-	}
-	defer h.Close()
-	links, err := h.LinkList()
-	if err != nil {
-		return nil, fmt.Errorf("listing devices: %w", err)
-	}
-	var names []string
-	for _, l := range links {
-		if l.Type() == "veth" && strings.HasPrefix(l.Attrs().Name, prefixOfNames) {
-			names = append(names, l.Attrs().Name)
-		}
-	}
-	return names, nil
-}
-
-// RemoveAll deletes the pairs of all pods, and goes on after an error.
-func RemoveAll() error {
-	names, err := Links()
-	errs := []error{err}
-	for _, name := range names {
-		errs = append(errs, Detach(name))
-	}
-	return errors.Join(errs...)
-}
-
-// configure puts everything on the end's device, in the calling thread's network namespace.
+// configure puts everything on the end's device, in the calling thread's network namespace, and returns when it is in use.
 func (e *End) configure() error {
-	h, err := netlinksafe.NewHandle(unix.NETLINK_ROUTE)
+	r, err := openRtnl()
 	if err != nil {
-		return fmt.Errorf("opening netlink: %w", err)
-	}
-	defer h.Close()
-	link, err := h.LinkByName(e.Name)
-	if err != nil {
-		return fmt.Errorf("finding the device %s: %w", e.Name, err)
-	}
-	if err = e.configureIPv6(h, link); err != nil {
-		return fmt.Errorf("configuring IPv6 on %s: %w", e.Name, err)
-	}
-	if err = h.LinkSetUp(link); err != nil {
-		return fmt.Errorf("setting %s up: %w", e.Name, err)
-	}
-	if err = e.addAddresses(h, link); err != nil {
 		return err
 	}
-	index := link.Attrs().Index
-	for _, n := range e.Neighbours {
-		if err = h.NeighSet(n.netlink(index)); err != nil {
-			return fmt.Errorf("adding neighbour %s to %s: %w", n.Address, e.Name, err)
-		}
-	}
-	for _, r := range e.Routes {
-		add := h.RouteAdd
-		if !r.Via.IsValid() {
-			// The node's route to a pod: the newest pod with an address has it, and a left-over must not keep it away.
-			add = h.RouteReplace
-		}
-		if err = add(r.netlink(index)); err != nil {
-			return fmt.Errorf("adding route %s to %s: %w", r.Destination, e.Name, err)
-		}
-	}
-	return nil
-}
-
-// addAddresses gives the device its addresses, and returns when they are in use.
-func (e *End) addAddresses(h netlinksafe.Handle, link netlink.Link) error {
-	settled, err := watchSettling()
+	defer r.close()
+	settled, err := watchSettling(e.Addresses)
 	if err != nil {
 		return err
 	}
 	defer settled.close()
-	for _, a := range e.Addresses {
-		if err = h.AddrAdd(link, address(a)); err != nil {
-			return fmt.Errorf("adding address %s to %s: %w", a, e.Name, err)
-		}
+	if err = r.configure(e); err != nil {
+		return err
 	}
 	return settled.wait(e.Addresses)
 }
 
-// configureIPv6 sets what must stand before the device goes up. Without IPv6 in the kernel there is nothing to set.
-func (e *End) configureIPv6(h netlinksafe.Handle, link netlink.Link) error {
-	if _, err := os.Stat(inet6); errors.Is(err, fs.ErrNotExist) {
-		if e.wantsIPv6() {
-			return errors.New("this kernel has no IPv6, but the pod has an IPv6 address")
-		}
-		return nil
+// configure puts everything on the end's device, in the socket's and the calling thread's network namespace.
+func (r rtnl) configure(e *End) error {
+	index, err := r.index(e.Name)
+	if err == nil && index == 0 {
+		err = fmt.Errorf("finding the device %s: %w", e.Name, unix.ENODEV)
 	}
+	if err != nil {
+		return err
+	}
+	ipv6, err := e.setSysctls()
+	if err != nil {
+		return fmt.Errorf("configuring IPv6 on %s: %w", e.Name, err)
+	}
+	return r.do(e.steps(index, ipv6))
+}
+
+// steps are the messages that put everything on the device of that index.
+func (e *End) steps(index int32, ipv6 bool) []step {
+	var steps []step
+	add := func(request *nl.NetlinkRequest, what string, args ...any) {
+		steps = append(steps, step{what: fmt.Sprintf(what, args...), request: request})
+	}
+	if e.NoAutoAddress && ipv6 {
+		// Before it goes up, which is when it gets one.
+		mode := nl.NewRtAttr(unix.AF_INET6, nil)
+		mode.AddRtAttr(unix.IFLA_INET6_ADDR_GEN_MODE, []byte{addrGenModeNone})
+		spec := nl.NewRtAttr(unix.IFLA_AF_SPEC, nil)
+		spec.AddChild(mode)
+		add(link(unix.RTM_SETLINK, index, spec), "switching link-local addresses of %s off", e.Name)
+	}
+	add(setUp(index, true), "setting %s up", e.Name)
+	for _, a := range e.Addresses {
+		add(addressMessage(a, index), "adding address %s to %s", a, e.Name)
+	}
+	for _, n := range e.Neighbours {
+		add(n.message(index), "adding neighbour %s to %s", n.Address, e.Name)
+	}
+	for _, r := range e.Routes {
+		add(r.message(index), "adding route %s to %s", r.Destination, e.Name)
+	}
+	return steps
+}
+
+// setSysctls sets what must stand before the device goes up. Without IPv6 in the kernel, or on the device, whose MTU may be too small for it
+// (RFC 8200, section 5), there is nothing to set, and it says so.
+func (e *End) setSysctls() (ipv6 bool, err error) {
 	for _, s := range e.Sysctls {
-		if err := os.WriteFile(filepath.Join(inet6, e.Name, s.Name), []byte(s.Value), 0); err != nil {
-			return fmt.Errorf("setting %s: %w", s.Name, err)
+		if err = write(inet6+"/"+e.Name+"/"+s.Name, s.Value); err == nil {
+			continue
 		}
+		if _, statErr := os.Stat(inet6 + "/" + e.Name); !errors.Is(statErr, fs.ErrNotExist) {
+			return false, fmt.Errorf("setting %s: %w", s.Name, err)
+		}
+		if e.wantsIPv6() {
+			return false, errors.New("the kernel has no IPv6 there, but the pod has an IPv6 address")
+		}
+		return false, nil
 	}
-	if !e.NoAutoAddress {
-		return nil
-	}
-	if err := h.LinkSetIP6AddrGenMode(link, addrGenModeNone); err != nil {
-		return fmt.Errorf("switching link-local addresses off: %w", err)
-	}
-	return nil
+	return true, nil
 }
 
-// address returns the address as netlink takes it. There is nobody on the link whose duplicate could be detected.
-func address(p netip.Prefix) *netlink.Addr {
-	a := &netlink.Addr{IPNet: ipNet(p)}
+// write writes to a file of the kernel, which has neither to be made nor to be waited for.
+func write(path, value string) error {
+	fd, err := unix.Open(path, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	_, err = unix.Write(fd, []byte(value))
+	return errors.Join(err, unix.Close(fd))
+}
+
+// addressMessage adds an address. There is nobody on the link whose duplicate could be detected.
+func addressMessage(p netip.Prefix, index int32) *nl.NetlinkRequest {
+	message := nl.NewIfAddrmsg(family(p.Addr()))
+	message.Index, message.Prefixlen = uint32(index), uint8(p.Bits()) //nolint:gosec // an index, and up to 128
 	if p.Addr().Is6() {
-		a.Flags = unix.IFA_F_NODAD
+		message.Flags = unix.IFA_F_NODAD
 	}
-	return a
+	bytes := p.Addr().AsSlice()
+	return about(unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_EXCL, message,
+		[]nl.NetlinkRequestData{nl.NewRtAttr(unix.IFA_LOCAL, bytes), nl.NewRtAttr(unix.IFA_ADDRESS, bytes)})
 }
 
-// netlink returns the neighbour as netlink takes it.
-func (n Neighbour) netlink(index int) *netlink.Neigh {
-	return &netlink.Neigh{
-		LinkIndex: index, Family: family(n.Address), State: netlink.NUD_PERMANENT,
-		IP: n.Address.AsSlice(), HardwareAddr: n.MAC[:],
-	}
+// message adds the neighbour, or replaces it.
+func (n Neighbour) message(index int32) *nl.NetlinkRequest {
+	message := &netlink.Ndmsg{Family: uint8(family(n.Address)), Index: uint32(index), State: netlink.NUD_PERMANENT} //nolint:gosec // constants
+	return about(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, message,
+		[]nl.NetlinkRequestData{nl.NewRtAttr(unix.NDA_DST, n.Address.AsSlice()), nl.NewRtAttr(unix.NDA_LLADDR, n.MAC[:])})
 }
 
-// netlink returns the route as netlink takes it.
-func (r Route) netlink(index int) *netlink.Route {
-	route := &netlink.Route{LinkIndex: index, Dst: ipNet(r.Destination), Scope: netlink.SCOPE_LINK}
+// message adds the route. The node's to a pod is replaced: the newest pod with an address has it, and a left-over must not keep it away.
+func (r Route) message(index int32) *nl.NetlinkRequest {
+	message := nl.NewRtMsg()
+	message.Family, message.Dst_len, message.Scope = uint8(family(r.Destination.Addr())), uint8(r.Destination.Bits()), unix.RT_SCOPE_LINK //nolint:gosec // up to 128
+	flags := unix.NLM_F_CREATE | unix.NLM_F_REPLACE
+	attributes := []nl.NetlinkRequestData{
+		nl.NewRtAttr(unix.RTA_DST, r.Destination.Addr().AsSlice()), nl.NewRtAttr(unix.RTA_OIF, nl.Uint32Attr(uint32(index))), //nolint:gosec // an index
+	}
 	if r.Via.IsValid() {
-		route.Gw, route.Flags, route.Scope = r.Via.AsSlice(), int(netlink.FLAG_ONLINK), netlink.SCOPE_UNIVERSE
+		message.Scope, message.Flags, flags = unix.RT_SCOPE_UNIVERSE, unix.RTNH_F_ONLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL
+		attributes = append(attributes, nl.NewRtAttr(unix.RTA_GATEWAY, r.Via.AsSlice()))
 	}
-	return route
+	return about(unix.RTM_NEWROUTE, flags, message, attributes)
 }
 
 // family returns the address family of an address.
@@ -215,9 +208,4 @@ func family(a netip.Addr) int {
 		return unix.AF_INET
 	}
 	return unix.AF_INET6
-}
-
-// ipNet converts a prefix.
-func ipNet(p netip.Prefix) *net.IPNet {
-	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }

@@ -16,8 +16,8 @@ import (
 	"strings"
 )
 
-// prefixOfNames begins the name of every host end, so that rules can match them all as "wrn+".
-const prefixOfNames = "wrn"
+// Prefix begins the name of every host end, so that rules can match them all as "wrn+".
+const Prefix = "wrn"
 
 // hostMAC is the MAC address of every host end. They never share a segment, and a fixed one keeps others (udev) from
 // having an opinion.
@@ -114,7 +114,7 @@ func (e *End) wantsIPv6() bool {
 // HostName returns the name of the host end, which a device name's 15 characters hold.
 func HostName(containerID, ifname string) string {
 	sum := identify(containerID, ifname)
-	return prefixOfNames + strings.ToLower(base32.StdEncoding.EncodeToString(sum[:])[:12])
+	return Prefix + strings.ToLower(base32.StdEncoding.EncodeToString(sum[:])[:12])
 }
 
 // podMAC returns the MAC address of the pod's end: a locally administered unicast address.

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -107,23 +108,6 @@ func TestHostEndTakesNoAddressAndNoAdvertisement(t *testing.T) {
 	}
 }
 
-func TestDetach(t *testing.T) {
-	node, pod := testnode.Enter(t), testnode.New(t)
-	beforeNode, beforePod := state(t, node), state(t, pod)
-	attach(t, pod, pair("2"))
-	for range 2 {
-		if err := podlink.Detach(pair("2").Host.Name); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if after := state(t, node); after != beforeNode {
-		t.Errorf("node before:\n%s\nafter:\n%s", beforeNode, after)
-	}
-	if after := state(t, pod); after != beforePod {
-		t.Errorf("pod before:\n%s\nafter:\n%s", beforePod, after)
-	}
-}
-
 // TestAttachFailsWithoutTrace makes each step fail in turn.
 func TestAttachFailsWithoutTrace(t *testing.T) {
 	tests := map[string]struct {
@@ -166,20 +150,6 @@ func TestAttachFailsWithoutTrace(t *testing.T) {
 				t.Errorf("pod before:\n%s\nafter:\n%s", beforePod, after)
 			}
 		})
-	}
-}
-
-func TestRemoveAllLeavesOthersAlone(t *testing.T) {
-	node, one, two := testnode.Enter(t), testnode.New(t), testnode.New(t)
-	run(t, node, "ip link add wrn-bridge type bridge; ip link add other type veth peer name other2")
-	before := state(t, node)
-	attach(t, one, pair("2"))
-	attach(t, two, pair("3"))
-	if err := podlink.RemoveAll(); err != nil {
-		t.Fatal(err)
-	}
-	if after := state(t, node); after != before {
-		t.Errorf("node before:\n%s\nafter:\n%s", before, after)
 	}
 }
 
@@ -259,8 +229,27 @@ func BenchmarkAttachDetach(b *testing.B) {
 		if err := podlink.Attach(pod.Path(), p); err != nil {
 			b.Fatal(err)
 		}
-		if err := podlink.Detach(p.Host.Name); err != nil {
+		if err := errors.Join(podlink.Detach(p.Host.Name), podlink.Sweep()); err != nil {
 			b.Fatal(err)
+		}
+	}
+}
+
+// A link whose MTU is too small for IPv6 has none, and wires a pod that needs none.
+func TestSmallMTU(t *testing.T) {
+	testnode.Enter(t)
+	for i, mtu := range []int{576, 1279, 1280} {
+		n := strconv.Itoa(i + 2)
+		spec := podlink.Spec{ContainerID: "small" + n, Interface: "eth0", MTU: mtu, Addresses: []netip.Addr{netip.MustParseAddr("10.244.1." + n)}}
+		pod, p := testnode.New(t), podlink.Plan(spec)
+		attach(t, pod, p)
+		if err := podlink.Check(pod.Path(), p); err != nil {
+			t.Errorf("MTU %d: %v", mtu, err)
+		}
+		run(t, pod, "ip -4 addr show dev eth0 | grep -q 10.244.1."+n)
+		spec.ContainerID, spec.Addresses = "dual"+n, append(spec.Addresses, netip.MustParseAddr("fd00::"+n))
+		if err := podlink.Attach(testnode.New(t).Path(), podlink.Plan(spec)); (err != nil) != (mtu < 1280) {
+			t.Errorf("MTU %d, with an IPv6 address: %v", mtu, err)
 		}
 	}
 }

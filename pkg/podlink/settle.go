@@ -3,6 +3,7 @@ package podlink
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/vishvananda/netlink/nl"
@@ -16,11 +17,14 @@ const settleTimeout = 10 * time.Second
 // settling waits until IPv6 addresses are in use. The kernel acknowledges an IPv6 address before its local route is made,
 // which a work queue does later; a packet to the address would be dropped until then.
 type settling struct {
-	routes *nl.NetlinkSocket
+	routes *nl.NetlinkSocket // nil where there is nothing to wait for
 }
 
 // watchSettling begins to watch the calling thread's network namespace. It has to begin before the addresses are added.
-func watchSettling() (*settling, error) {
+func watchSettling(addresses []netip.Prefix) (*settling, error) {
+	if !slices.ContainsFunc(addresses, func(p netip.Prefix) bool { return p.Addr().Is6() }) {
+		return &settling{}, nil
+	}
 	routes, err := nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
 	if err != nil {
 		return nil, fmt.Errorf("watching routes: %w", err)
@@ -56,7 +60,11 @@ func (s *settling) wait(addresses []netip.Prefix) error {
 }
 
 // close ends the watching.
-func (s *settling) close() { s.routes.Close() }
+func (s *settling) close() {
+	if s.routes != nil {
+		s.routes.Close()
+	}
+}
 
 // localAddress returns the address whose local route a message brings, or the zero Addr.
 func localAddress(message []byte) netip.Addr {

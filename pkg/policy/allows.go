@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"net/netip"
 	"slices"
 
 	"k8s.io/apimachinery/pkg/labels"
@@ -14,7 +15,7 @@ import (
 //
 // Where two local pods have an address, which leases do not allow, both must allow.
 func (c *Compiler) Allows(f Flow, closed map[string]bool) bool {
-	if f.Src == f.Dst || slices.Contains(c.own, f.Src) || slices.Contains(c.own, f.Dst) {
+	if f.Src == f.Dst || c.isOwn(f.Src) || c.isOwn(f.Dst) {
 		return true // a pod and itself, a pod and its own node
 	}
 	src, dst := c.owners.of(f.Src), c.owners.of(f.Dst)
@@ -26,6 +27,12 @@ func (c *Compiler) Allows(f Flow, closed map[string]bool) bool {
 		})
 	}
 	return !blocked(dst, 0) && !blocked(src, 1)
+}
+
+// isOwn says whether an address is the node's. One that a pod of the node holds, by a lease of a podCIDR that it had before, is the
+// pod's; what a pod of another node says of itself changes nothing here.
+func (c *Compiler) isOwn(a netip.Addr) bool {
+	return slices.Contains(c.own, a) && !c.owners.some(a, func(p *pod) bool { return c.local[p] })
 }
 
 // meetings are the ways to see a flow where several pods have one of its addresses: as one between each two of them. What a set

@@ -58,7 +58,6 @@ type news struct {
 	rescoped bool
 	round    uint64
 	change   netfilter.Change
-	edits    map[*set]*netfilter.SetChange
 	affected []netip.Addr
 	// found and entries are space for lists.
 	found   []*selection
@@ -80,7 +79,7 @@ func NewCompiler(self string, o Options) *Compiler {
 		owners:     owners{first: map[netip.Addr]*pod{}, more: map[netip.Addr][]*pod{}},
 		selections: map[selector]*selection{}, scopes: map[selector]*scope{}, sets: map[string]*set{},
 		groups: map[groupID]*group{}, chains: map[string]*group{}, local: map[*pod]bool{},
-		news: news{dirty: map[*pod]*namespace{}, stale: map[*group]bool{}, edits: map[*set]*netfilter.SetChange{}},
+		news: news{dirty: map[*pod]*namespace{}, stale: map[*group]bool{}},
 	}
 	for _, f := range netfilter.Families {
 		*c.frame.Of(f) = c.newFrame(f)
@@ -137,11 +136,6 @@ func (c *Compiler) plan() Update {
 		}
 		c.add(netfilter.Diff(before, c.frame))
 	}
-	for s, change := range c.edits {
-		slices.SortFunc(change.Add, netfilter.Entry.Compare)
-		slices.SortFunc(change.Remove, netfilter.Entry.Compare)
-		c.changed(s, *change)
-	}
 	for _, f := range netfilter.Families {
 		r := c.changes(f)
 		slices.SortFunc(r.Sets, func(a, b netfilter.SetChange) int { return strings.Compare(a.Name, b.Name) })
@@ -152,7 +146,6 @@ func (c *Compiler) plan() Update {
 	u := Update{Change: c.change, Affected: slices.Compact(c.affected)}
 	clear(c.dirty)
 	clear(c.stale)
-	clear(c.edits)
 	c.reframe, c.change, c.affected = false, netfilter.Change{}, nil
 	return u
 }
@@ -210,9 +203,31 @@ func (c *Compiler) Pod(a netip.Addr) (*cluster.Pod, bool) {
 	return owners[0].Pod, true
 }
 
+// Chains returns the chains of the policies that isolate the local pod of an address.
+func (c *Compiler) Chains(a netip.Addr) []string {
+	var chains []string
+	for _, p := range c.owners.of(a) {
+		for _, g := range p.groups {
+			if g != nil {
+				chains = append(chains, g.chain)
+			}
+		}
+	}
+	return chains
+}
+
 // affect notes addresses whose connections may be judged otherwise.
 func (c *Compiler) affect(addresses ...netip.Addr) {
 	c.affected = append(c.affected, addresses...)
+}
+
+// affectOwn notes those of a local pod's addresses that are the node's where no pod of the node holds them.
+func (c *Compiler) affectOwn(addresses []netip.Addr) {
+	for _, a := range addresses {
+		if slices.Contains(c.own, a) {
+			c.affect(a)
+		}
+	}
 }
 
 // changes returns the change of a family.
@@ -221,18 +236,10 @@ func (c *Compiler) changes(f netfilter.Family) *netfilter.RulesChange { return c
 // changed adds the change of a set.
 func (c *Compiler) changed(s *set, change netfilter.SetChange) {
 	r := c.changes(s.family)
-	r.Sets = append(r.Sets, change)
-}
-
-// edited returns the change of the members of a set, to be added to.
-func (c *Compiler) edited(s *set) *netfilter.SetChange {
-	change, ok := c.edits[s]
-	if !ok {
-		change = &netfilter.SetChange{Set: s.Set}
-		change.Entries = nil
-		c.edits[s] = change
+	if r.Sets == nil {
+		r.Sets = make([]netfilter.SetChange, 0, 2) // few updates change more
 	}
-	return change
+	r.Sets = append(r.Sets, change)
 }
 
 // add adds a change of other sets and chains.

@@ -1,6 +1,7 @@
 package policy_test
 
 import (
+	"fmt"
 	"maps"
 	"math/rand/v2"
 	"net/netip"
@@ -29,9 +30,11 @@ func TestUpdateFollowsCluster(t *testing.T) {
 	seed := rand.Uint64()
 	var sum followed
 	for i := range walks {
-		follow(t, rand.New(rand.NewPCG(seed, uint64(i))), &sum)
+		t.Run(fmt.Sprintf("walk %d of seed %d", i, seed), func(t *testing.T) {
+			follow(t, rand.New(rand.NewPCG(seed, uint64(i))), &sum)
+		})
 		if t.Failed() {
-			t.Fatalf("in walk %d of seed %d", i, seed)
+			return
 		}
 	}
 	t.Logf("seed %d: %+v", seed, sum)

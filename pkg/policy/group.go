@@ -121,6 +121,9 @@ func namesOf(policies []*cluster.Policy) []string {
 
 // leave takes a pod out of its groups; addresses are those that it had there.
 func (c *Compiler) leave(p *pod, addresses []netip.Addr) {
+	if c.local[p] {
+		c.affectOwn(addresses)
+	}
 	for i, g := range p.groups {
 		if g != nil {
 			c.affect(addresses...)

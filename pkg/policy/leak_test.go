@@ -29,7 +29,7 @@ func TestNothingStays(t *testing.T) {
 		for what, left := range map[string]int{
 			"namespaces": len(c.namespaces), "addresses": len(c.owners.first) + len(c.owners.more), "selections": len(c.selections),
 			"scopes": len(c.scopes), "selectors": len(c.byLabels.asking) + len(c.byLabels.rest), "sets": len(c.sets),
-			"groups": len(c.groups), "chains": len(c.chains), "news": len(c.dirty) + len(c.stale) + len(c.edits) + len(c.stirred) + len(c.touches),
+			"groups": len(c.groups), "chains": len(c.chains), "news": len(c.dirty) + len(c.stale) + len(c.stirred) + len(c.touches),
 		} {
 			if left > 0 {
 				t.Errorf("%d %s are left of an empty cluster", left, what)

@@ -34,6 +34,7 @@ func TestProofPacketsAgreeWithOracle(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer writer.Close()
 	counts := map[string]int{}
 	for i := range clusters {
 		r := rand.New(rand.NewPCG(seed, uint64(i)))

@@ -140,6 +140,7 @@ func (c *Compiler) setPod(key cluster.Key, object *cluster.Pod) {
 	case object.Node != c.self:
 	case moved:
 		c.leave(p, was.Addresses)
+		c.affectOwn(object.Addresses)
 		c.dirty[p], c.reframe = n, true
 	case !maps.Equal(was.Labels, object.Labels):
 		c.dirty[p] = n
@@ -156,6 +157,7 @@ func (c *Compiler) locate(n *namespace, p *pod) {
 		n.local = map[*pod]bool{}
 	}
 	n.local[p], c.local[p] = true, true
+	c.affectOwn(p.Addresses)
 	c.dirty[p], c.reframe = n, true
 }
 

@@ -2,6 +2,7 @@ package policy
 
 import (
 	"slices"
+	"strings"
 
 	"k8s.io/apimachinery/pkg/labels"
 
@@ -236,10 +237,25 @@ func (c *Compiler) reselect(n *namespace, p *pod, was *cluster.Pod) {
 	p.in = slices.Clone(c.found)
 }
 
-// touched is an entry of a set that may have come or gone.
+// touched is an entry of a set that may have come or gone, and whether it is in.
 type touched struct {
 	set   *set
 	entry netfilter.Entry
+	in    bool
+}
+
+// compare orders by the names of the sets; of one set those that are in come first.
+func (t touched) compare(u touched) int {
+	switch {
+	case t.set != u.set:
+		return strings.Compare(t.set.Name, u.set.Name)
+	case t.in != u.in:
+		if t.in {
+			return -1
+		}
+		return 1
+	}
+	return t.entry.Compare(u.entry)
 }
 
 // touch notes the entries that a pod gives, or gave, to the sets of a selection.
@@ -247,31 +263,60 @@ func (c *Compiler) touch(s *selection, pod *cluster.Pod) {
 	for _, x := range s.sets {
 		c.entries = x.entriesOf(pod, c.entries[:0])
 		for _, e := range c.entries {
-			c.touches = append(c.touches, touched{x, e})
+			c.touches = append(c.touches, touched{set: x, entry: e})
 		}
 	}
 }
 
 // retouch looks at the entries that were touched, now that every pod is what it is, and notes those that came or went.
 func (c *Compiler) retouch() {
+	moved := c.touches[:0]
 	for _, t := range c.touches {
 		if t.set.refs == 0 {
 			continue
 		}
-		has := c.holds(t.set, t.entry)
-		if has == t.set.has(t.entry) {
-			continue
+		if t.in = c.holds(t.set, t.entry); t.in != t.set.has(t.entry) {
+			t.set.put(t.entry, t.in)
+			moved = append(moved, t)
 		}
-		t.set.put(t.entry, has)
-		change := c.edited(t.set)
-		if has {
-			change.Add = append(change.Add, t.entry)
-		} else {
-			change.Remove = append(change.Remove, t.entry)
-		}
-		c.affect(t.entry.Prefix.Addr())
+	}
+	c.moves(moved)
+	if cap(c.touches) > maxTouches {
+		c.touches = nil
 	}
 	c.touches = c.touches[:0]
+}
+
+// maxTouches is for how many touches memory is kept. Few updates have more, but one namespace's labels can touch every pod.
+const maxTouches = 1024
+
+// moves notes the entries that came to sets or went.
+func (c *Compiler) moves(moved []touched) {
+	slices.SortFunc(moved, touched.compare)
+	c.affected = slices.Grow(c.affected, len(moved))
+	entries := make([]netfilter.Entry, len(moved))
+	for i, t := range moved {
+		entries[i] = t.entry
+		c.affect(t.entry.Prefix.Addr())
+	}
+	for len(moved) > 0 {
+		s, n, in := moved[0].set, 0, 0
+		for ; n < len(moved) && moved[n].set == s; n++ {
+			if moved[n].in {
+				in++
+			}
+		}
+		change := netfilter.SetChange{Set: s.Set}
+		change.Entries = nil
+		if in > 0 {
+			change.Add = entries[:in:in]
+		}
+		if in < n {
+			change.Remove = entries[in:n:n]
+		}
+		c.changed(s, change)
+		moved, entries = moved[n:], entries[n:]
+	}
 }
 
 // holds tells whether some pod of the set's selection gives the entry to it. It asks who has the address now, because two pods

@@ -88,22 +88,21 @@ func (m *memory) steps(p *mesh.Peer, now time.Time) []step {
 
 // wake returns what makes the device shake hands at once by the next keys of peers that it has: with its own key changed it starts anew
 // with each, and a peer that has changed at the same moment answers by no other key. WireGuard sends something when a keepalive is
-// turned on.
-func (m *memory) wake(peers []mesh.Peer) []step {
-	off, on := time.Duration(0), keepaliveNext
-	var steps []step
+// turned on, so it has to be off before. These are two calls: of a long one that names a peer twice wgctrl leaves out the second part.
+func (m *memory) wake(peers []mesh.Peer) (off, on []step) {
+	none, next := time.Duration(0), keepaliveNext
 	for _, p := range m.waiting(peers) {
 		state, exists := m.peers[p.Next]
 		if !exists {
 			continue // it is made in this call, and begins so
 		}
-		for _, interval := range []*time.Duration{&off, &on} {
+		with := func(interval *time.Duration) step {
 			state.keepalive = *interval
-			c := wgtypes.PeerConfig{PublicKey: p.Next, UpdateOnly: true, PersistentKeepaliveInterval: interval}
-			steps = append(steps, step{config: c, after: state})
+			return step{config: wgtypes.PeerConfig{PublicKey: p.Next, UpdateOnly: true, PersistentKeepaliveInterval: interval}, after: state}
 		}
+		off, on = append(off, with(&none)), append(on, with(&next))
 	}
-	return steps
+	return off, on
 }
 
 // step returns one of the device's peers of a node, as it has to be.
@@ -111,6 +110,9 @@ func (m *memory) step(p *mesh.Peer, key wgtypes.Key, interval time.Duration, now
 	before, exists := m.peers[key]
 	// One that somebody took away is left to the next Apply, which makes it whole.
 	s := step{config: wgtypes.PeerConfig{PublicKey: key, UpdateOnly: exists}, after: before}
+	if !exists {
+		s.after.since = now
+	}
 	if m.moves(p, before, now) {
 		s.config.Endpoint = net.UDPAddrFromAddrPort(p.Endpoint)
 		s.after.endpoint, s.after.heard = p.Endpoint, now

@@ -1,6 +1,7 @@
 package wgdevice
 
 import (
+	"fmt"
 	"maps"
 	"math/rand/v2"
 	"net"
@@ -228,14 +229,15 @@ func TestWake(t *testing.T) {
 	}
 	m.see(device, start())
 	coming.Next = [32]byte{10}
-	off, on := time.Duration(0), keepaliveNext
+	none, next := time.Duration(0), keepaliveNext
 	want := []wgtypes.PeerConfig{
-		{PublicKey: changing.Next, UpdateOnly: true, PersistentKeepaliveInterval: &off},
-		{PublicKey: changing.Next, UpdateOnly: true, PersistentKeepaliveInterval: &on},
+		{PublicKey: changing.Next, UpdateOnly: true, PersistentKeepaliveInterval: &none},
+		{PublicKey: changing.Next, UpdateOnly: true, PersistentKeepaliveInterval: &next},
 	}
 	var got []wgtypes.PeerConfig
 	before := m.peers[changing.Next]
-	steps := m.wake([]mesh.Peer{steady, changing, changed, coming})
+	off, on := m.wake([]mesh.Peer{steady, changing, changed, coming})
+	steps := slices.Concat(off, on)
 	for _, s := range steps {
 		got = append(got, s.config)
 	}
@@ -244,6 +246,120 @@ func TestWake(t *testing.T) {
 	}
 	if m.did(steps); !reflect.DeepEqual(m.peers[changing.Next], before) {
 		t.Errorf("then the peer is %+v, and was %+v", m.peers[changing.Next], before)
+	}
+}
+
+// TestCrossed is a peer that is heard and does not shake hands: with the greater key it is made anew soon, with the smaller one later.
+func TestCrossed(t *testing.T) {
+	own := newKey(wgtypes.Key{1})
+	for number, patience := range map[byte]time.Duration{255: crossPatience, 1: crossOther * crossPatience} {
+		peer := testPeer(number, "10.1.0.0/24", "fd01::/64")
+		m, device := &memory{key: own}, &wgtypes.Device{}
+		look := func(after time.Duration) []step {
+			m.see(device, start().Add(after))
+			return m.crossed(start().Add(after))
+		}
+		settle(t, m, device, start(), peer)
+		if got := look(time.Hour); len(got) > 0 {
+			t.Errorf("a peer that is not heard: %+v", got)
+		}
+
+		// What arrived came from elsewhere than the plan has it.
+		arrives := func() {
+			device.Peers[0].ReceiveBytes = 148
+			device.Peers[0].Endpoint = &net.UDPAddr{IP: net.IPv4(198, 51, 100, 1).To4(), Port: 4711}
+		}
+		since := time.Duration(0)
+		for range 3 {
+			arrives()
+			if got := append(look(since), look(since+patience-1)...); len(got) > 0 {
+				t.Errorf("before %v: %+v", patience, got)
+			}
+			since += patience
+			again := look(since)
+			interval := keepalive
+			want := []wgtypes.PeerConfig{
+				{PublicKey: peer.PublicKey, Remove: true, UpdateOnly: true},
+				{
+					PublicKey: peer.PublicKey, Endpoint: device.Peers[0].Endpoint, PersistentKeepaliveInterval: &interval,
+					ReplaceAllowedIPs: true, AllowedIPs: ipNets("10.1.0.0/24", "fd01::/64"),
+				},
+			}
+			var got []wgtypes.PeerConfig
+			for _, s := range again {
+				got = append(got, s.config)
+				pretend(t, device, s.config)
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("after %v (-want +got):\n%s", patience, diff)
+			}
+			m.did(again)
+			settled(t, m, device, start().Add(since), peer)
+			patience *= 2
+		}
+
+		arrives()
+		device.Peers[0].Endpoint = nil
+		if got := append(look(since), look(time.Hour)...); len(got) > 0 {
+			t.Errorf("a peer that is nowhere: %+v", got)
+		}
+		arrives()
+		device.Peers[0].LastHandshakeTime = start()
+		if got := look(time.Hour); len(got) > 0 {
+			t.Errorf("a peer that shook hands: %+v", got)
+		}
+	}
+}
+
+// TestManyCross is a node with which more peers cross than one call makes anew: each is named by one call in whole.
+func TestManyCross(t *testing.T) {
+	var peers []mesh.Peer
+	for i := range byte(crossAtOnce + 5) {
+		peers = append(peers, testPeer(100+i, fmt.Sprintf("10.%d.0.0/24", i)))
+	}
+	m, device := &memory{key: newKey(wgtypes.Key{1})}, &wgtypes.Device{}
+	settle(t, m, device, start(), peers...)
+	for i := range device.Peers {
+		device.Peers[i].ReceiveBytes = 148
+	}
+	m.see(device, start())
+	now := start().Add(crossOther * crossPatience)
+	for _, want := range []int{crossAtOnce, 5, 0} {
+		again := m.crossed(now)
+		if len(again) != 2*want {
+			t.Fatalf("%d steps for %d peers", len(again), want)
+		}
+		for i := 0; i < len(again); i += 2 {
+			gone, anew := again[i].config, again[i+1].config
+			if gone.PublicKey != anew.PublicKey || !gone.Remove || anew.Remove || anew.Endpoint == nil {
+				t.Errorf("%+v and then %+v", gone, anew)
+			}
+		}
+		m.did(again)
+	}
+}
+
+// TestAwaited is what a device looks for.
+func TestAwaited(t *testing.T) {
+	fresh, changing := testPeer(1, "10.1.0.0/24"), testPeer(2, "10.2.0.0/24")
+	changing.Next = [32]byte{9}
+	m, device := &memory{}, &wgtypes.Device{}
+	settle(t, m, device, start(), fresh, changing)
+	expect := func(after time.Duration, want Awaited) {
+		t.Helper()
+		m.see(device, start().Add(after))
+		if got := m.awaited([]mesh.Peer{fresh, changing}, start().Add(after)); got != want {
+			t.Errorf("after %v: %+v, want %+v", after, got, want)
+		}
+	}
+	expect(0, Awaited{Keys: 1, Handshakes: 3})
+	device.Peers[0].LastHandshakeTime = start()
+	expect(youth-1, Awaited{Keys: 1, Handshakes: 2})
+	expect(youth, Awaited{Keys: 1})
+	device.Peers[2].LastHandshakeTime = start()
+	expect(youth, Awaited{})
+	if got := (&memory{}).awaited(nil, start()); got != (Awaited{}) {
+		t.Errorf("a device that nothing is known of: %+v", got)
 	}
 }
 

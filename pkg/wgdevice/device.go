@@ -222,10 +222,16 @@ func (d *Device) configure(ctx context.Context, mode Mode, want request, changes
 	}
 	had := slices.SortedFunc(maps.Keys(m.peers), func(a, b wgtypes.Key) int { return slices.Compare(a[:], b[:]) })
 	steps := m.delta(want.Peers, had, now)
+	var on []step
 	if c.PrivateKey != nil {
-		steps = append(steps, m.wake(want.Peers)...)
+		var off []step
+		off, on = m.wake(want.Peers)
+		steps = append(steps, off...)
 	}
 	if err = m.write(client, c, steps, changes); err != nil {
+		return err
+	}
+	if err = m.write(client, wgtypes.Config{}, on, changes); err != nil {
 		return err
 	}
 	m.key, m.planned = want.key, make(map[string]mesh.Peer, len(want.Peers))

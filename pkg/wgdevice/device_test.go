@@ -8,11 +8,14 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 
 	"github.com/containernetworking/plugins/pkg/netlinksafe"
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -303,7 +306,7 @@ func TestForeignLinkOfOurName(t *testing.T) {
 	n.do(t, func() error { _, err := netlinksafe.LinkByName(mesh.Link); return err })
 }
 
-func TestUplinkMTU(t *testing.T) {
+func TestReadUplink(t *testing.T) {
 	n := newLab(t, 1).nodes[0]
 	v4, v6 := uplink(n.number)
 	n.do(t, func() error {
@@ -316,32 +319,58 @@ func TestUplinkMTU(t *testing.T) {
 			netlink.AddrAdd(lo, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(198, 51, 100, 1), Mask: net.CIDRMask(32, 32)}}),
 			addLink("second", 9000, "203.0.113.1/24"), addLink("third", 1300, "2001:db8:3::1/64"), addLink(mesh.Link, 1280, "192.0.3.1/24"))
 	})
-	wantMTU := func(want int, node netip.Addr, peers ...string) {
+	// want has what leads to a peer by a smaller link after its address.
+	want := func(mtu int, node netip.Addr, peers ...string) {
 		t.Helper()
 		var addresses []netip.Addr
+		uplink := mesh.Uplink{MTU: mtu, Less: map[netip.Addr]int{}}
 		for _, p := range peers {
-			addresses = append(addresses, netip.MustParseAddr(p))
+			text, less, smaller := strings.Cut(p, " ")
+			addresses = append(addresses, netip.MustParseAddr(text))
+			if smaller {
+				uplink.Less[addresses[len(addresses)-1]], _ = strconv.Atoi(less)
+			}
 		}
-		if mtu := in(t, n.host, func() (int, error) { return wgdevice.UplinkMTU(node, addresses) }); mtu != want {
-			t.Errorf("UplinkMTU(%s, %s) = %d, want %d", node, peers, mtu, want)
+		got := in(t, n.host, func() (mesh.Uplink, error) { return wgdevice.ReadUplink(node, addresses) })
+		if diff := cmp.Diff(uplink, got, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
+			t.Errorf("ReadUplink(%s, %s) (-want +got):\n%s", node, peers, diff)
 		}
 	}
 	for _, address := range []netip.Addr{v4, v6, netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("192.168.0.1")} {
-		wantMTU(1400, address)
+		want(1400, address)
 	}
-	wantMTU(9000, v4, "203.0.113.9", "203.0.113.10")
-	wantMTU(1400, v4, "203.0.113.9", "192.0.2.7") // the smaller one, whichever comes first
-	wantMTU(1400, v4, "192.0.2.7", "203.0.113.9")
-	wantMTU(1360, v4, "192.0.2.7", "203.0.113.9", "2001:db8:3::7") // a peer takes IPv6 from nobody
-	wantMTU(1300, netip.MustParseAddr("2001:db8:3::1"), "192.0.2.7", "2001:db8:3::7")
-	wantMTU(1400, v4, "198.18.0.1") // by the default route
-	wantMTU(1400, v4, "192.0.3.9")  // what leads into the tunnel leads to no node
+	want(1400, v4, "203.0.113.9", "192.0.2.7")
+	want(1400, v4, "192.0.2.7", "2001:db8:3::7 1300", "203.0.113.9", "2001:db8:3::8 1300") // no matter to the other ways
+	want(1300, netip.MustParseAddr("2001:db8:3::1"), "192.0.2.7", "2001:db8:3::7")
+	want(9000, netip.MustParseAddr("203.0.113.1"), "192.0.2.7 1400", "198.18.0.1 1400", "203.0.113.9")
+	want(1400, v4, "192.0.3.9") // what leads into the tunnel leads to no node
+	n.do(t, func() error {
+		return errors.Join(addLink("half", 1300, "192.0.5.1/25"), addLink("other", 9000, "192.0.5.129/25"))
+	})
+	want(1400, v4, "192.0.5.9 1300", "192.0.5.200") // neighbours, one of which may be hostile
+	want(1400, v4, "192.0.5.200", "192.0.5.9 1300")
 	n.do(t, func() error { return ipRoute("198.18.0.0/15", 0, unix.RTPROT_STATIC) })
-	wantMTU(1400, v4, "198.18.0.1") // nowhere: the node's own link
-	wantMTU(9000, v4, "198.18.0.1", "203.0.113.9")
+	want(9000, netip.MustParseAddr("203.0.113.1"), "198.18.0.1") // nowhere
+
+	// A default route of several ways, and the node's address on none of their links.
+	n.do(t, func() error {
+		if err := addLink("fourth", 1450, "192.0.4.1/24"); err != nil {
+			return err
+		}
+		var ways []*netlink.NexthopInfo
+		for name, via := range map[string]net.IP{"second": net.IPv4(203, 0, 113, 2), "fourth": net.IPv4(192, 0, 4, 2)} {
+			link, err := netlinksafe.LinkByName(name)
+			if err != nil {
+				return err
+			}
+			ways = append(ways, &netlink.NexthopInfo{LinkIndex: link.Attrs().Index, Gw: via})
+		}
+		return netlink.RouteReplace(&netlink.Route{Dst: &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}, MultiPath: ways})
+	})
+	want(1450, netip.MustParseAddr("198.51.100.1"))
 
 	alone := newHost(t)
-	if _, err := try(alone, func() (int, error) { return wgdevice.UplinkMTU(v4, nil) }); err == nil || !strings.Contains(err.Error(), "no default route") {
+	if _, err := try(alone, func() (mesh.Uplink, error) { return wgdevice.ReadUplink(v4, nil) }); err == nil || !strings.Contains(err.Error(), "no default route") {
 		t.Errorf("without an uplink: %v", err)
 	}
 }

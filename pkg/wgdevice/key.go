@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
@@ -23,14 +24,18 @@ type Key struct {
 	// private returns the key. It is a function because package fmt reaches past all methods into unexported fields, and of a
 	// function it shows no more than an address.
 	private func() wgtypes.Key
+	public  func() [32]byte
 }
 
 func newKey(private wgtypes.Key) Key {
-	return Key{func() wgtypes.Key { return private }}
+	return Key{
+		private: func() wgtypes.Key { return private },
+		public:  sync.OnceValue(func() [32]byte { return private.PublicKey() }), // which costs a multiplication on the curve
+	}
 }
 
 // Public returns the public key.
-func (k Key) Public() [32]byte { return k.private().PublicKey() }
+func (k Key) Public() [32]byte { return k.public() }
 
 // Proof returns what shows other nodes that the holder of this key made it for the Node of that name and uid (see pkg/keyproof). Two
 // proofs of the same differ.

@@ -293,7 +293,7 @@ func (n *node) plan(t *testing.T, nodes ...*node) mesh.Config {
 func (n *node) planWith(t *testing.T, encrypted bool, nodes ...*node) mesh.Config {
 	t.Helper()
 	c, problems := mesh.Plan(snapshot(t, n, nodes...), mesh.Options{
-		ClusterCIDRs: []netip.Prefix{pods4, pods6}, ListenPort: wireGuardPort, UplinkMTU: 1500, Encrypted: encrypted,
+		ClusterCIDRs: []netip.Prefix{pods4, pods6}, ListenPort: wireGuardPort, Uplink: mesh.Uplink{MTU: 1500}, Encrypted: encrypted,
 	})
 	if len(problems) > 0 {
 		t.Fatalf("planning: %v", problems)

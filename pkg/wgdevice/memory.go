@@ -29,8 +29,11 @@ type peerState struct {
 	keepalive time.Duration
 	handshake time.Time
 	received  int64
-	// heard is when something of the peer was last seen to have arrived, and at since when it got the address that it has.
-	heard, at time.Time
+	// heard is when something of the peer was last seen to have arrived, at since when it has the address that it has, and since when it
+	// is known.
+	heard, at, since time.Time
+	// anew is how often the peer was made anew since then.
+	anew int
 }
 
 // see takes in the peers of the device.
@@ -40,9 +43,10 @@ func (m *memory) see(device *wgtypes.Device, now time.Time) {
 		p := &device.Peers[i]
 		s := peerState{
 			endpoint: endpointOf(p), allowed: allowedOf(p), keepalive: p.PersistentKeepaliveInterval,
-			handshake: p.LastHandshakeTime, received: p.ReceiveBytes, heard: now, at: now,
+			handshake: p.LastHandshakeTime, received: p.ReceiveBytes, heard: now, at: now, since: now,
 		}
 		if old, seen := m.peers[p.PublicKey]; seen {
+			s.since, s.anew = old.since, old.anew
 			if old.received == s.received {
 				s.heard = old.heard
 			}

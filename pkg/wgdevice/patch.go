@@ -74,31 +74,33 @@ func (d *Device) patch(ctx context.Context, k *kernel, change mesh.Change, chang
 }
 
 // Follow gives the allowed IPs of each peer that is about to change its key to the new one, once a handshake has shown that the
-// peer uses it, and returns how many peers have not shown it yet. The caller asks again every few milliseconds while there are any: what
-// such a peer sends from then on is dropped until its new key has the allowed IPs.
-func (d *Device) Follow(ctx context.Context, want mesh.Config) (pending int, err error) {
+// peer uses it, and begins the handshakes with new peers again that crossed with the peers' own. It returns what is to be seen
+// still. The caller asks again every few milliseconds while keys are awaited, because what such a peer sends by its new key is dropped
+// until that has the allowed IPs, and a few times in a tenth of a second while handshakes are.
+func (d *Device) Follow(ctx context.Context, want mesh.Config) (Awaited, error) {
 	d.writing.Lock()
 	defer d.writing.Unlock()
 	m := &d.memory
-	waiting := m.waiting(want.Peers)
-	if len(waiting) == 0 || !m.known || !m.encrypted {
-		return len(waiting), nil
+	awaited := m.awaited(want.Peers, d.clock())
+	if awaited == (Awaited{}) || !m.known || !m.encrypted {
+		return awaited, nil
 	}
 	m.known = false
 	k, err := openKernel()
 	if err != nil {
-		return len(waiting), err
+		return awaited, err
 	}
 	defer k.Close()
-	if err = d.follow(ctx, k, waiting); err != nil {
-		return len(waiting), err
+	if err = d.follow(ctx, k, want.Peers); err != nil {
+		return awaited, err
 	}
 	m.known = true
-	return len(m.waiting(want.Peers)), nil
+	return m.awaited(want.Peers, d.clock()), nil
 }
 
-// follow writes what an Apply would, for some peers.
-func (d *Device) follow(ctx context.Context, k *kernel, waiting []mesh.Peer) error {
+// follow writes what an Apply would for peers that use their next key now; where there are none it makes those anew whose handshakes
+// crossed.
+func (d *Device) follow(ctx context.Context, k *kernel, peers []mesh.Peer) error {
 	mode, err := d.resolve(k)
 	if err != nil {
 		return err
@@ -113,6 +115,7 @@ func (d *Device) follow(ctx context.Context, k *kernel, waiting []mesh.Peer) err
 		return err
 	}
 	m, now := &d.memory, d.clock()
+	waiting := m.waiting(peers)
 	m.see(actual, now)
 	var shaken []mesh.Peer
 	var had []wgtypes.Key
@@ -124,6 +127,9 @@ func (d *Device) follow(ctx context.Context, k *kernel, waiting []mesh.Peer) err
 	}
 	var changes Changes
 	steps := m.delta(shaken, had, now)
+	if len(steps) == 0 {
+		steps = m.crossed(now)
+	}
 	come, leave := m.hostChange(steps)
 	if err = m.write(client, wgtypes.Config{}, steps, &changes); err != nil {
 		return err

@@ -146,7 +146,7 @@ func TestFollow(t *testing.T) {
 	}
 	plain, announced := a.plan(t, a, b), a.plan(t, a, b)
 	announced.Peers[0].Next = next.Public()
-	follow := func() (int, error) { return a.device.Follow(t.Context(), announced) }
+	follow := func() (wgdevice.Awaited, error) { return a.device.Follow(t.Context(), announced) }
 	wire := l.listen(t, marker)
 	if changes := a.patch(t, changeOf(plain, announced)); changes != (wgdevice.Changes{Peers: 1}) {
 		t.Errorf("a next key wrote %+v", changes)
@@ -155,8 +155,8 @@ func TestFollow(t *testing.T) {
 		t.Errorf("the apply after it wrote %+v", again)
 	}
 	a.reach(t, b, marker)
-	if pending := in(t, a.host, follow); pending != 1 {
-		t.Errorf("%d peers are waited for before the new key is used, want 1", pending)
+	if awaited := in(t, a.host, follow); awaited.Keys != 1 {
+		t.Errorf("before the new key is used there is to be seen %+v, want 1 key", awaited)
 	}
 
 	b.key = next
@@ -172,7 +172,7 @@ func TestFollow(t *testing.T) {
 	}()
 	patience, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
-	for in(t, a.host, follow) > 0 {
+	for in(t, a.host, follow).Keys > 0 {
 		if patience.Err() != nil {
 			t.Fatal("the new key was never seen in use")
 		}
@@ -199,8 +199,8 @@ func TestFollow(t *testing.T) {
 	if got := wire.count(t); inClear(got) || got.WireGuard == 0 {
 		t.Errorf("on the wire: %v, want nothing in clear", got)
 	}
-	if pending := in(t, a.host, func() (int, error) { return a.device.Follow(t.Context(), a.plan(t, a, b)) }); pending != 0 {
-		t.Errorf("%d peers are waited for at the end", pending)
+	if awaited := in(t, a.host, func() (wgdevice.Awaited, error) { return a.device.Follow(t.Context(), a.plan(t, a, b)) }); awaited != (wgdevice.Awaited{}) {
+		t.Errorf("at the end there is to be seen %+v", awaited)
 	}
 }
 

@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"slices"
 	"time"
+
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
 
 // Status is the state of the link as WireGuard reports it.
@@ -64,4 +66,30 @@ func (d *Device) Status(ctx context.Context) (Status, error) {
 	}
 	slices.SortFunc(status.Peers, func(a, b PeerStatus) int { return slices.Compare(a.PublicKey[:], b.PublicKey[:]) })
 	return status, nil
+}
+
+// Empty says whether the tunnel is as it begins: without a key and peers, or, where the kernel runs WireGuard, not there.
+func (d *Device) Empty(ctx context.Context) (bool, error) {
+	k, err := openKernel()
+	if err != nil {
+		return false, err
+	}
+	defer k.Close()
+	mode, err := d.resolve(k)
+	if err != nil {
+		return false, err
+	}
+	if link, errLink := k.link(); errLink != nil || link == nil {
+		return mode == ModeKernel && errLink == nil, errLink
+	}
+	client, err := openWireGuard(ctx, mode)
+	if err != nil {
+		return false, err
+	}
+	defer closeQuietly(client)
+	actual, err := readDevice(client)
+	if err != nil {
+		return false, err
+	}
+	return actual.PrivateKey == wgtypes.Key{} && len(actual.Peers) == 0, nil
 }

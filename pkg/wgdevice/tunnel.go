@@ -34,6 +34,7 @@ func RunTunnel(ctx context.Context, log *slog.Logger) error {
 		return err
 	}
 	leaveProcessors()
+	defer runtime.KeepAlive(ballast())
 	tunnel, err := openTUN(ctx, log)
 	if ctx.Err() != nil && tunnel == nil {
 		return nil
@@ -54,6 +55,11 @@ func leaveProcessors() {
 		runtime.GOMAXPROCS(max(1, runtime.GOMAXPROCS(0)/2))
 	}
 }
+
+// ballast is memory that is counted and never touched, so no page of it is ever there. Without it garbage is collected each time that
+// twice what is in use has come together, which is little here. A collection takes away the buffers of the pools, too, and to map and
+// clear others in their place, thousands of times a second, costs the tunnel more than the collection.
+func ballast() []byte { return make([]byte, 32<<20) }
 
 // HideMemory keeps the memory of this process, which holds the private key, out of core dumps and from other programs of its
 // user.

@@ -33,7 +33,7 @@ func groups() []group {
 	return []group{
 		{"compile", "a cluster seen for the first time becomes rules", compileSuite().run},
 		{"label-flip", "one pod's label, from the cluster's news to the change of the sets", labelSuite().run},
-		{"set-apply", "members of sets into the kernel, against bare netlink", setSuite().run},
+		{"set-apply", "members of sets into the kernel, against netlink and against messages made by hand", setSuite().run},
 		{"rule-apply", "one chain into the kernel, against a bare iptables-restore, and against writing everything", ruleSuite().run},
 		{"event", "one event into the kernel, against working out, saving and restoring everything", eventSuite().run},
 		{"enforce", "a policy in a real API server to the first packet judged anew", enforceSuite().run},
@@ -44,6 +44,9 @@ func groups() []group {
 		{"churn", "events of a pod's watch, against bare decoding", churnSuite().run},
 		{"restart", "adopting what stands, against iptables-save and ipset save", restartSuite().run},
 		{"mesh", "WireGuard's peers: all at once, against a bare client, and one of many", meshSuite().run},
+		{"status", "the plugin's STATUS on a node with 250 leases, from its start to its end", statusSuite().run},
+		{"ipam", "the choice of an address, its lease on a tmpfs against the least system calls and " + peer + ", and reading all leases", leaseSuite().run},
+		{"join", "a node among many that joins, changes its key or leaves: the daemon's whole step", joinSuite().run},
 		{"links", "ADD and DEL of the plugin, against " + peer, measureLinks},
 	}
 }
@@ -76,10 +79,11 @@ func labelSuite() suite {
 }
 
 func setSuite() suite {
-	s := suite{dir: "pkg/firewall", pattern: "^BenchmarkSetApply$", benchtime: "50x"}
+	s := suite{dir: "pkg/firewall", pattern: "^BenchmarkSetApply$", benchtime: "3s"}
+	s.figures = append(s.figures, figure{text: "x the package netlink, 1 member", of: sample{"SetApply/members=1", "x-package"}, most: 1.2})
 	for _, members := range []string{"1", "100", "10000"} {
 		s.figures = append(s.figures, figure{
-			text: "x netlink, " + members + " members", of: sample{"SetApply/members=" + members, "x-bare"}, most: 1.2,
+			text: "x messages by hand, " + members + " members", of: sample{"SetApply/members=" + members, "x-bare"}, most: 1.2,
 			beside: []string{"ms/ours", "ms/bare", "x-bare-cpu"},
 		})
 	}
@@ -167,7 +171,7 @@ func datapathSuite() suite {
 }
 
 func encryptionSuite() suite {
-	s := suite{dir: "pkg/internal/bench", pattern: "^BenchmarkEncryption$", benchtime: "9x", once: true}
+	s := suite{dir: "pkg/internal/bench", pattern: "^BenchmarkEncryption$", benchtime: "15x", once: true}
 	for _, mtu := range []string{"auto", "1420", "8920"} {
 		for _, path := range []string{"pods", "nodes"} {
 			for _, flows := range []string{"1", "4"} {
@@ -175,9 +179,9 @@ func encryptionSuite() suite {
 				about := fmt.Sprintf(", %s to %s, %s flows, MTU %s", path, path, flows, mtu)
 				s.figures = append(
 					s.figures,
-					figure{text: "x stream" + about, of: sample{of, "x-stream"}, least: 0.97, beside: []string{"bare-Gb/s"}},
-					figure{text: "x processor" + about, of: sample{of, "x-cpu"}, most: 1.02},
-					figure{text: "x round trip" + about, of: sample{of, "x-trip"}, most: 1.05},
+					figure{text: "x stream" + about, of: sample{of, "x-stream"}, least: 0.97, beside: []string{"stateful-x-stream", "bare-Gb/s"}},
+					figure{text: "x processor" + about, of: sample{of, "x-cpu"}, most: 1.02, beside: []string{"stateful-x-cpu", "x-whole-cpu", "stateful-x-whole-cpu"}},
+					figure{text: "x round trip" + about, of: sample{of, "x-trip"}, most: 1.05, beside: []string{"stateful-x-trip"}},
 				)
 			}
 		}
@@ -229,4 +233,49 @@ func meshSuite() suite {
 		figure{text: "x bare, memory of the tunnel", of: sample{"MeshMemory", "KB/peer"}, by: sample{"MeshMemory", "KB/bare-peer"}, most: 1.1},
 	)
 	return s
+}
+
+func statusSuite() suite {
+	return suite{
+		dir: "pkg/internal/bench", pattern: "^BenchmarkStatus$", benchtime: "500x", once: true,
+		figures: []figure{
+			{text: "ms, 99 of 100, 250 leases", of: sample{"Status", "p99-ms"}, most: 20, beside: []string{"p50-ms", "cpu-ms"}},
+			{text: "ms, 99 of 100, no address left", of: sample{"Status", "full-p99-ms"}, most: 20},
+		},
+	}
+}
+
+func leaseSuite() suite {
+	s := suite{dir: "pkg/ipam", pattern: "^Benchmark(Choice|Lease|ReleaseNothing|NearlyFull|Replay)$", benchtime: "50x", once: true}
+	for _, leased := range []string{"250", "65000"} {
+		of := "Lease/leased=" + leased
+		s.figures = append(
+			s.figures,
+			figure{text: "us, choosing an address among " + leased + ", in memory", of: sample{"Choice/leased=" + leased, "us/choice"}, most: 5},
+			figure{
+				text: "x bare system calls, a lease and its release among " + leased, of: sample{of, "x-bare"}, most: 3,
+				beside: []string{"us/lease", "us/release", "us/bare", "x-host-local"},
+			},
+			figure{
+				text: "ms, reading " + leased + " leases on all processors", of: sample{"Replay/leased=" + leased, "ms/replay-wall"}, most: 100,
+				beside: []string{"ms/replay", "ms/bare", "ms/audit"},
+			},
+		)
+	}
+	s.figures = append(
+		s.figures,
+		figure{text: "x, with 260 times the leases", of: sample{"Lease/leased=65000", "us/lease"}, by: sample{"Lease/leased=250", "us/lease"}, most: 1.5},
+		figure{text: "us, a lease in a /16 with one address free", of: sample{"NearlyFull/free=1", "us/lease"}, most: 5000},
+	)
+	return s
+}
+
+func joinSuite() suite {
+	return suite{
+		dir: "daemon", pattern: "^BenchmarkJoin$", benchtime: "5x", once: true,
+		figures: []figure{{
+			text: "x at 5000 nodes of at 100, join", of: sample{"Join/nodes=5000", "ms/join"}, by: sample{"Join/nodes=100", "ms/join"}, most: 1.3,
+			beside: []string{"ms/join", "cpu-ms/join", "ms/key", "ms/leave", "ms/unrelated"},
+		}},
+	}
 }

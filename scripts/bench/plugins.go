@@ -25,16 +25,21 @@ const userHZ = 100
 // contenders is how many take part: Warren, then the peer.
 const contenders = 2
 
-// contender is a plugin with its configuration.
+// contender is a chain of plugins, of which the first wires the pod.
 type contender struct {
-	binary, path string
-	// ipv4 and both are the configurations for one family and for both.
-	ipv4, both []byte
+	plugins []plugin
+	path    string
 	// daemon is the process that takes part in every operation, or nil.
 	daemon *lab.Process
 }
 
-// newContenders returns Warren, configured as its daemon configured it, and the peer.
+// plugin is a program with its configurations for one family and for both.
+type plugin struct {
+	binary     string
+	ipv4, both map[string]any
+}
+
+// newContenders returns Warren, configured as its daemon configured it, and the peer, each with the plugins of Warren's conflist after it.
 func newContenders(node *lab.Node, daemon *lab.Process, binaries string) ([contenders]contender, error) {
 	text, err := os.ReadFile(node.Conflist())
 	if err != nil {
@@ -46,23 +51,26 @@ func newContenders(node *lab.Node, daemon *lab.Process, binaries string) ([conte
 	if err = json.Unmarshal(text, &conflist); err != nil {
 		return [contenders]contender{}, fmt.Errorf("reading the conflist: %w", err)
 	}
-	own := conflist.Plugins[0]
-	own["name"], own["cniVersion"] = "bench", "1.0.0"
+	peers := filepath.Join(binaries, "bench")
+	var chained []plugin
+	for _, c := range conflist.Plugins {
+		c["name"], c["cniVersion"] = "bench", "1.0.0"
+		kind, _ := c["type"].(string)
+		chained = append(chained, plugin{binary: filepath.Join(peers, kind), ipv4: c, both: c})
+	}
+	own := chained[0].both
 	first := maps.Clone(own)
 	first["ranges"] = []string{node.PodCIDRs[0].String()}
-	peers := filepath.Join(binaries, "bench")
-	ours := contender{binary: filepath.Join(binaries, "warren"), path: binaries, daemon: daemon}
-	theirs := contender{binary: filepath.Join(peers, "ptp"), path: peers}
-	for to, from := range map[*[]byte]any{
-		&ours.ipv4: first, &ours.both: own,
-		&theirs.ipv4: ptp(filepath.Dir(node.Leases()), own["mtu"], "10.99.0.0/24"),
-		&theirs.both: ptp(filepath.Dir(node.Leases()), own["mtu"], "10.99.0.0/24", "fd99::/64"),
-	} {
-		if *to, err = json.Marshal(from); err != nil {
-			return [contenders]contender{}, fmt.Errorf("encoding a configuration: %w", err)
-		}
+	dir := filepath.Dir(node.Leases())
+	ours := plugin{binary: filepath.Join(binaries, "warren"), ipv4: first, both: own}
+	theirs := plugin{
+		binary: filepath.Join(peers, "ptp"),
+		ipv4:   ptp(dir, own["mtu"], "10.99.0.0/24"), both: ptp(dir, own["mtu"], "10.99.0.0/24", "fd99::/64"),
 	}
-	return [contenders]contender{ours, theirs}, nil
+	return [contenders]contender{
+		{plugins: append([]plugin{ours}, chained[1:]...), path: binaries, daemon: daemon},
+		{plugins: append([]plugin{theirs}, chained[1:]...), path: peers},
+	}, nil
 }
 
 // ptp is the peer's configuration.
@@ -95,8 +103,8 @@ type bench struct {
 type batch struct {
 	contender
 	command string
-	dual    bool
-	pods    []pod
+	load
+	pods []pod
 }
 
 // tally is what the rounds of one command took.
@@ -128,15 +136,11 @@ func (b *bench) measure(ctx context.Context, l load, rounds int) ([]line, error)
 	var tallies [2]tally
 	commands := []string{"ADD", "DEL"}
 	for round := range rounds + 1 {
-		// However fast and many the rounds are, they do not use up the range.
-		if err := b.node.EndCoolDown(); err != nil {
-			return nil, err
-		}
 		var took, cpu [2][contenders]time.Duration
 		for pods := range slices.Chunk(b.pods[:l.pods], l.atOnce) {
 			for i, c := range b.contenders {
 				for j, command := range commands {
-					wall, processor, err := b.run(ctx, batch{contender: c, command: command, dual: l.dual, pods: pods})
+					wall, processor, err := b.run(ctx, batch{contender: c, command: command, load: l, pods: pods})
 					if err != nil {
 						return nil, err
 					}
@@ -165,58 +169,100 @@ func (b *bench) measure(ctx context.Context, l load, rounds int) ([]line, error)
 // milliseconds converts to the unit of the report.
 func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
-// run runs a batch in the node's namespace, and returns its time and the processor time of all that took part.
+// run runs a batch in the node's namespace, and returns its time and the processor time of all that took part. What is left to the
+// daemon takes none of the batch's time, but its processor time counts.
 func (b *bench) run(ctx context.Context, work batch) (took, cpu time.Duration, err error) {
 	before, err := work.daemonCPU()
 	if err != nil {
 		return 0, 0, err
 	}
-	commands := make([]*exec.Cmd, len(work.pods))
-	for i, p := range work.pods {
-		commands[i] = work.prepare(ctx, p)
-	}
 	begin := b.clock()
-	err = b.runAtOnce(commands)
+	cpu, err = b.runAtOnce(ctx, work)
 	took = b.clock().Sub(begin)
+	if err == nil && work.command == "DEL" && work.daemon != nil {
+		err = b.node.EndCoolDown(ctx) // which waits
+	}
 	if err != nil {
-		return 0, 0, fmt.Errorf("%s %s: %w", filepath.Base(work.binary), work.command, err)
+		return 0, 0, fmt.Errorf("%s %s: %w", filepath.Base(work.plugins[0].binary), work.command, err)
 	}
 	after, err := work.daemonCPU()
-	cpu = after - before
-	for _, c := range commands {
-		cpu += c.ProcessState.UserTime() + c.ProcessState.SystemTime() // with the programs that it ran itself
-	}
-	return took, cpu, err
+	return took, cpu + after - before, err
 }
 
-// runAtOnce runs all commands together. Each needs a thread of its own in the node's namespace.
-func (b *bench) runAtOnce(commands []*exec.Cmd) error {
-	errs := make([]error, len(commands))
+// runAtOnce runs the command for all pods together, and returns the processor time of the programs. Each needs a thread of its own in
+// the node's namespace.
+func (b *bench) runAtOnce(ctx context.Context, work batch) (time.Duration, error) {
+	errs := make([]error, len(work.pods))
+	cpu := make([]time.Duration, len(work.pods))
 	var all sync.WaitGroup
-	for i, c := range commands {
+	for i, p := range work.pods {
 		all.Go(func() {
-			if err := b.node.Do(c.Run); err != nil {
-				errs[i] = fmt.Errorf("%w: %s", err, c.Stdout)
-			}
+			errs[i] = b.node.Do(func() (err error) {
+				cpu[i], err = work.operate(ctx, p)
+				return err
+			})
 		})
 	}
 	all.Wait()
-	return errors.Join(errs...)
+	var sum time.Duration
+	for _, c := range cpu {
+		sum += c
+	}
+	return sum, errors.Join(errs...)
 }
 
-// prepare makes the command for a pod, as a runtime calls a plugin.
-func (w batch) prepare(ctx context.Context, p pod) *exec.Cmd {
-	config := w.ipv4
-	if w.dual {
-		config = w.both
+// operate runs the command for a pod, as a runtime calls the plugins of a chain.
+func (w batch) operate(ctx context.Context, p pod) (time.Duration, error) {
+	chain := w.plugins[:1]
+	if w.chained {
+		chain = w.plugins
 	}
-	cmd := exec.CommandContext(ctx, w.binary) //nolint:gosec // one of the contenders
+	if w.command == "DEL" {
+		chain = slices.Clone(chain)
+		slices.Reverse(chain)
+	}
+	var cpu time.Duration
+	for _, one := range chain {
+		cmd, err := w.prepare(ctx, one, p)
+		if err != nil {
+			return 0, err
+		}
+		var out bytes.Buffer
+		cmd.Stdout = &out
+		if err = cmd.Run(); err != nil {
+			return 0, fmt.Errorf("%s: %w: %s", filepath.Base(one.binary), err, out.Bytes())
+		}
+		cpu += cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime() // with the programs that it ran itself
+		if w.command == "ADD" {
+			*p.result = out.Bytes()
+		}
+	}
+	if w.command == "DEL" {
+		*p.result = nil
+	}
+	return cpu, nil
+}
+
+// prepare makes the command of one plugin for a pod.
+func (w batch) prepare(ctx context.Context, one plugin, p pod) (*exec.Cmd, error) {
+	config := maps.Clone(one.ipv4)
+	if w.dual {
+		config = maps.Clone(one.both)
+	}
+	if *p.result != nil {
+		config["prevResult"] = *p.result
+	}
+	stdin, err := json.Marshal(config)
+	if err != nil {
+		return nil, fmt.Errorf("encoding a configuration: %w", err)
+	}
+	cmd := exec.CommandContext(ctx, one.binary) //nolint:gosec // one of the contenders
 	cmd.Env = []string{
 		"CNI_COMMAND=" + w.command, "CNI_CONTAINERID=" + p.id, "CNI_NETNS=" + p.netns, "CNI_IFNAME=eth0",
 		"CNI_PATH=" + w.path, "CNI_ARGS=" + p.args,
 	}
-	cmd.Stdin, cmd.Stdout = bytes.NewReader(config), &bytes.Buffer{}
-	return cmd
+	cmd.Stdin = bytes.NewReader(stdin)
+	return cmd, nil
 }
 
 // daemonCPU returns the processor time that the contender's daemon has used, zero where it has none.

@@ -3,9 +3,13 @@
 # and test it, and takes the cluster away. Options are environment variables:
 #   KEEP=1    keeps the cluster; scripts/kind/down.sh takes it away
 #   RUN=...   runs only the tests that match, for example TestWarren/tiers, on the cluster that was kept
+#   CHURN=30  so many pods come and go at once, three times (100 takes some minutes more)
+#   OLDER=... is the commit from which and to which nodes are upgraded and downgraded
 # When a test fails, what the nodes say is in build/e2e-logs/.
 export NAME=${NAME:-warren-e2e}
 export IP_FAMILY=${IP_FAMILY:-dual}
+export CHURN=${CHURN:-30}
+OLDER=${OLDER:-229bf9428e8f1d44b9f0f4f1e91c0a077b081332} # the last one before this that was whole
 # shellcheck source=scripts/kind/lib.sh
 . "$(dirname "$0")/lib.sh"
 
@@ -60,6 +64,7 @@ finish() {
 }
 
 scripts/tools/build.sh kind kubectl suite
+scripts/image/older.sh "$OLDER"
 rm -rf "$logs"
 mkdir -p "$logs"
 trap finish EXIT

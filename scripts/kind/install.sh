@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Installs Warren on a kind cluster that up.sh made without a network (SKIP_WARREN=1), or again after a change. Options are
-# the environment variables of up.sh: NAME, IP_FAMILY, ENCRYPTION.
+# the environment variables of up.sh: NAME, IP_FAMILY, ENCRYPTION; and for a version other than that of the checkout, IMAGE_ARCHIVE, the
+# TAG of the image in it, and MANIFESTS. UPDATE=OnDelete: each daemon is replaced only when its pod is deleted.
 # shellcheck source=scripts/kind/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 overlay=$state/$name
+: "${MANIFESTS:=$root/manifests}" "${TAG:=dev}" "${UPDATE:=RollingUpdate}"
 
 # lacks_wireguard tells whether the nodes' kernel has no WireGuard of its own.
 lacks_wireguard() {
@@ -16,9 +18,11 @@ write_overlay() {
   local files=$*
   rm -rf "$overlay"
   mkdir -p "$overlay"
-  cp "${@/#/manifests/}" "$overlay/"
+  cp "${@/#/$MANIFESTS/}" "$overlay/"
   cat >"$overlay/kustomization.yaml" <<END
 resources: [${files// /, }]
+images:
+  - {name: warren, newTag: "$TAG"}
 patches:
   - target: {kind: DaemonSet, name: warren, namespace: warren-system}
     patch: |
@@ -26,8 +30,13 @@ patches:
       kind: DaemonSet
       metadata: {name: warren, namespace: warren-system}
       spec:
+        updateStrategy: {type: $UPDATE$([ "$UPDATE" = RollingUpdate ] || echo ", rollingUpdate: null")}
         template:
           spec:
+            initContainers:
+              - name: install
+                env:
+                  - {name: WARREN_ENCRYPTION, value: "$ENCRYPTION"}
             containers:
               - name: warrend
                 env:
@@ -53,6 +62,7 @@ if [ "$ENCRYPTION" = on ] && lacks_wireguard; then
 fi
 write_overlay "${files[@]}"
 "$tools/kubectl" apply --kustomize "$overlay"
+[ "$UPDATE" = RollingUpdate ] || exit 0 # nothing changes yet
 say "waiting for the nodes"
 "$tools/kubectl" wait --for=condition=Ready nodes --all --timeout=180s
 "$tools/kubectl" --namespace kube-system rollout status deployment/coredns --timeout=120s

@@ -9,7 +9,7 @@ cache=$root/build/cache/kind         # kept: the node image, and the data of our
 state=$root/build/kind               # of the clusters that run: kubeconfigs, rendered manifests
 run=/run/warren-kind                 # of our own dockerd while it runs
 socket=$run/docker.sock
-image_archive=$root/build/warren-image.tar
+image_archive=${IMAGE_ARCHIVE:-$root/build/warren-image.tar}
 name=${NAME:-warren}
 export KUBECONFIG=$state/$name.kubeconfig
 

@@ -24,9 +24,19 @@ const upstream = "golang.zx2c4.com/wireguard"
 // upstreamMTU is what that program gives its link.
 const upstreamMTU = 1420
 
+// stateful is the least that a node asks of its kernel which enforces policies, whoever writes the rules: it tracks connections, one rule
+// lets pass what is established, another what a pod begins, and what pods send out of their network is translated.
+const stateful = `
+iptables -P FORWARD DROP
+iptables -A FORWARD -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
+iptables -A FORWARD -i pod -j ACCEPT
+iptables -A FORWARD -o pod -j ACCEPT
+iptables -t nat -A POSTROUTING -s 10.244.0.0/16 ! -d 10.244.0.0/16 -j MASQUERADE
+`
+
 // newBare makes two nodes with WireGuard that is configured by hand, and a pod each, and returns the ways between the pods and
-// between the nodes.
-func newBare(b *testing.B, uplink, mtu int) map[string]*way {
+// between the nodes. The last of what makes a node is a script.
+func newBare(b *testing.B, name string, uplink, mtu int, script string) map[string]*way {
 	b.Helper()
 	dir := b.TempDir()
 	program := filepath.Join(dir, "wireguard-go")
@@ -35,7 +45,7 @@ func newBare(b *testing.B, uplink, mtu int) map[string]*way {
 	if out, err := build.CombinedOutput(); err != nil {
 		b.Fatalf("building %s: %v\n%s", upstream, err, out)
 	}
-	network, err := lab.New(b.Context(), lab.Options{Name: "encbare", Dir: dir, Nodes: 2, UplinkMTUs: []int{uplink}})
+	network, err := lab.New(b.Context(), lab.Options{Name: name, Dir: dir, Nodes: 2, UplinkMTUs: []int{uplink}})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -59,6 +69,9 @@ func newBare(b *testing.B, uplink, mtu int) map[string]*way {
 	var processes []int
 	for i, node := range network.Nodes {
 		pod, process := bareNode(b, node, i+1, mtu, program)
+		if _, err := node.Run(b.Context(), "sh", "-ec", script); err != nil {
+			b.Fatal(err)
+		}
 		pods, processes = append(pods, pod), append(processes, process)
 		configureBare(b, filepath.Join(dir, node.Name, "wireguard", "wg0.sock"), keys, i, network.Nodes[1-i])
 	}

@@ -59,6 +59,7 @@ func takeTurns(b *testing.B, states []cluster.Snapshot, event func(cluster.Snaps
 		if filter, err = firewall.New(b.Context(), firewall.Options{Log: slog.New(slog.DiscardHandler), Backend: "nft"}); err != nil {
 			return err
 		}
+		b.Cleanup(filter.Close)
 		_, err = filter.Apply(b.Context(), compiler.Ruleset())
 		return err
 	})

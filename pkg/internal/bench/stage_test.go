@@ -37,6 +37,8 @@ func TestMain(m *testing.M) { os.Exit(programs.Main(m.Run)) }
 type stage struct {
 	*lab.Lab
 	b *testing.B
+	// plugins is the directory of the plugin.
+	plugins string
 	// tunnels and daemons are the nodes', in their order.
 	tunnels, daemons []*lab.Process
 }
@@ -59,7 +61,7 @@ func newStageOf(b *testing.B, o lab.Options) *stage {
 	if err != nil {
 		b.Fatal(err)
 	}
-	s := &stage{Lab: network, b: b}
+	s := &stage{Lab: network, b: b, plugins: binaries}
 	b.Cleanup(func() {
 		for i, daemon := range s.daemons {
 			if b.Failed() {

@@ -47,6 +47,8 @@ type cluster struct {
 	controlPlane, worker string
 	// agnhost is the image that the upstream suite uses.
 	agnhost string
+	// probePath is the probe on this machine.
+	probePath string
 	// bridge is the link that all traffic between the nodes passes.
 	bridge string
 }
@@ -89,6 +91,7 @@ func (c *cluster) installProbe(t *testing.T) {
 		name: "go", args: []string{"build", "-trimpath", "-o", folder + "/probe", "./probe"},
 		env: []string{"CGO_ENABLED=0"}, timeout: 5 * time.Minute,
 	})
+	c.probePath = folder + "/probe"
 	for _, node := range c.nodes() {
 		run(t, command{name: "docker", args: []string{"cp", folder, node + ":" + filepath.Dir(probeFolder)}})
 	}

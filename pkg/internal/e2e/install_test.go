@@ -22,6 +22,9 @@ func (c *cluster) testInstall(t *testing.T) {
 	if err := c.dnsReady(t.Context()); err == nil {
 		t.Fatal("CoreDNS runs before there is a network")
 	}
+	for _, node := range c.nodes() {
+		run(t, command{name: "docker", stdin: bare(t, node), args: []string{"exec", "--interactive", node, "sh", "-c", "cat >" + bareFile}})
+	}
 	c.install(t)
 
 	// Pods may now run on the control plane too, so that the upstream suite crosses nodes.

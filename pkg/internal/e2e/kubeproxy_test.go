@@ -101,12 +101,7 @@ func (c *cluster) testForward(t *testing.T) {
 	closed := &probePod{name: "closed", node: c.worker, labels: label}
 	c.start(t, namespace, near, far, closed)
 	services := c.startService(t, namespace, "closed", label, near.name, far.name)
-	c.apply(t, `
-apiVersion: networking.k8s.io/v1
-kind: NetworkPolicy
-metadata: {name: closed}
-spec: {podSelector: {matchLabels: {app: closed}}, policyTypes: [Ingress]}
-`, "--namespace", namespace)
+	c.closeToAll(t, namespace)
 	table := reachTable{}
 	for _, from := range []*probePod{near, far} {
 		name := namespace + "/" + from.name

@@ -8,13 +8,12 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 	"sync"
 	"testing"
 	"time"
 )
 
-// reachTable says for each pod, by "namespace/name", which targets it reaches.
+// reachTable says for each source, a pod by "namespace/name", a node or outside, which targets it reaches.
 type reachTable map[string]map[string]bool
 
 // set says whether a pod reaches another over TCP and UDP.
@@ -61,11 +60,10 @@ func (c *cluster) compare(ctx context.Context, table reachTable, marker string) 
 	return errors.Join(errs...)
 }
 
-// compareFrom probes the targets of one pod. A target that is not to be reached must be silent: an error of any other
+// compareFrom probes the targets of one source. A target that is not to be reached must be silent: an error of any other
 // kind is not what a policy does.
 func (c *cluster) compareFrom(ctx context.Context, from string, targets map[string]bool, marker string) error {
-	namespace, name, _ := strings.Cut(from, "/")
-	results, err := c.probe(ctx, namespace, name, marker, slices.Sorted(maps.Keys(targets))...)
+	results, err := c.probeFrom(ctx, from, marker, slices.Sorted(maps.Keys(targets))...)
 	if err != nil {
 		return err
 	}

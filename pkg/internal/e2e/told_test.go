@@ -154,12 +154,7 @@ func (c *cluster) testServiceExplained(t *testing.T, namespace string) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, open)
 	}
-	c.apply(t, `
-apiVersion: networking.k8s.io/v1
-kind: NetworkPolicy
-metadata: {name: closed}
-spec: {podSelector: {matchLabels: {app: closed}}, policyTypes: [Ingress]}
-`, "--namespace", namespace)
+	c.closeToAll(t, namespace)
 	var said string
 	eventually(t, 30*time.Second, "the Service is explained as closed", func(ctx context.Context) error {
 		said, err = explain(ctx)

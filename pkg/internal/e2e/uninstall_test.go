@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/warren-cni/warren/pkg/wgdevice"
@@ -30,12 +31,36 @@ func (c *cluster) testUninstall(t *testing.T) {
 		if left := c.leftovers(t, node); left != "" {
 			t.Errorf("node %s: Warren has left:\n%s", node, left)
 		}
+		before := onNode(t, node, "cat "+bareFile)
+		if diff := cmp.Diff(strings.Split(before, "\n"), strings.Split(bare(t, node), "\n")); diff != "" {
+			t.Errorf("node %s is not as it was before Warren (-before +after):\n%s", node, diff)
+		}
 	}
 	eventually(t, time.Minute, "no node is Ready", func(ctx context.Context) error { return c.nodesReady(ctx, corev1.ConditionFalse) })
 
 	// Pods that have lost their network must be made again.
 	c.kubectl(t, "delete", "pods", "--namespace", "kube-system", "--selector", "k8s-app=kube-dns", "--wait=false")
 	c.install(t)
+}
+
+// bareFile is where each node keeps what it was like before Warren, for a test that runs alone on a cluster that was kept.
+const bareFile = "/opt/warren-e2e-bare"
+
+// bare lists the rules, sets, links, addresses, routes, queues and files of a node, all but those of Kubernetes and of docker, which
+// come and go by themselves.
+func bare(t *testing.T, node string) string {
+	t.Helper()
+	return onNode(t, node, `
+		for save in iptables-save ip6tables-save; do $save | sed -n "s/ \[[0-9:]*\]$//; s/^\(:[^ ]* -\|-A .*\)$/$save \1/p"; done | grep -vE "KUBE-|DOCKER_"
+		ipset list -name | sed "s/^/set /"
+		ip -oneline link | sed "s/^[0-9]*: \([^:@]*\).*/link \1/"
+		ip -oneline address | awk "{print \$2, \$3, \$4}" | grep -v fe80: | sed "s/^/address /"
+		{ ip -4 route show table all; ip -6 route show table all; } | grep -v fe80: | sed "s/^/route /; s/ expires [^ ]*//; s/ *$//"
+		{ ip rule; ip -6 rule; } | sed "s/^/policy /"
+		ip neigh show nud permanent
+		tc qdisc show | sed "s/ *$//"
+		find /etc/cni /opt/cni /run/warren /var/lib/warren -mindepth 1 2>/dev/null | sort | sed "s/^/file /"
+		true`)
 }
 
 // cleanUp runs the clean-up on all nodes, first without each of its capabilities in turn.

@@ -27,18 +27,34 @@ var programs lab.Programs
 
 func TestMain(m *testing.M) { os.Exit(programs.Main(m.Run)) }
 
-// cluster is a real API server, and a node with a real daemon that reaches it through a proxy.
+// cluster is a real API server, and a node that reaches it.
 type cluster struct {
 	t      *testing.T
 	config *rest.Config
 	client kubernetes.Interface
-	node   *lab.Node
-	proxy  *proxy
-	daemon *lab.Process
+	// flags are the daemons', beside those that all have.
+	flags []string
+	*member
 }
 
-// newCluster starts all of it. There are three Nodes, of which one is there.
-func newCluster(t *testing.T, name string) *cluster {
+// member is a node with a real daemon, which reaches the API server through a proxy.
+type member struct {
+	node           *lab.Node
+	proxy          *proxy
+	tunnel, daemon *lab.Process
+}
+
+// newCluster starts all of it, the daemon with further flags. There are three Nodes, of which one is there.
+func newCluster(t *testing.T, name string, flags ...string) *cluster {
+	t.Helper()
+	c := newServer(t)
+	c.flags = flags
+	c.member = c.start(c.newLab(name, 1).Nodes[0], 0)
+	return c
+}
+
+// newServer starts the API server, which has three Nodes.
+func newServer(t *testing.T) *cluster {
 	t.Helper()
 	config := apiserver.Start(t).Admin()
 	client, err := kubernetes.NewForConfig(config)
@@ -46,24 +62,21 @@ func newCluster(t *testing.T, name string) *cluster {
 		t.Fatal(err)
 	}
 	c := &cluster{t: t, config: config, client: client}
-	node := c.newNode(name)
 	for _, number := range []int{1, 2, 3} {
 		c.createNode(number)
 	}
-	c.node = node
-	c.proxy, c.daemon = c.start(node)
 	return c
 }
 
-// newNode makes a node on which nothing runs yet.
-func (c *cluster) newNode(name string) *lab.Node {
+// newLab makes nodes on which nothing runs yet.
+func (c *cluster) newLab(name string, nodes int) *lab.Lab {
 	c.t.Helper()
 	binaries, err := programs.Dir(context.WithoutCancel(c.t.Context()))
 	if err != nil {
 		c.t.Fatal(err)
 	}
 	network, err := lab.New(c.t.Context(), lab.Options{
-		Name: name, Dir: c.t.TempDir(), Nodes: 1, Warrend: filepath.Join(binaries, "warrend"), Plugins: []string{binaries}, WireGuard: lab.TestedWireGuard(),
+		Name: name, Dir: c.t.TempDir(), Nodes: nodes, Warrend: filepath.Join(binaries, "warrend"), Plugins: []string{binaries}, WireGuard: lab.TestedWireGuard(),
 	})
 	if err != nil {
 		c.t.Fatal(err)
@@ -73,36 +86,38 @@ func (c *cluster) newNode(name string) *lab.Node {
 			c.t.Error(err)
 		}
 	})
-	return network.Nodes[0]
+	return network
 }
 
-// start starts tunnel and daemon of a node and waits until pods can be attached.
-func (c *cluster) start(node *lab.Node) (*proxy, *lab.Process) {
+// start starts tunnel and daemon of a node and waits until pods can be attached, and until it knows that many others.
+func (c *cluster) start(node *lab.Node, peers int) *member {
 	c.t.Helper()
-	between := newProxy(c.t, c.config, node.Do)
-	if _, err := node.StartTunnel(c.t.Context()); err != nil {
+	m := &member{node: node, proxy: newProxy(c.t, c.config, node.Do)}
+	var err error
+	if m.tunnel, err = node.StartTunnel(c.t.Context()); err != nil {
 		c.t.Fatal(err)
 	}
-	daemon := c.startDaemon(node, between)
+	c.startDaemon(m)
 	c.t.Cleanup(func() {
 		if c.t.Failed() {
-			c.t.Logf("the log of the daemon ends in:\n%s", daemon.Log(40))
+			c.t.Logf("the log of the daemon ends in:\n%s", m.daemon.Log(40))
 		}
 	})
-	if err := node.Ready(c.t.Context(), daemon, 0); err != nil {
+	if err = node.Ready(c.t.Context(), m.daemon, peers); err != nil {
 		c.t.Fatal(err)
 	}
-	return between, daemon
+	return m
 }
 
-// startDaemon starts a node's daemon, which reaches the API server through a proxy, and does not wait for it.
-func (c *cluster) startDaemon(node *lab.Node, between *proxy) *lab.Process {
+// startDaemon starts a node's daemon and does not wait for it.
+func (c *cluster) startDaemon(m *member) {
 	c.t.Helper()
-	daemon, err := node.StartDaemon(c.t.Context(), nil, "--log-level", "debug", "--objects", "", "--kubeconfig", between.kubeconfig)
+	flags := append([]string{"--log-level", "debug", "--objects", "", "--kubeconfig", m.proxy.kubeconfig}, c.flags...)
+	var err error
+	m.daemon, err = m.node.StartDaemon(c.t.Context(), nil, flags...)
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	return daemon
 }
 
 // createNode creates the object of a node of the lab's numbering.
@@ -128,9 +143,9 @@ func (c *cluster) createNode(number int) {
 }
 
 // createNamespace creates a namespace.
-func (c *cluster) createNamespace(name string, labels map[string]string) {
+func (c *cluster) createNamespace(name string) {
 	c.t.Helper()
-	namespace := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: labels}}
+	namespace := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}
 	if _, err := c.client.CoreV1().Namespaces().Create(c.t.Context(), namespace, metav1.CreateOptions{}); err != nil {
 		c.t.Fatal(err)
 	}

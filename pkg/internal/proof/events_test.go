@@ -328,7 +328,7 @@ func TestProofEventsConverge(t *testing.T) {
 		locals: map[string]*local{}, remote: map[string]*corev1.Pod{}, policy: map[string]bool{},
 	}
 	for _, name := range namespaceNames() {
-		s.createNamespace(name, nil)
+		s.createNamespace(name)
 	}
 	for range localPods {
 		s.addLocal()
@@ -382,7 +382,7 @@ func same(t *testing.T, want, got *lab.Node) error {
 // freshNode is another namespace with a daemon that is the same node, with the same pods and the same key.
 func (s *storm) freshNode() *lab.Node {
 	s.t.Helper()
-	node := s.newNode("wpfresh")
+	node := s.newLab("wpfresh", 1).Nodes[0]
 	err := errors.Join(
 		os.CopyFS(node.Leases(), os.DirFS(s.node.Leases())),
 		os.CopyFS(node.StateDir(), os.DirFS(s.node.StateDir())),
@@ -392,6 +392,6 @@ func (s *storm) freshNode() *lab.Node {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	s.start(node)
+	s.start(node, 0)
 	return node
 }

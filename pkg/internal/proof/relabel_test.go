@@ -123,7 +123,7 @@ func changes() []change {
 func TestProofPodStartsAsWhatItIsNow(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, "wpnow")
-	c.createNamespace("a", nil)
+	c.createNamespace("a")
 	c.isolate("isolate", "closed")
 	object := c.createPod("a", "client", "node-1", nil)
 	client, err := c.node.AddPod(t.Context(), lab.Pod{Namespace: "a", Name: "client", UID: object.UID})

@@ -74,7 +74,7 @@ func stepPod(r *rand.Rand, s *cluster.Snapshot) {
 		return
 	}
 	p := &s.Pods[at]
-	switch r.IntN(10) {
+	switch r.IntN(11) {
 	case 0:
 		s.Pods = slices.Delete(s.Pods, at, at+1)
 	case 1: // another pod by this name, maybe on another node
@@ -90,6 +90,14 @@ func stepPod(r *rand.Rand, s *cluster.Snapshot) {
 		}
 	case 5:
 		p.Addresses = slices.DeleteFunc(slices.Clone(p.Addresses), func(netip.Addr) bool { return r.IntN(2) == 0 })
+	case 6: // it holds what is the node's own address in a podCIDR that came later
+		own := addresses("10.0.1.1", "fd00:1::1")
+		held := func(o cluster.Pod) bool {
+			return slices.ContainsFunc(own, func(a netip.Addr) bool { return slices.Contains(o.Addresses, a) })
+		}
+		if p.Node == Self && !p.HostNetwork && !slices.ContainsFunc(s.Pods, held) {
+			p.Addresses = own
+		}
 	default:
 		p.Labels = someLabels(r)
 	}

@@ -70,7 +70,9 @@ func newPod(r *rand.Rand, i int, before []cluster.Pod) cluster.Pod {
 	case 1:
 		pod.Finished = true
 		if len(before) > 0 {
-			pod.Addresses = slices.Clone(before[r.IntN(len(before))].Addresses)
+			if other := before[r.IntN(len(before))]; !other.HostNetwork {
+				pod.Addresses = slices.Clone(other.Addresses)
+			}
 		}
 	case 2: // none yet
 	case 3:

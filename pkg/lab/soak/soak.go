@@ -45,6 +45,15 @@ func Trials(full int) int {
 	return (full + 9) / 10
 }
 
+// Shared is Trials for each of some variants, which share the trials of a short run. A soak runs all of them of each, and an emulated
+// processor, which has time for one variant alone, all of that one.
+func Shared(full, variants int) int {
+	if os.Getenv(variable) != "" || os.Getenv(emulated) != "" {
+		return Trials(full)
+	}
+	return (Trials(full) + variants - 1) / variants
+}
+
 // Random returns a source of random numbers and prints its seed, which WARREN_SOAK can name to have the same numbers again.
 func Random(tb testing.TB) *rand.Rand {
 	tb.Helper()

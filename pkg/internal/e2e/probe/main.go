@@ -23,6 +23,8 @@ const usage = `usage:
   probe knock -marker TEXT [-listen ADDRESS] [-stdin] [-interval 20ms] [-for 5s] TARGET...
                                                      send the marker again and again, to targets on stdin too, and print who
                                                      has sent it here
+  probe pour [-head BYTES] [-for 5s] ADDRESS         send to an echo server as fast as it takes it, and print how much came
+                                                     back in that time, after a head start
 A target is tcp/HOST:PORT or udp/HOST:PORT.`
 
 func main() {
@@ -66,6 +68,17 @@ func run(ctx context.Context, args []string, in io.Reader, out io.Writer) error 
 			return err
 		}
 		return k.run(ctx, flags.Args(), out)
+	case "pour":
+		head := flags.Int64("head", 0, "bytes that do not count")
+		during := flags.Duration("for", 5*time.Second, "how long to count")
+		if err := flags.Parse(args[1:]); err != nil {
+			return err
+		}
+		result, err := pour(ctx, flags.Arg(0), *head, *during)
+		if err != nil {
+			return err
+		}
+		return json.NewEncoder(out).Encode(result)
 	default:
 		return fmt.Errorf("unknown command %q\n%s", args[0], usage)
 	}

@@ -175,3 +175,24 @@ func TestFlowsCountWhatIsCut(t *testing.T) {
 		t.Errorf("the UDP flows were not: %+v", r)
 	}
 }
+
+func TestPourCountsWhatComesBackAfterTheHeadStart(t *testing.T) {
+	const head = 1 << 20
+	result, err := pour(t.Context(), echoServer(t), head, 100*time.Millisecond)
+	if err != nil || result.Bytes == 0 || result.Elapsed < 100*time.Millisecond {
+		t.Errorf("poured %+v, %v", result, err)
+	}
+	refusing, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeOf(t, refusing)
+	go func() {
+		if conn, err := refusing.Accept(); err == nil {
+			_ = conn.Close()
+		}
+	}()
+	if result, err = pour(t.Context(), refusing.Addr().String(), head, time.Minute); err == nil {
+		t.Errorf("a server that closes: %+v", result)
+	}
+}

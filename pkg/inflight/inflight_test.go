@@ -1,0 +1,205 @@
+package inflight_test
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/warren-cni/warren/pkg/inflight"
+)
+
+// holdEnv makes the test's own program hold a lock of the directory that it names, until it is killed.
+const holdEnv = "INFLIGHT_HOLD"
+
+func TestMain(m *testing.M) {
+	dir := os.Getenv(holdEnv)
+	if dir == "" {
+		os.Exit(m.Run())
+	}
+	if _, err := inflight.In(dir).Begin(context.Background(), "wrna"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	_, _ = io.WriteString(os.Stdout, "held\n")
+	_, _ = io.Copy(io.Discard, os.Stdin)
+}
+
+// begin begins with an attachment, which must not have to wait for longer than a test takes.
+func begin(t *testing.T, l inflight.Locks, link string) func() {
+	t.Helper()
+	end, err := l.Begin(t.Context(), link)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return end
+}
+
+// free says whether nobody works on an attachment.
+func free(t *testing.T, l inflight.Locks, link string) bool {
+	t.Helper()
+	end, ok, err := l.Try(link)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ok {
+		end()
+	}
+	return ok
+}
+
+func TestOneAtATime(t *testing.T) {
+	l := inflight.In(t.TempDir())
+	end := begin(t, l, "wrna")
+	begin(t, l, "wrnb")() // another one does not wait
+	if free(t, l, "wrna") {
+		t.Error("two work on one attachment")
+	}
+	if !free(t, l, "wrnb") {
+		t.Error("the attachment is not free after its end")
+	}
+	began := make(chan func())
+	go func() {
+		next, err := l.Begin(t.Context(), "wrna")
+		if err != nil {
+			t.Error(err)
+		}
+		began <- next
+	}()
+	select {
+	case <-began:
+		t.Error("the second did not wait for the first")
+	case <-time.After(50 * time.Millisecond):
+	}
+	end()
+	(<-began)()
+	if !free(t, l, "wrna") {
+		t.Error("the attachment is not free after the second's end")
+	}
+}
+
+func TestBeginGivesUp(t *testing.T) {
+	l := inflight.In(t.TempDir())
+	defer begin(t, l, "wrna")()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	if _, err := l.Begin(ctx, "wrna"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %v, want that the time is over", err)
+	}
+}
+
+func TestPause(t *testing.T) {
+	l := inflight.In(t.TempDir())
+	end := begin(t, l, "wrna")
+	began := make(chan func(), 1)
+	err := l.Pause(t.Context(), func(busy func(string) (bool, error)) error {
+		for link, want := range map[string]bool{"wrna": true, "wrnb": false} {
+			if is, err := busy(link); err != nil || is != want {
+				t.Errorf("somebody works on %s: %v, %v; want %v", link, is, err, want)
+			}
+		}
+		go func() {
+			next, err := l.Begin(t.Context(), "wrnb")
+			if err != nil {
+				t.Error(err)
+			}
+			began <- next
+		}()
+		select {
+		case <-began:
+			t.Error("somebody began during the pause")
+		case <-time.After(50 * time.Millisecond):
+		}
+		end() // who works already goes on
+		return io.EOF
+	})
+	if !errors.Is(err, io.EOF) {
+		t.Errorf("got %v, want the error of what was done", err)
+	}
+	(<-began)()
+}
+
+// TestDeathEndsTheWork: nothing of a killed process keeps others waiting.
+func TestDeathEndsTheWork(t *testing.T) {
+	dir := t.TempDir()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	holder := exec.Command(self)
+	holder.Env = append(os.Environ(), holdEnv+"="+dir)
+	holder.Stderr = os.Stderr
+	in, err := holder.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = in.Close() }()
+	out, err := holder.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err = holder.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if line, readErr := bufio.NewReader(out).ReadString('\n'); readErr != nil {
+		t.Fatal(line, readErr)
+	}
+	l := inflight.In(dir)
+	if free(t, l, "wrna") {
+		t.Error("the lock of another process does not hold")
+	}
+	if err = holder.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = holder.Wait() // it was killed
+	begin(t, l, "wrna")()
+}
+
+func TestWithoutDirectory(t *testing.T) {
+	l := inflight.In(t.TempDir() + "/none")
+	if _, err := l.Begin(t.Context(), "wrna"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// A directory in the place of the file keeps nobody from working, and is there afterwards; whoever finds it at the same time gets the
+// locks of one file.
+func TestDirectoryInTheWay(t *testing.T) {
+	for range 20 {
+		dir := t.TempDir()
+		if err := os.MkdirAll(filepath.Join(dir, inflight.FileName, "x"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		var working, most atomic.Int64
+		var group sync.WaitGroup
+		for range 8 {
+			group.Go(func() {
+				end, err := inflight.In(dir).Begin(t.Context(), "wrna")
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				most.Store(max(most.Load(), working.Add(1)))
+				runtime.Gosched()
+				working.Add(-1)
+				end()
+			})
+		}
+		group.Wait()
+		if most.Load() != 1 {
+			t.Errorf("%d worked on one attachment at a time", most.Load())
+		}
+		if aside, err := filepath.Glob(filepath.Join(dir, inflight.FileName+".aside-*", "x")); err != nil || len(aside) != 1 {
+			t.Errorf("set aside: %v, %v", aside, err)
+		}
+	}
+}

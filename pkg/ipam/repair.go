@@ -1,0 +1,156 @@
+package ipam
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// aside is the directory of what was found in the way, kept for the operator.
+const aside = ".aside"
+
+// Repair sets aside what is in the directory and belongs to no lease, and returns the paths that it has now:
+//   - a file whose name is that of no lease;
+//   - the file of an attachment that tells none of its addresses, neither by what it says nor by being their file;
+//   - the file of an address that nobody can be told to hold. The address stays taken while stands says that something in the kernel still
+//     leads to it, and cools down then.
+//
+// A lease whose content is lost but whose names are there is left: its addresses end with its attachment.
+func (s *Store) Repair(stands func(netip.Addr) (bool, error)) (moved []string, err error) {
+	leases, _ := s.List() // what is no lease is what is looked for
+	names, err := s.names()
+	if err != nil {
+		return nil, err
+	}
+	if names = unexplained(names, leases); len(names) == 0 {
+		return nil, nil
+	}
+	l, err := s.lock()
+	if err != nil {
+		return nil, err
+	}
+	defer l.unlock()
+	if moved, err = s.repair(l, names, stands); err != nil {
+		return moved, fmt.Errorf("setting aside what is no lease: %w", err)
+	}
+	return moved, nil
+}
+
+// repair does the work of Repair under the lock, for files that may be gone by now or be those of a lease. It goes on after an
+// error.
+func (s *Store) repair(l lock, names []string, stands func(netip.Addr) (bool, error)) (moved []string, err error) {
+	now, err := s.now()
+	if err != nil {
+		return nil, err
+	}
+	var errs []error
+	for _, name := range names {
+		var path string
+		if a, ok := addressNamed(name); ok {
+			path, err = s.repairAddress(l, a, stands, now)
+		} else {
+			path, err = s.repairName(name)
+		}
+		if path != "" {
+			moved = append(moved, path)
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return moved, errors.Join(errs...)
+}
+
+// repairName sets a file aside that is no attachment's, or no longer. It returns its new path, or nothing where it is left.
+func (s *Store) repairName(name string) (path string, err error) {
+	if isAttachment(name) {
+		if _, err = s.read(name); !errors.Is(err, errNoLease) {
+			return "", nil // it is one, or that cannot be told now
+		}
+		containerID, ifname, _ := strings.Cut(name, "@")
+		held, err := s.addressesOf(containerID, ifname)
+		if err != nil || len(held) > 0 {
+			return "", err
+		}
+	}
+	return s.newPlace(name, rename)
+}
+
+// repairAddress frees an address that is nobody's. It returns the new path of its file, or nothing where it is left.
+func (s *Store) repairAddress(l lock, a netip.Addr, stands func(netip.Addr) (bool, error), now time.Duration) (path string, err error) {
+	name := a.String()
+	if _, err = s.read(name); !errors.Is(err, errNoLease) {
+		return "", nil // somebody can be told to hold it, or that cannot be told now
+	}
+	claimed, err := s.claimed(name)
+	if err != nil || claimed {
+		return "", err
+	}
+	standing, err := stands(a)
+	if err != nil || standing {
+		return "", err
+	}
+	info, err := os.Lstat(s.path(name))
+	if err != nil {
+		return "", err
+	}
+	if info.IsDir() {
+		return s.newPlace(name, rename)
+	}
+	if path, err = s.newPlace(name, os.Link); err != nil {
+		return "", err
+	}
+	return path, s.cool(l, []netip.Addr{a}, now)
+}
+
+// claimed says whether the file of that name is also that of an attachment.
+func (s *Store) claimed(name string) (bool, error) {
+	file, err := os.Lstat(s.path(name))
+	if err != nil {
+		return false, err
+	}
+	names, err := s.names()
+	if err != nil {
+		return false, err
+	}
+	for _, other := range names {
+		if !isAttachment(other) {
+			continue
+		}
+		if info, statErr := os.Lstat(s.path(other)); statErr == nil && os.SameFile(file, info) {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// setAside moves a file away that is in the way.
+func (s *Store) setAside(name string) error {
+	_, err := s.newPlace(name, rename)
+	return err
+}
+
+// newPlace gives a file a path that nothing has where it is aside, by rename or link.
+func (s *Store) newPlace(name string, move func(from, to string) error) (path string, err error) {
+	if err = unix.Mkdir(s.path(aside), 0o700); err != nil && !errors.Is(err, unix.EEXIST) {
+		return "", &fs.PathError{Op: "mkdir", Path: s.path(aside), Err: err}
+	}
+	path = filepath.Join(s.path(aside), name)
+	for i := 1; ; i++ {
+		if _, err = os.Lstat(path); err != nil {
+			break
+		}
+		path = fmt.Sprintf("%s.%d", filepath.Join(s.path(aside), name), i)
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return "", err
+	}
+	return path, move(s.path(name), path)
+}

@@ -1,0 +1,251 @@
+package ipam_test
+
+import (
+	"errors"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/warren-cni/warren/pkg/ipam"
+)
+
+// nowhere leads to no address, and everywhere to each.
+func nowhere(netip.Addr) (bool, error)    { return false, nil }
+func everywhere(netip.Addr) (bool, error) { return true, nil }
+
+// write puts something into a directory.
+func write(t *testing.T, dir, name, text string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// repair repairs and returns the names of what was moved.
+func repair(t *testing.T, s *ipam.Store, stands func(netip.Addr) (bool, error)) (moved []string) {
+	t.Helper()
+	paths, err := s.Repair(stands)
+	if err != nil {
+		t.Error(err)
+	}
+	for _, path := range paths {
+		if _, err = os.Lstat(path); err != nil {
+			t.Error(err)
+		}
+		moved = append(moved, filepath.Base(path))
+	}
+	slices.Sort(moved)
+	return moved
+}
+
+// Whatever is in the directory keeps nobody from leasing, listing and releasing, and is set aside.
+func TestForeignFilesBlockNothing(t *testing.T) {
+	foreign := map[string]func(path string) error{
+		"file":      func(path string) error { return os.WriteFile(path, []byte("hello"), 0o600) },
+		"empty":     func(path string) error { return os.WriteFile(path, nil, 0o600) },
+		"directory": func(path string) error { return os.MkdirAll(filepath.Join(path, "x"), 0o700) },
+		"pipe":      func(path string) error { return unix.Mkfifo(path, 0o600) },
+		"link":      func(path string) error { return os.Symlink("/dev/zero", path) },
+		"dangling":  func(path string) error { return os.Symlink("/nowhere", path) },
+		"socket":    func(path string) error { return unix.Mknod(path, unix.S_IFSOCK|0o600, 0) },
+	}
+	for kind, put := range foreign {
+		for _, name := range []string{"notes", ".notes", "c9@eth0", "@", "10.0.0.2", "fd00::2", "FD00::3", ".new", ".cooling", ".boot", ".lock"} {
+			t.Run(kind+"/"+name, func(t *testing.T) {
+				dir := t.TempDir()
+				if err := put(filepath.Join(dir, name)); err != nil {
+					t.Fatal(err)
+				}
+				s := open(t, dir)
+				if _, err := s.StartBoot(); err != nil {
+					t.Error(err)
+				}
+				if err := s.Room(prefixes("10.0.0.0/24")); err != nil {
+					t.Error(err)
+				}
+				leased := allocate(t, s, prefixes("10.0.0.0/24", "fd00::/64"), owner(1))
+				repair(t, s, nowhere)
+				if leases, err := s.List(); err != nil || len(leases) != 1 {
+					t.Errorf("leases %v, %v", leases, err)
+				}
+				if owners, err := s.Owners(); err != nil || !slices.Equal(owners, []ipam.Owner{owner(1)}) {
+					t.Errorf("owners %v, %v", owners, err)
+				}
+				if diff := cmp.Diff(leased, release(t, s, owner(1)), equal); diff != "" {
+					t.Errorf("released (-want +got):\n%s", diff)
+				}
+				left := slices.DeleteFunc(names(t, dir), func(name string) bool { return name == ".aside" || name == ".boot" })
+				if len(left) > 0 {
+					t.Errorf("left: %v", left)
+				}
+			})
+		}
+	}
+}
+
+// Whoever finds something in the place of the lock's file at the same time takes away nobody's new lock: one after the other leases.
+func TestForeignLockIsReplacedOnce(t *testing.T) {
+	for range 20 {
+		dir := t.TempDir()
+		if err := os.Mkdir(filepath.Join(dir, ".lock"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		var group sync.WaitGroup
+		for i := range 16 {
+			s := open(t, dir)
+			group.Go(func() {
+				if _, err := s.Allocate(prefixes("10.0.0.0/24"), owner(i)); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		group.Wait()
+		aside, err := os.ReadDir(filepath.Join(dir, ".aside"))
+		if err != nil || len(aside) != 1 {
+			t.Errorf("set aside: %v, %v", aside, err)
+		}
+		if leases, err := open(t, dir).List(); err != nil || len(leases) != 16 {
+			t.Errorf("%d leases, %v", len(leases), err)
+		}
+	}
+}
+
+// What is set aside is kept as it was, also a second time.
+func TestSetAsideIsKept(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	for i, want := range []string{"notes", "notes.1", "notes.2"} {
+		write(t, dir, "notes", want)
+		if diff := cmp.Diff([]string{want}, repair(t, s, nowhere)); diff != "" {
+			t.Errorf("%d: moved (-want +got):\n%s", i, diff)
+		}
+		if text, err := os.ReadFile(filepath.Join(dir, ".aside", want)); err != nil || string(text) != want {
+			t.Errorf("%s holds %q, %v", want, text, err)
+		}
+	}
+	if moved := repair(t, s, nowhere); len(moved) > 0 {
+		t.Errorf("moved %v", moved)
+	}
+}
+
+// A lease whose content is lost is still known by its names: nobody gets its addresses, and they end with its attachment.
+func TestLostContentFreesNothing(t *testing.T) {
+	ranges := prefixes("10.0.0.8/29", "fd00::/126")
+	for name, text := range map[string]string{
+		"cut off": `{"containerID":"c1","interf`, "empty": "", "garbage": "\x00\xff",
+		"another's": `{"containerID":"c7","interface":"eth0","addresses":["10.0.0.99"]}`,
+		"a path":    `{"containerID":"c1","interface":"eth0","addresses":["fd00::2%/../../x"]}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			s := open(t, dir)
+			passed := at(s, 0)
+			held := allocate(t, s, ranges, owner(1))
+			write(t, dir, "c1@eth0", text) // all its names are one file
+			if moved := repair(t, s, nowhere); len(moved) > 0 {
+				t.Errorf("moved %v", moved)
+			}
+			if owners, err := s.Owners(); err != nil || !slices.Equal(owners, []ipam.Owner{{ContainerID: "c1", Interface: "eth0"}}) {
+				t.Errorf("owners %v, %v", owners, err)
+			}
+			if _, err := s.List(); err == nil || !strings.Contains(err.Error(), "c1@eth0") {
+				t.Errorf("error %v, want one that names the file", err)
+			}
+			if as := allocate(t, s, ranges, owner(2)); as[0] == held[0] || as[1] == held[1] {
+				t.Errorf("leased %v, which %v holds", as, held)
+			}
+			passed(coolDown)
+			forget(t, s)
+			if _, err := s.Allocate(ranges, owner(3)); !errors.As(err, new(*ipam.ExhaustedError)) {
+				t.Errorf("leased from the exhausted range, %v", err)
+			}
+			if diff := cmp.Diff(held, release(t, s, owner(1)), equal); diff != "" {
+				t.Errorf("released (-want +got):\n%s", diff)
+			}
+			passed(coolDown)
+			forget(t, s)
+			if diff := cmp.Diff(held[1:], allocate(t, s, prefixes("fd00::/126"), owner(4)), equal); diff != "" {
+				t.Errorf("leased again (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// An address whose holder nobody can tell stays taken while the kernel leads to it, and then cools down.
+func TestAddressWithoutHolder(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	passed := at(s, 0)
+	one := prefixes("10.0.0.0/30")
+	allocate(t, s, one, owner(1))
+	write(t, dir, "c1@eth0", "garbage")
+	if err := os.Remove(filepath.Join(dir, "c1@eth0")); err != nil {
+		t.Fatal(err)
+	}
+	refused := func(when string) {
+		t.Helper()
+		if as, err := s.Allocate(one, owner(2)); !errors.As(err, new(*ipam.ExhaustedError)) {
+			t.Fatalf("%s: leased %v, %v", when, as, err)
+		}
+	}
+	unknown := func(netip.Addr) (bool, error) { return false, unix.EIO }
+	if moved, err := s.Repair(unknown); err == nil || len(moved) > 0 {
+		t.Errorf("moved %v, %v, without knowing what stands", moved, err)
+	}
+	if moved := repair(t, s, everywhere); len(moved) > 0 {
+		t.Errorf("moved %v, which stands", moved)
+	}
+	if owners, err := s.Owners(); err != nil || len(owners) > 0 {
+		t.Errorf("owners %v, %v", owners, err)
+	}
+	passed(coolDown)
+	forget(t, s)
+	refused("while a route stands")
+	if diff := cmp.Diff([]string{"10.0.0.2"}, repair(t, s, nowhere)); diff != "" {
+		t.Errorf("moved (-want +got):\n%s", diff)
+	}
+	refused("while it cools down")
+	passed(coolDown)
+	forget(t, s)
+	allocate(t, s, one, owner(2))
+}
+
+// An attachment's file that was replaced is not its lease any more, but what it held is found by what the addresses' files say.
+func TestReplacedFile(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	held := allocate(t, s, prefixes("10.0.0.0/24"), owner(1))
+	if err := os.Remove(filepath.Join(dir, "c1@eth0")); err != nil {
+		t.Fatal(err)
+	}
+	write(t, dir, "c1@eth0", "garbage")
+	if moved := repair(t, s, nowhere); len(moved) > 0 {
+		t.Errorf("moved %v", moved)
+	}
+	if diff := cmp.Diff(held, release(t, s, owner(1)), equal); diff != "" {
+		t.Errorf("released (-want +got):\n%s", diff)
+	}
+}
+
+// An ADD that is under way, and what a killed one leaves, is not repaired: who holds it can be told.
+func TestRepairLeavesWhatIsHeld(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	allocate(t, s, prefixes("10.0.0.0/24"), owner(1))
+	if err := os.Remove(filepath.Join(dir, "c1@eth0")); err != nil {
+		t.Fatal(err)
+	}
+	if moved := repair(t, s, nowhere); len(moved) > 0 {
+		t.Errorf("moved %v", moved)
+	}
+	if owners, err := s.Owners(); err != nil || !slices.Equal(owners, []ipam.Owner{owner(1)}) {
+		t.Errorf("owners %v, %v", owners, err)
+	}
+}

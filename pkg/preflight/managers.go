@@ -1,0 +1,111 @@
+package preflight
+
+import (
+	"errors"
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+)
+
+// The processes of the programs that configure networks, as the kernel shortens their names.
+const (
+	networkdProcess       = "systemd-network"
+	networkManagerProcess = "NetworkManager"
+)
+
+// networkManagers looks for programs that would take Warren's routes or links for stray ones.
+func networkManagers(f Facts, _ Wanted) ([]Finding, error) {
+	if f.Programs.Err != nil {
+		return nil, f.Programs.Err
+	}
+	var findings []Finding
+	var errs []error
+	if slices.Contains(f.Programs.Value, networkdProcess) {
+		errs = append(errs, f.Networkd.Err)
+		if f.Networkd.Err == nil {
+			findings = append(findings, networkd(f.Networkd.Value)...)
+		}
+	}
+	if slices.Contains(f.Programs.Value, networkManagerProcess) {
+		errs = append(errs, f.NetworkManager.Err)
+		if f.NetworkManager.Err == nil {
+			findings = append(findings, networkManager(f.NetworkManager.Value)...)
+		}
+	}
+	return findings, errors.Join(errs...)
+}
+
+// networkd looks whether systemd-networkd leaves routes and rules of others alone. Its default is not to.
+func networkd(texts []string) []Finding {
+	var missing []string
+	for _, key := range []string{"ManageForeignRoutes", "ManageForeignRoutingPolicyRules"} {
+		if value := strings.ToLower(last(texts, "Network", key)); !slices.Contains([]string{"no", "false", "off", "0"}, value) {
+			missing = append(missing, key+"=no")
+		}
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	return []Finding{{
+		Severity: Warning, Code: "NetworkdManagesRoutes", Object: "systemd-networkd",
+		Message: "it removes the routes and rules of others when it starts or a link changes: pods lose their way to other nodes until warrend repairs it, within 10 s",
+		Remedy: fmt.Sprintf(`mkdir -p /etc/systemd/networkd.conf.d && printf '[Network]\n%s\n' > /etc/systemd/networkd.conf.d/90-warren.conf && systemctl restart systemd-networkd`,
+			strings.Join(missing, `\n`)),
+	}}
+}
+
+// networkManager looks whether NetworkManager leaves Warren's links alone.
+func networkManager(texts []string) []Finding {
+	devices := strings.FieldsFunc(last(texts, "keyfile", "unmanaged-devices"), func(r rune) bool { return r == ';' || r == ',' })
+	unmanaged := func(link string) bool {
+		matches := false
+		for _, device := range devices {
+			named, except := strings.CutPrefix(strings.TrimSpace(device), "except:")
+			pattern := strings.TrimPrefix(named, "interface-name:") // or the name alone, or "*"
+			ok, err := path.Match(strings.TrimPrefix(pattern, "="), link)
+			if ok = ok && err == nil; ok && except {
+				return false
+			}
+			matches = matches || ok
+		}
+		return matches
+	}
+	if unmanaged(ownTunnel) && unmanaged(ownPods+"0123456789ab") {
+		return nil
+	}
+	return []Finding{{
+		Severity: Warning, Code: "NetworkManagerManagesLinks", Object: "NetworkManager",
+		Message: "it may take the links of pods and the tunnel for its own, and change their addresses and routes",
+		Remedy: fmt.Sprintf(`printf '[keyfile]\nunmanaged-devices+=interface-name:%s*;interface-name:%s\n' > /etc/NetworkManager/conf.d/90-warren.conf && systemctl reload NetworkManager`,
+			ownPods, ownTunnel),
+	}}
+}
+
+// last returns the value that a key of a section has at the end of configuration files (systemd.syntax(7), NetworkManager.conf(5)):
+// "key=" sets it, "key+=" adds to it with a semicolon.
+func last(texts []string, section, key string) string {
+	value := ""
+	for _, text := range texts {
+		here := ""
+		for line := range strings.Lines(text) {
+			line = strings.TrimSpace(line)
+			if name, ok := strings.CutPrefix(line, "["); ok {
+				here = strings.TrimSuffix(name, "]")
+				continue
+			}
+			name, set, ok := strings.Cut(line, "=")
+			if !ok || here != section || strings.HasPrefix(line, "#") || strings.HasPrefix(line, ";") {
+				continue
+			}
+			name, set = strings.TrimSpace(name), strings.TrimSpace(set)
+			switch name {
+			case key:
+				value = set
+			case key + "+":
+				value = strings.TrimPrefix(value+";"+set, ";")
+			}
+		}
+	}
+	return value
+}

@@ -1,0 +1,197 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strings"
+	"testing"
+
+	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/containernetworking/plugins/pkg/ns"
+	"golang.org/x/sys/unix"
+
+	"github.com/warren-cni/warren/pkg/agentapi"
+	"github.com/warren-cni/warren/pkg/inflight"
+)
+
+// nothingValid makes a GC's configuration that names no attachment as valid.
+func nothingValid(c map[string]any) { c["cni.dev/valid-attachments"] = []any{} }
+
+// mustExec runs a command of the plugin, which has to succeed.
+func (n *node) mustExec(p *pod, command string, change ...func(map[string]any)) string {
+	n.t.Helper()
+	out, stderr, err := n.exec(p, command, change...)
+	if err != nil || stderr != "" {
+		n.t.Fatalf("%s of %s: %v\n%s%s", command, p.rt.ContainerID, err, out, stderr)
+	}
+	return out
+}
+
+// TestGCBesideADD: a GC that begins while an ADD is at work, and ends before or after it, takes nothing of it away, although the
+// runtime does not name its attachment yet. It does what else there is to do meanwhile, and waits for nobody.
+func TestGCBesideADD(t *testing.T) {
+	n := newNode(t)
+	p, gone := n.newPod("web"), n.newPod("gone")
+	n.mustAdd(gone)
+	withoutGone := func(state string) string { return strings.ReplaceAll(state, "c-gone", "") }
+	n.daemon.answers(func(req agentapi.Request) *agentapi.Error {
+		if req.Op == agentapi.OpAttach {
+			n.within(func() { n.mustExec(p, "GC", nothingValid) })
+		}
+		return nil
+	})
+	result := n.mustExec(p, "ADD")
+	n.daemon.answers(nil)
+	n.mustExec(p, "CHECK", func(c map[string]any) { c["prevResult"] = json.RawMessage(result) })
+	if state := n.state(p); withoutGone(state) != state {
+		t.Errorf("GC left what it had to remove:\n%s", state)
+	}
+	// The control: once the ADD is over the same GC takes everything.
+	n.mustExec(p, "GC", nothingValid)
+	if left := run(t, n, "ip -br link show type veth; ls "+n.runDir+"/ipam"); left != "" || len(n.open()) > 0 {
+		t.Errorf("GC of all left %q and %v", left, n.open())
+	}
+}
+
+// TestDELBesideADD: a DEL of an attachment whose ADD is still at work waits for it, so that nothing of it comes afterwards.
+func TestDELBesideADD(t *testing.T) {
+	n := newNode(t)
+	p := n.newPod("web")
+	before := n.state(p)
+	deleted := make(chan string)
+	n.daemon.answers(func(req agentapi.Request) *agentapi.Error {
+		if req.Op != agentapi.OpAttach {
+			return nil
+		}
+		go n.within(func() {
+			out, stderr, err := n.exec(p, "DEL")
+			if err != nil {
+				t.Error(err)
+			}
+			deleted <- out + stderr
+		})
+		n.untilSomebodyWaits()
+		return nil
+	})
+	n.mustExec(p, "ADD")
+	if out := <-deleted; out != "" {
+		t.Error(out)
+	}
+	n.unchanged(before, p)
+}
+
+// TestGCGoesOn: what cannot be removed is in the error, and keeps nothing else from being removed.
+func TestGCGoesOn(t *testing.T) {
+	n := newNode(t)
+	before := n.state()
+	for _, name := range []string{"one", "two", "three"} {
+		n.mustAdd(n.newPod(name))
+	}
+	obstacle := filepath.Join(n.runDir, "ipam", ".cooling", "10.244.1.3", "x") // where the address of the second would cool down
+	if err := os.MkdirAll(obstacle, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	out, _, err := n.exec(&pod{}, "GC", nothingValid)
+	if err == nil || !strings.Contains(out, "c-two@eth0") || strings.Contains(out, "c-one") || strings.Contains(out, "c-three") {
+		t.Errorf("GC: %v: %s, want an error that names the second alone", err, out)
+	}
+	left := run(t, n, "ip -br link show type veth; cd "+n.runDir+"/ipam; ls -d [0-9c]*")
+	if strings.TrimSpace(left) != "10.244.1.3" || len(n.open()) > 0 {
+		t.Errorf("GC left %q and %v", left, n.open())
+	}
+	if err = os.RemoveAll(filepath.Dir(obstacle)); err != nil {
+		t.Fatal(err)
+	}
+	n.mustExec(&pod{}, "GC", nothingValid)
+	n.unchanged(before)
+}
+
+// within calls do on a thread that is on the node.
+func (n *node) within(do func()) {
+	err := n.Do(func(ns.NetNS) error {
+		do()
+		return nil
+	})
+	if err != nil {
+		n.t.Error(err)
+	}
+}
+
+// untilSomebodyWaits returns when a process waits for the lock of an attachment.
+func (n *node) untilSomebodyWaits() {
+	var file unix.Stat_t
+	if err := unix.Stat(filepath.Join(n.runDir, inflight.FileName), &file); err != nil {
+		n.t.Error(err)
+		return
+	}
+	waits := regexp.MustCompile(fmt.Sprintf(`-> OFDLCK .*:%d `, file.Ino))
+	for n.t.Context().Err() == nil {
+		locks, err := os.ReadFile("/proc/locks")
+		if err != nil {
+			n.t.Error(err)
+			return
+		}
+		if waits.Match(locks) {
+			return
+		}
+		runtime.Gosched()
+	}
+}
+
+// TestGC: exactly what the runtime does not name is removed, and nothing where it names no list.
+func TestGC(t *testing.T) {
+	n := newNode(t)
+	kept := n.newPod("kept")
+	n.mustAdd(kept)
+	before := n.state(kept)
+
+	gone, orphan, killed := n.newPod("gone"), n.newPod("orphan"), n.newPod("killed")
+	for _, p := range []*pod{gone, orphan, killed} {
+		n.mustAdd(p)
+	}
+	run(t, n, "cd "+n.runDir+"/ipam; rm c-orphan@eth0 10.244.1.4 fd00:10:244:1::4") // a link without a lease
+	run(t, n, "cd "+n.runDir+"/ipam; rm c-killed@eth0 10.244.1.5; ipset del WARREN-READY4 10.244.1.4; ipset del WARREN-READY6 fd00:10:244:1::4; "+
+		"ipset del WARREN-READY4 10.244.1.5") // what a killed DEL leaves
+	full := n.state(kept)
+
+	for name, change := range map[string]func(map[string]any){
+		"without the key": func(map[string]any) {},
+		"with null":       func(c map[string]any) { c["cni.dev/valid-attachments"] = nil },
+	} {
+		if out, _, err := n.exec(kept, "GC", change); err != nil {
+			t.Errorf("GC %s: %v: %s", name, err, out)
+		}
+		n.unchanged(full, kept)
+	}
+
+	// A file that is no lease keeps GC from nothing.
+	junk := filepath.Join(n.runDir, "ipam", "junk")
+	if err := os.WriteFile(junk, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n.cni = libcni.NewCNIConfigWithCacheDir([]string{binaries}, t.TempDir(), executor()) // so that libcni itself deletes nothing
+	list := n.conflist()
+	args := &libcni.GCArgs{ValidAttachments: []types.GCAttachment{{ContainerID: "c-kept", IfName: "eth0"}, {ContainerID: "c-never", IfName: "eth0"}}}
+	err := n.cni.GCNetworkList(context.Background(), list, args)
+	if err != nil {
+		t.Errorf("GC: %v", err)
+	}
+	if err = os.Remove(junk); err != nil {
+		t.Fatal(err)
+	}
+	n.unchanged(before, kept)
+
+	args.ValidAttachments = []types.GCAttachment{}
+	if err = n.cni.GCNetworkList(context.Background(), list, args); err != nil {
+		t.Errorf("GC of all: %v", err)
+	}
+	if left := run(t, n, "ip -br link show type veth; ls "+n.runDir+"/ipam"); left != "" || len(n.open()) > 0 {
+		t.Errorf("GC of all left %q and %v", left, n.open())
+	}
+}

@@ -1,0 +1,176 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/containernetworking/cni/pkg/types"
+
+	"github.com/warren-cni/warren/pkg/agentapi"
+)
+
+// TestDelWithLess: DEL succeeds, and leaves nothing, whatever is not there any more or is not what it was; and so does a second one.
+func TestDelWithLess(t *testing.T) {
+	tests := map[string]struct {
+		prepare func(*node, *pod)
+		config  func(map[string]any)
+	}{
+		"nothing missing":           {},
+		"no netns":                  {prepare: func(_ *node, p *pod) { p.rt.NetNS = "" }},
+		"netns of another":          {prepare: func(_ *node, p *pod) { p.rt.NetNS = "/proc/self/ns/net" }},
+		"no CNI_ARGS":               {prepare: func(_ *node, p *pod) { p.rt.Args = nil }},
+		"CNI_ARGS that are none":    {prepare: func(_ *node, p *pod) { p.rt.Args = [][2]string{{"IgnoreUnknown", "perhaps"}} }},
+		"no daemon":                 {prepare: func(n *node, _ *pod) { n.stop() }},
+		"daemon that refuses all":   {prepare: func(n *node, _ *pod) { n.daemon.answers(refuseAll) }},
+		"no previous result":        {config: func(c map[string]any) { delete(c, "prevResult") }},
+		"previous result is null":   {config: func(c map[string]any) { c["prevResult"] = nil }},
+		"previous result is text":   {config: func(c map[string]any) { c["prevResult"] = "garbage" }},
+		"previous result of others": {config: func(c map[string]any) { c["prevResult"] = map[string]any{"cniVersion": "9.9.9", "ips": 7} }},
+		"no ranges, no MTU":         {config: func(c map[string]any) { delete(c, "ranges"); delete(c, "mtu") }},
+		"other ranges":              {config: func(c map[string]any) { c["ranges"] = []string{"10.99.0.0/24"} }},
+		"link gone": {prepare: func(n *node, _ *pod) {
+			run(n.t, n, "ip -o link show type veth | grep -o 'wrn[^@]*' | xargs -n 1 ip link del")
+		}},
+		"lease gone":          {prepare: func(n *node, _ *pod) { run(n.t, n, "rm -r "+n.runDir+"/ipam; "+closeAll) }},
+		"run directory gone":  {prepare: func(n *node, _ *pod) { n.stop(); run(n.t, n, "rm -r "+n.runDir+"; "+closeAll) }},
+		"gate emptied":        {prepare: func(n *node, _ *pod) { run(n.t, n, closeAll) }},
+		"lock is a directory": {prepare: func(n *node, _ *pod) { run(n.t, n, "cd "+n.runDir+"; rm attachments.lock; mkdir attachments.lock") }},
+		"older specification": {config: func(c map[string]any) { c["cniVersion"] = "0.4.0" }},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			p := n.newPod("web")
+			before := n.state(p)
+			result := n.mustExec(p, "ADD")
+			if tt.prepare != nil {
+				tt.prepare(n, p)
+			}
+			change := func(c map[string]any) {
+				c["prevResult"] = json.RawMessage(result)
+				if tt.config != nil {
+					tt.config(c)
+				}
+			}
+			for range 2 {
+				if out := n.mustExec(p, "DEL", change); out != "" {
+					t.Errorf("DEL wrote %s", out)
+				}
+			}
+			n.unchanged(before, p)
+		})
+	}
+}
+
+// refuseAll is a daemon that refuses everything.
+func refuseAll(agentapi.Request) *agentapi.Error { return &agentapi.Error{Code: 999, Message: "no"} }
+
+// closeAll empties the start gate, of which a test wants to see nothing left that is not the plugin's to remove.
+const closeAll = "ipset flush WARREN-READY4; ipset flush WARREN-READY6"
+
+// TestDelsOfOneContainer at once: one does it, the others have nothing to do, and none fails.
+func TestDelsOfOneContainer(t *testing.T) {
+	n := newNode(t)
+	p, other := n.newPod("web"), n.newPod("other")
+	n.mustAdd(other)
+	before := n.state(p, other)
+	n.mustAdd(p)
+	same := make([]*pod, 20)
+	for i := range same {
+		same[i] = p
+	}
+	n.atOnce(same, n.del)
+	n.unchanged(before, p, other)
+}
+
+// TestKilledAddAtEveryStep kills ADD at each of its system calls that change something, in turn. What it leaves goes with a DEL, or
+// with a GC, and then the pod can be attached.
+func TestKilledAddAtEveryStep(t *testing.T) {
+	n := newNode(t)
+	p := n.newPod("web")
+	before := n.state(p)
+	// strace counts the calls of each kind, and of each thread, by themselves. How many there are at least is the control.
+	for kind, least := range map[string]int{"sendto": 2, "write": 2, "linkat": 2, "renameat": 1, "connect": 1, "setns": 1, "fcntl": 3} {
+		calls := 0
+		for n.killedAt(p, "ADD", kind, calls+1) {
+			calls++
+			command := []string{"DEL", "GC"}[calls%2]
+			if out := n.mustExec(p, command, nothingValid); out != "" {
+				t.Errorf("%s wrote %s", command, out)
+			}
+			n.unchanged(before, p)
+			if t.Failed() {
+				t.Fatalf("after ADD was killed at call %d of %s", calls, kind)
+			}
+		}
+		if calls < least {
+			t.Errorf("killed at %d calls of %s, want at least %d", calls, kind, least)
+		}
+		n.mustExec(p, "DEL") // the last one was not killed
+		n.unchanged(before, p)
+	}
+	n.mustAdd(p)
+}
+
+// TestFailedAddAtEveryStep has the kernel refuse each of ADD's system calls that change something, in turn: ADD fails and has undone
+// all, or does without.
+func TestFailedAddAtEveryStep(t *testing.T) {
+	n := newNode(t)
+	p := n.newPod("web")
+	before := n.state(p)
+	for kind, fault := range map[string]struct {
+		err   string
+		least int
+	}{
+		"sendto": {"ENOBUFS", 2}, "write": {"ENOSPC", 2}, "linkat": {"ENOSPC", 2}, "renameat": {"EROFS", 1}, "connect": {"ECONNREFUSED", 1}, "setns": {"EPERM", 1},
+	} {
+		failed, passed := 0, 0
+		for at := 1; passed < 3; at++ { // a call after the last one, or some that ADD does without, in a row
+			n.under = strace(fmt.Sprintf("%s:error=%s:when=%d", kind, fault.err, at))
+			out, stderr, err := n.exec(p, "ADD")
+			n.under = nil
+			if err == nil {
+				passed++
+				n.mustExec(p, "DEL")
+			} else {
+				failed, passed = failed+1, 0
+				if json.Unmarshal([]byte(out), &types.Error{}) != nil { // Go's runtime did not bear it, which is as if it was killed
+					t.Logf("%s %d: %v: %s", kind, at, err, strings.SplitN(stderr, "\n", 2)[0])
+					n.mustExec(p, "DEL")
+				}
+			}
+			n.unchanged(before, p)
+			if t.Failed() {
+				t.Fatalf("after call %d of %s failed: %v\n%s", at, kind, err, out)
+			}
+		}
+		if failed < fault.least {
+			t.Errorf("ADD failed by %d calls of %s, want at least %d", failed, kind, fault.least)
+		}
+	}
+	n.mustAdd(p)
+}
+
+// strace is a command under which a system call of a program does not do what it should.
+func strace(inject string) []string {
+	return []string{"strace", "-f", "-qq", "-o", "/dev/null", "-e", "inject=" + inject}
+}
+
+// killedAt runs a command of the plugin, kills it at its n-th system call of a kind, and says whether there was one.
+func (n *node) killedAt(p *pod, command, kind string, at int) bool {
+	n.t.Helper()
+	n.under = strace(fmt.Sprintf("%s:signal=KILL:when=%d", kind, at))
+	out, stderr, err := n.exec(p, command)
+	n.under = nil
+	var exit *exec.ExitError
+	if killed := errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL; err == nil || killed {
+		return killed
+	}
+	n.t.Fatalf("%s: %v\n%s%s", command, err, out, stderr)
+	return false
+}
