@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/warren-cni/warren/pkg/netfilter"
+	"github.com/warren-cni/warren/pkg/nlbatch"
 )
 
 // ErrMissing says that a set of the gate does not exist. The rule of the gate refers to the sets, so that there is no gate
@@ -21,24 +22,30 @@ var ErrMissing = errors.New("the start gate does not stand")
 // Close takes the addresses out of the sets, in the network namespace of the calling thread. An address that is not in them
 // is closed already. All addresses are tried, whatever happens to one.
 func Close(addresses []netip.Addr) error {
-	var errs []error
-	for _, a := range addresses {
-		set := netfilter.ReadySet(netfilter.FamilyOf(a))
-		err := remove(set, a)
-		if errors.Is(err, unix.ENOENT) {
-			err = ErrMissing
-		}
-		if err != nil {
-			errs = append(errs, fmt.Errorf("closing the start gate for %s: set %s: %w", a, set, err))
-		}
+	if len(addresses) == 0 {
+		return nil
 	}
-	return errors.Join(errs...)
+	kernel, err := nlbatch.Open(unix.NETLINK_NETFILTER)
+	if err != nil {
+		return err
+	}
+	defer kernel.Close()
+	steps := make([]nlbatch.Step, len(addresses))
+	for i, a := range addresses {
+		set := netfilter.ReadySet(netfilter.FamilyOf(a))
+		steps[i] = nlbatch.Step{What: fmt.Sprintf("closing the start gate for %s: set %s", a, set), Request: removal(set, a)}
+	}
+	err = kernel.Do(steps...)
+	if errors.Is(err, unix.ENOENT) {
+		err = fmt.Errorf("%w: %w", ErrMissing, err)
+	}
+	return err
 }
 
-// remove deletes an address from a set. Without NLM_F_EXCL the kernel answers success where the address is not in it.
-// (netlink.IpsetDel cannot be used: it panics on errors that are not error numbers.)
-func remove(set string, a netip.Addr) error {
-	req := nl.NewNetlinkRequest(nl.IPSET_CMD_DEL|unix.NFNL_SUBSYS_IPSET<<8, unix.NLM_F_ACK)
+// removal makes a message that deletes an address from a set. Without NLM_F_EXCL the kernel answers success where the address is not in
+// it. (netlink.IpsetDel cannot be used: it panics on errors that are not error numbers.)
+func removal(set string, a netip.Addr) *nl.NetlinkRequest {
+	req := nl.NewNetlinkRequest(nl.IPSET_CMD_DEL|unix.NFNL_SUBSYS_IPSET<<8, 0)
 	req.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_UNSPEC, Version: nl.NFNETLINK_V0})
 	req.AddData(nl.NewRtAttr(nl.IPSET_ATTR_PROTOCOL, nl.Uint8Attr(nl.IPSET_PROTOCOL)))
 	req.AddData(nl.NewRtAttr(nl.IPSET_ATTR_SETNAME, nl.ZeroTerminated(set)))
@@ -51,6 +58,5 @@ func remove(set string, a netip.Addr) error {
 	ip.AddRtAttr(kind|unix.NLA_F_NET_BYTEORDER, a.AsSlice())
 	data.AddChild(ip)
 	req.AddData(data)
-	_, err := req.Execute(unix.NETLINK_NETFILTER, 0)
-	return err
+	return req
 }

@@ -11,6 +11,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/warren-cni/warren/pkg/nlbatch"
 )
 
 // inet6 is the directory of IPv6's settings of each device; a kernel without IPv6 has none.
@@ -31,7 +33,7 @@ func Attach(netns string, p Pair) error {
 	if err != nil {
 		return err
 	}
-	defer r.close()
+	defer r.Close()
 	err = r.create(pod, p)
 	if errors.Is(err, fs.ErrExist) {
 		reclaimed, reclaimErr := reclaim(pod, p.Pod.Name)
@@ -51,10 +53,10 @@ func Attach(netns string, p Pair) error {
 	if err == nil {
 		// The host end went up without a carrier, and sends only once the kernel's link watch has seen that it has one now. That
 		// happens when somebody looks (rtnl_getlink), and otherwise a little later: too late for the pod's first packet.
-		err = r.do([]step{{"looking at " + p.Host.Name, link(unix.RTM_GETLINK, 0, byName), false}})
+		err = r.Do(nlbatch.Step{What: "looking at " + p.Host.Name, Request: link(unix.RTM_GETLINK, 0, byName)})
 	}
 	if err != nil {
-		return errors.Join(err, r.do([]step{{"deleting " + p.Host.Name, link(unix.RTM_DELLINK, 0, byName), true}}))
+		return errors.Join(err, r.Do(unlessGone("deleting "+p.Host.Name, link(unix.RTM_DELLINK, 0, byName))))
 	}
 	return nil
 }
@@ -76,7 +78,7 @@ func (r rtnl) create(pod ns.NetNS, p Pair) error {
 	request := about(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL, nl.NewIfInfomsg(unix.AF_UNSPEC), []nl.NetlinkRequestData{
 		nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(p.Host.Name)), mtu(), nl.NewRtAttr(unix.IFLA_ADDRESS, p.Host.MAC[:]), info,
 	})
-	return r.do([]step{{"making the devices " + p.Host.Name + " and, in the pod, " + p.Pod.Name, request, false}})
+	return r.Do(nlbatch.Step{What: "making the devices " + p.Host.Name + " and, in the pod, " + p.Pod.Name, Request: request})
 }
 
 // configure puts everything on the end's device, in the calling thread's network namespace, and returns when it is in use.
@@ -85,7 +87,7 @@ func (e *End) configure() error {
 	if err != nil {
 		return err
 	}
-	defer r.close()
+	defer r.Close()
 	settled, err := watchSettling(e.Addresses)
 	if err != nil {
 		return err
@@ -110,14 +112,14 @@ func (r rtnl) configure(e *End) error {
 	if err != nil {
 		return fmt.Errorf("configuring IPv6 on %s: %w", e.Name, err)
 	}
-	return r.do(e.steps(index, ipv6))
+	return r.Do(e.steps(index, ipv6)...)
 }
 
 // steps are the messages that put everything on the device of that index.
-func (e *End) steps(index int32, ipv6 bool) []step {
-	var steps []step
+func (e *End) steps(index int32, ipv6 bool) []nlbatch.Step {
+	var steps []nlbatch.Step
 	add := func(request *nl.NetlinkRequest, what string, args ...any) {
-		steps = append(steps, step{what: fmt.Sprintf(what, args...), request: request})
+		steps = append(steps, nlbatch.Step{What: fmt.Sprintf(what, args...), Request: request})
 	}
 	if e.NoAutoAddress && ipv6 {
 		// Before it goes up, which is when it gets one.

@@ -11,6 +11,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/warren-cni/warren/pkg/nlbatch"
 )
 
 // trashGroup is the group of the devices that wait to be deleted. It is the only group that is ever deleted as a whole, and must never
@@ -33,15 +35,15 @@ func Detach(hostName string) error {
 	if err != nil {
 		return err
 	}
-	defer r.close()
+	defer r.Close()
 	index, err := r.index(hostName)
 	if err != nil || index == 0 {
 		return err
 	}
-	err = r.do([]step{{"setting " + hostName + " down", setUp(index, false), true}})
+	err = r.Do(unlessGone("setting "+hostName+" down", setUp(index, false)))
 	if err == nil { // else it keeps the name by which the next DEL finds it
-		err = r.do([]step{{"renaming " + hostName + " to " + trashName(index), link(unix.RTM_SETLINK, index,
-			nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(trashName(index))), inTrash()), true}})
+		err = r.Do(unlessGone("renaming "+hostName+" to "+trashName(index), link(unix.RTM_SETLINK, index,
+			nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(trashName(index))), inTrash())))
 	}
 	if err != nil {
 		return fmt.Errorf("taking the device %s out of service: %w", hostName, err)
@@ -62,16 +64,16 @@ func Sweep() error {
 	if err != nil {
 		return err
 	}
-	defer r.close()
+	defer r.Close()
 	var trash []netlink.Link
-	var astray []step
+	var astray []nlbatch.Step
 	foreign := false
 	for _, l := range links {
 		a := l.Attrs()
 		ours := l.Type() == "veth" && strings.HasPrefix(a.Name, trashPrefix)
 		switch {
 		case ours && a.Group != trashGroup: // somebody has put it elsewhere
-			astray = append(astray, step{"regrouping " + a.Name, link(unix.RTM_SETLINK, indexOf(l), inTrash()), true})
+			astray = append(astray, unlessGone("regrouping "+a.Name, link(unix.RTM_SETLINK, indexOf(l), inTrash())))
 		case !ours && a.Group == trashGroup:
 			foreign = true
 		}
@@ -86,16 +88,16 @@ func Sweep() error {
 		return r.deleteEach(trash)
 	}
 	// It answers ENODEV where another has deleted them meanwhile.
-	return r.do(append(astray, step{"deleting the devices of ended pods", link(unix.RTM_DELLINK, 0, inTrash()), true}))
+	return r.Do(append(astray, unlessGone("deleting the devices of ended pods", link(unix.RTM_DELLINK, 0, inTrash())))...)
 }
 
 // deleteEach deletes devices one by one.
 func (r rtnl) deleteEach(links []netlink.Link) error {
-	steps := make([]step, 0, len(links))
+	steps := make([]nlbatch.Step, 0, len(links))
 	for _, l := range links {
-		steps = append(steps, step{"deleting " + l.Attrs().Name, link(unix.RTM_DELLINK, indexOf(l)), true})
+		steps = append(steps, unlessGone("deleting "+l.Attrs().Name, link(unix.RTM_DELLINK, indexOf(l))))
 	}
-	return r.do(steps)
+	return r.Do(steps...)
 }
 
 // indexOf returns a device's index as messages have it.
@@ -129,7 +131,7 @@ func reclaim(pod ns.NetNS, name string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	defer r.close()
+	defer r.Close()
 	return true, r.deleteEach([]netlink.Link{host})
 }
 
