@@ -198,16 +198,18 @@ func (d *Directory) load() error {
 	if err != nil {
 		return fmt.Errorf("reading directory %s: %w", d.path, err)
 	}
-	before := d.files
-	d.files = make(map[string]*file, len(entries))
+	files := make(map[string]*file, len(entries))
 	for _, entry := range entries {
 		if name := entry.Name(); isObjectFile(entry) {
-			if f := d.read(name, before[name]); f != nil {
-				d.files[name] = f
+			if f := d.read(name, d.files[name]); f != nil {
+				files[name] = f
 			}
 		}
 	}
-	d.assemble()
+	if !maps.Equal(files, d.files) { // a file that is as it was is the same one
+		d.files = files
+		d.assemble()
+	}
 	return nil
 }
 
