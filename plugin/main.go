@@ -34,11 +34,9 @@ func main() {
 	// It hardly ever has two things to do at a time but waiting; to hand them from thread to thread costs more than it gains, most of all on
 	// a busy node.
 	runtime.GOMAXPROCS(1)
-	if os.Getenv("CNI_COMMAND") == "DEL" {
-		// Without it skel fails a DEL that is done, and each one after it, where the path of the pod's network namespace leads to the node's by
-		// now: /proc/PID/ns/net of a runtime, once another process has the number.
-		_ = os.Setenv("CNI_NETNS_OVERRIDE", "1")
-	}
+	// Without it skel fails a DEL that is done, and each one after it, where the path of the pod's network namespace leads to the node's by
+	// now: /proc/PID/ns/net of a runtime, once another process has the number. ADD looks at the path itself, before it does anything.
+	_ = os.Setenv("CNI_NETNS_OVERRIDE", "1")
 	skel.PluginMainFuncs(skel.CNIFuncs{
 		Add: coded(add), Del: coded(del), Check: coded(check), GC: coded(collect), Status: coded(status),
 	}, cniversion.PluginSupports("0.4.0", "1.0.0", "1.1.0"), "CNI plugin warren "+version)
