@@ -288,15 +288,13 @@ func (s *Store) countLeased(e *ExhaustedError) error {
 	if err != nil {
 		return err
 	}
-	for _, a := range names {
-		if e.Range.Contains(a) {
-			e.Leased++
-		}
-	}
-	leases, _ := s.List() // what cannot be read is of no namespace
 	namespaces := make(map[string]int)
-	for _, lease := range leases {
-		if slices.ContainsFunc(lease.Addresses, e.Range.Contains) {
+	for _, a := range names {
+		if !e.Range.Contains(a) {
+			continue
+		}
+		e.Leased++
+		if lease, readErr := s.read(a.String()); readErr == nil { // what cannot be read is of no namespace
 			namespaces[lease.Namespace]++
 		}
 	}
