@@ -132,7 +132,7 @@ func (b *bench) measureOwn(ctx context.Context, rounds int) ([]line, error) {
 				took[j] += milliseconds(b.clock().Sub(begin)) / storm
 			}
 		}
-		return took, b.node.EndCoolDown(ctx) // which waits
+		return took, b.settle(ctx)
 	}
 	all := func(command string) error {
 		for pods := range slices.Chunk(last, storm) {
@@ -140,7 +140,7 @@ func (b *bench) measureOwn(ctx context.Context, rounds int) ([]line, error) {
 				return fmt.Errorf("%s of the crowd: %w", command, err)
 			}
 		}
-		return b.node.EndCoolDown(ctx)
+		return b.settle(ctx)
 	}
 	var single, dual, crowded [2][]float64
 	for range rounds {

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/warren-cni/warren/pkg/lab"
+	"github.com/warren-cni/warren/pkg/podlink"
 )
 
 // userHZ is the unit of the times in /proc/<pid>/stat, the same on every Linux.
@@ -180,13 +181,19 @@ func (b *bench) run(ctx context.Context, work batch) (took, cpu time.Duration, e
 	cpu, err = b.runAtOnce(ctx, work)
 	took = b.clock().Sub(begin)
 	if err == nil && work.command == "DEL" && work.daemon != nil {
-		err = b.node.EndCoolDown(ctx) // which waits
+		err = b.settle(ctx)
 	}
 	if err != nil {
 		return 0, 0, fmt.Errorf("%s %s: %w", filepath.Base(work.plugins[0].binary), work.command, err)
 	}
 	after, err := work.daemonCPU()
 	return took, cpu + after - before, err
+}
+
+// settle waits until the daemon has ended what DEL leaves to it, and deletes the links of a DEL that came while the daemon did: the next one in
+// the pod's namespace is the peer's, which does not expect one there.
+func (b *bench) settle(ctx context.Context) error {
+	return errors.Join(b.node.EndCoolDown(ctx), b.node.Do(podlink.Sweep))
 }
 
 // runAtOnce runs the command for all pods together, and returns the processor time of the programs. Each needs a thread of its own in
