@@ -156,6 +156,7 @@ func (s *stage) restartControl(across *lasting, far, client *lab.Pod) {
 		return nil
 	})
 	onServer(fmt.Sprintf(resets, "D"))
+	s.endDaemon(1, (*lab.Process).Kill) // which would put the tunnel up again sooner than the next packet comes
 	onServer("ip link set warren0 down")
 	s.pause(20 * often)
 	gun.Cease()
