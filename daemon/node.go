@@ -78,6 +78,8 @@ type node struct {
 	planned map[netip.Addr]cluster.Holder
 	// attached are the attachments whose pods asked, or were there when the daemon started; nil before. Only the loop touches it.
 	attached map[cluster.Holder]bool
+	// listed says that the leases were read as a whole. Only the loop touches it.
+	listed bool
 	// tunnelNews gets a value when a tunnel has begun to answer, or the kernel's was deleted.
 	tunnelNews chan struct{}
 	// remembered says that the mesh which is wanted stands, and is written down. Only the loop touches it.

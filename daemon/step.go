@@ -221,7 +221,7 @@ func (n *node) readAttachments(full bool, o *outcome) (cluster.Attachments, erro
 			n.attached[holder] = true
 		}
 	}
-	if !full {
+	if !full && n.listed { // else a plan would close the pods that run
 		return n.attachmentsOf(asked), nil
 	}
 	o.leaseProblems = n.repairLeases()
@@ -236,6 +236,7 @@ func (n *node) readAttachments(full bool, o *outcome) (cluster.Attachments, erro
 			return cluster.Attachments{}, err
 		}
 	}
+	n.listed = true
 	all := cluster.Attachments{All: true}
 	attached := map[cluster.Holder]bool{}
 	for _, lease := range leases {

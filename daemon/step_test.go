@@ -200,6 +200,14 @@ func TestAttachNeedsRulesThatStand(t *testing.T) {
 	}
 }
 
+// Whatever a daemon's first step comes from, it closes the gate for no pod that runs.
+func TestFirstStepClosesNobody(t *testing.T) {
+	n, _, _, pod := newStepped(t, "192.168.0.1")
+	if err := n.step(t.Context(), false); err != nil || !n.isOpen(pod) {
+		t.Errorf("error %v, the pod that runs is let pass: %v", err, n.isOpen(pod))
+	}
+}
+
 // While the guards would cut the node off nothing is applied, and nothing of it is forgotten.
 func TestWhatWasHeldBackIsApplied(t *testing.T) {
 	n, s, m, _ := newStepped(t, "192.168.0.1", netip.MustParsePrefix("10.0.0.0/8"))

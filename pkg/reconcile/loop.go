@@ -73,25 +73,14 @@ func (l *Loop) Sync(ctx context.Context) error {
 func (l *Loop) Run(ctx context.Context) {
 	audit := time.NewTimer(l.resync)
 	defer audit.Stop()
-	retry := time.NewTimer(0) // the first run
+	retry := time.NewTimer(minBackoff)
 	defer retry.Stop()
+	retry.Stop()
 	backoff := minBackoff
-	for {
-		var waiting []chan<- error
-		full := false
-		select {
-		case <-ctx.Done():
-			return
-		case <-audit.C:
-			full = true
-		case <-retry.C:
-			full = true
-		case <-l.trigger:
-		case w := <-l.waiters:
-			waiting = append(waiting, w)
-		}
+	full := true // the first run, which waits for no signal, and is no other than this where there is one already
+	var waiting []chan<- error
+	for ctx.Err() == nil {
 		waiting = l.collect(waiting)
-
 		began := l.clock()
 		err := l.step(ctx, full)
 		took := l.clock().Sub(began)
@@ -108,6 +97,18 @@ func (l *Loop) Run(ctx context.Context) {
 			backoff = minBackoff
 		}
 		pause(ctx, min(max(took, minPause), maxPause))
+
+		full, waiting = false, nil
+		select {
+		case <-ctx.Done():
+		case <-audit.C:
+			full = true
+		case <-retry.C:
+			full = true
+		case <-l.trigger:
+		case w := <-l.waiters:
+			waiting = append(waiting, w)
+		}
 	}
 }
 

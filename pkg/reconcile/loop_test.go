@@ -65,6 +65,26 @@ func bubble(t *testing.T, r *recorder, test func(t *testing.T, ctx context.Conte
 	})
 }
 
+// What is known before the loop runs is no reason for it to trust what it has not read.
+func TestFirstRunIsFull(t *testing.T) {
+	for range 100 {
+		r := &recorder{}
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			l := reconcile.New(r.step, time.Minute, time.Now)
+			l.Trigger()
+			go l.Run(ctx)
+			go l.Sync(ctx) //nolint:errcheck // it asks for a run
+			time.Sleep(time.Second)
+			synctest.Wait()
+			if len(r.fulls) == 0 || !r.fulls[0] {
+				t.Fatalf("runs %v, the first must be full", r.fulls)
+			}
+		})
+	}
+}
+
 func TestCoalescesABurst(t *testing.T) {
 	r := &recorder{}
 	bubble(t, r, func(t *testing.T, _ context.Context, l *reconcile.Loop) {
