@@ -108,11 +108,11 @@ func acknowledgements(b []byte) func(yield func(uint32, unix.Errno) bool) {
 	return func(yield func(uint32, unix.Errno) bool) {
 		for len(b) >= unix.SizeofNlMsghdr {
 			length := binary.NativeEndian.Uint32(b)
-			if length < unix.SizeofNlMsghdr || int(length) > len(b) {
+			if length < unix.SizeofNlMsghdr {
 				return
 			}
 			kind, seq := binary.NativeEndian.Uint16(b[4:]), binary.NativeEndian.Uint32(b[8:])
-			if kind == unix.NLMSG_ERROR && length >= unix.SizeofNlMsghdr+4 {
+			if kind == unix.NLMSG_ERROR && min(int(length), len(b)) >= unix.SizeofNlMsghdr+4 {
 				number := -int32(binary.NativeEndian.Uint32(b[unix.SizeofNlMsghdr:])) //nolint:gosec // a negative error number
 				if !yield(seq, unix.Errno(number)) {                                  //nolint:gosec // positive
 					return

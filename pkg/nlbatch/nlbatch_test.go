@@ -77,3 +77,13 @@ func TestDoMany(t *testing.T) {
 		t.Errorf("error %v, want one for each address", err)
 	}
 }
+
+// The kernel sends a request back that it refuses. One that is longer than what is read of it is refused all the same.
+func TestDoLong(t *testing.T) {
+	s := open(t)
+	long := add(9999, 1)
+	long.Request.AddData(nl.NewRtAttr(200, make([]byte, 16<<10))) // an attribute that the kernel does not know
+	if err := s.Do(long); !errors.Is(err, unix.ENODEV) {
+		t.Errorf("error %v, want %v", err, unix.ENODEV)
+	}
+}
