@@ -46,19 +46,19 @@ func del(ctx context.Context, args *skel.CmdArgs) error {
 
 // release takes an attachment out of service, whatever is left of it: passage through the gate, link, addresses. When it has returned
 // no packet of the pod passes any more; sweep has to come after it. A step is tried even when the one before failed; but the
-// addresses are kept while the link stands, so that no other pod gets an address that one still uses.
+// addresses are kept while the link stands, so that no other pod gets an address that one still uses, and while the gate may be open for
+// them, so that the next DEL knows what to close.
 func release(leases *ipam.Store, containerID, ifname string) error {
 	addresses, heldErr := leases.Held(containerID, ifname)
 	gateErr := gate.Close(addresses)
 	if errors.Is(gateErr, gate.ErrMissing) {
 		gateErr = nil // the daemon is gone for good, or the node has rebooted
 	}
-	err := errors.Join(heldErr, gateErr)
-	if linkErr := podlink.Detach(podlink.HostName(containerID, ifname)); linkErr != nil {
-		return errors.Join(err, linkErr)
+	if err := errors.Join(gateErr, podlink.Detach(podlink.HostName(containerID, ifname))); err != nil {
+		return errors.Join(heldErr, err)
 	}
 	_, releaseErr := leases.Release(containerID, ifname)
-	return errors.Join(err, laterIfUnwritable(releaseErr))
+	return errors.Join(heldErr, laterIfUnwritable(releaseErr))
 }
 
 // laterIfUnwritable returns no error where it is that a file system takes no changes. A lease that is left then keeps its address, and ends
