@@ -19,9 +19,11 @@ import (
 	"github.com/warren-cni/warren/pkg/podcidr"
 )
 
-// The chains of this package, each behind one hook, but for judgedChain, which hangs below guardChain, and segmentsChain below forwardChain.
+// The chains of this package, each behind one hook, but for sourcesChain, which hangs below rawChain, judgedChain below guardChain, and
+// segmentsChain below forwardChain.
 const (
 	rawChain      = netfilter.Prefix + "-RAW"
+	sourcesChain  = netfilter.Prefix + "-SOURCES"
 	forwardChain  = netfilter.Prefix + "-FORWARD"
 	guardChain    = netfilter.Prefix + "-GUARD"
 	judgedChain   = netfilter.Prefix + "-JUDGED"
@@ -99,6 +101,7 @@ func (c Config) compile(f netfilter.Family) netfilter.Rules {
 		{Table: "mangle", Name: judgedChain, Rules: judged()},
 		{Table: "nat", Name: natChain, Rules: p.nat()},
 		{Table: "raw", Name: rawChain, Rules: p.raw()},
+		{Table: "raw", Name: sourcesChain, Rules: p.sources()},
 	}
 	if p.encrypted {
 		chains = append(chains, netfilter.Chain{Table: "mangle", Name: segmentsChain, Rules: segments()})

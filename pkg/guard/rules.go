@@ -29,30 +29,34 @@ func matching(comment string, match []string, target string) netfilter.Rule {
 
 // raw judges packets as they come in, before conntrack: a source address must be where it can only be.
 func (p plan) raw() []netfilter.Rule {
-	loopback, nobody := "127.0.0.0/8", "0.0.0.0/8"
-	if p.family == netfilter.IPv6 {
-		loopback, nobody = "::1/128", "::/128"
-	}
 	var rules []netfilter.Rule
 	if p.encrypted {
 		rules = append(rules, rule("checked by the peer's allowed addresses", "-i "+link+" -j RETURN"))
 	}
-	rules = append(rules,
-		rule("a pod sends from its own address only", "-i wrn+ -m rpfilter --invert -j DROP"),
-		// rpfilter lets it pass: routing never forwards it, but the node itself takes it.
-		rule("and not from none", "-i wrn+ -s "+nobody+" -j DROP"),
-		// kube-proxy and portmap may set route_localnet, and then a pod reaches servers on the node's loopback.
-		rule("the node's loopback is not for pods", "-i wrn+ -d "+loopback+" -j DROP"))
+	rules = append(rules, rule("from pods", "-i wrn+ -g "+sourcesChain))
 	if !p.encrypted {
 		return rules
 	}
-	rules = append(rules,
-		rule("checked above", "-i wrn+ -j RETURN"),
-		rule("the node to itself", "-i lo -j RETURN"))
+	rules = append(rules, rule("the node to itself", "-i lo -j RETURN"))
 	for _, f := range p.fence {
 		rules = append(rules, matching("a pod's address comes by the tunnel only", f.match("src"), "-j DROP"))
 	}
 	return rules
+}
+
+// sources judges what comes from the node's own pods.
+func (p plan) sources() []netfilter.Rule {
+	loopback, nobody := "127.0.0.0/8", "0.0.0.0/8"
+	if p.family == netfilter.IPv6 {
+		loopback, nobody = "::1/128", "::/128"
+	}
+	return []netfilter.Rule{
+		rule("a pod sends from its own address only", "-m rpfilter --invert -j DROP"),
+		// rpfilter lets it pass: routing never forwards it, but the node itself takes it.
+		rule("and not from none", "-s "+nobody+" -j DROP"),
+		// kube-proxy and portmap may set route_localnet, and then a pod reaches servers on the node's loopback.
+		rule("the node's loopback is not for pods", "-d "+loopback+" -j DROP"),
+	}
 }
 
 // forward judges what is routed from or to pods. It stands in mangle, after DNAT and before SNAT, where no other
@@ -109,8 +113,15 @@ func (p plan) guard() []netfilter.Rule {
 	if p.encrypted {
 		rules = append(rules, rule("encrypted", "-o "+link+" "+goesOn()+" -j RETURN"))
 	}
+	fences := p.fence
+	if !p.encrypted {
+		fences = literal(p.own) // remote pods are behind the uplink then, addresses that no local pod has are not
+	}
+	rules = append(rules, rule("to a pod of this node", "-o wrn+ "+goesOn()+" -j RETURN"))
+	if len(fences) == 1 && fences[0].set == "" { // one rule cannot name more
+		rules = append(rules, rule("no pod's, as what the tunnel sends", "! -i wrn+ ! -o wrn+ ! -d "+fences[0].prefix.String()+" -j RETURN"))
+	}
 	rules = append(rules,
-		rule("to a pod of this node", "-o wrn+ "+goesOn()+" -j RETURN"),
 		cut(),
 		rule("new connections", "-m conntrack ! --ctstate ESTABLISHED,RELATED -j "+judgedChain))
 	if p.encrypted {
@@ -119,10 +130,6 @@ func (p plan) guard() []netfilter.Rule {
 	rules = append(rules,
 		rule("to a pod of this node", "-o wrn+ -j RETURN"),
 		rule("to the node itself", "-o lo -j RETURN"))
-	fences := p.fence
-	if !p.encrypted {
-		fences = literal(p.own) // remote pods are behind the uplink then, addresses that no local pod has are not
-	}
 	for _, f := range fences {
 		rules = append(rules, matching("never in clear", f.match("dst"), "-j DROP"))
 	}
