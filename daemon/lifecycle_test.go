@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -314,5 +315,48 @@ func TestCleanup(t *testing.T) {
 	}
 	if _, err := node.Command(t.Context(), "cleanup"); err != nil {
 		t.Errorf("a second cleanup: %v", err)
+	}
+}
+
+// A clean-up that cannot see whose ports of the node there are says so, does the rest, and keeps the leases, by which the next one knows
+// them.
+func TestCleanupThatFails(t *testing.T) {
+	s := running(t, "wdcleanfail", 1)
+	node := s.Nodes[0]
+	pod := s.pod(0, "left")
+	for _, process := range []*lab.Process{s.daemons[0], s.tunnels[0]} {
+		if err := process.Stop(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tools := t.TempDir()
+	if err := os.WriteFile(filepath.Join(tools, "iptables-nft-save"), []byte("#!/bin/sh\necho no luck >&2\nexit 1\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", tools+":"+os.Getenv("PATH"))
+	_, err := node.Command(t.Context(), "cleanup")
+	for _, want := range []string{"ports of the node that led to pods", "no luck"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("cleanup: got %v, want %q", err, want)
+		}
+	}
+	left, err := node.Leftovers(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	lease := slices.ContainsFunc(left, func(what string) bool { return strings.Contains(what, pod.Addresses[0].String()) })
+	link := slices.ContainsFunc(left, func(what string) bool { return strings.HasPrefix(what, "link ") })
+	if !lease || link {
+		t.Errorf("after it there is the lease of %s: %v, and a link: %v, of %q", pod.Addresses[0], lease, link, left)
+	}
+
+	if err = os.RemoveAll(tools); err != nil {
+		t.Fatal(err)
+	}
+	if _, err = node.Command(t.Context(), "cleanup"); err != nil {
+		t.Fatal(err)
+	}
+	if left, err = node.Leftovers(t.Context()); err != nil || len(left) > 0 {
+		t.Errorf("after the next one there is %q, %v", left, err)
 	}
 }
