@@ -9,7 +9,7 @@
 export NAME=${NAME:-warren-e2e}
 export IP_FAMILY=${IP_FAMILY:-dual}
 export CHURN=${CHURN:-30}
-OLDER=${OLDER:-229bf9428e8f1d44b9f0f4f1e91c0a077b081332} # the last one before this that was whole
+OLDER=${OLDER:-373584ef2562868c7a47cc5979c2a3e6c8c05534} # the last one before this that was whole
 # shellcheck source=scripts/kind/lib.sh
 . "$(dirname "$0")/lib.sh"
 
