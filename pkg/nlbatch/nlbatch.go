@@ -20,6 +20,10 @@ const batchSize = 64
 // kernel refuses that. What is cut off of anything longer is not looked at.
 const answerSize = 4 << 10
 
+// answerWait is for how many seconds an answer is awaited, which the kernel gives before it returns from the request. It gives none where a
+// change was interrupted.
+const answerWait = 10
+
 // Socket is a netlink socket, in the network namespace in which it was opened.
 type Socket struct {
 	fd      int
@@ -32,7 +36,12 @@ func Open(protocol int) (*Socket, error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening netlink: %w", err)
 	}
-	return &Socket{fd: fd, answers: make([]byte, answerSize)}, nil
+	s := &Socket{fd: fd, answers: make([]byte, answerSize)}
+	if err = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: answerWait}); err != nil {
+		s.Close()
+		return nil, fmt.Errorf("setting up netlink: %w", err)
+	}
+	return s, nil
 }
 
 // Close closes the socket.
@@ -75,12 +84,16 @@ func (s *Socket) doAtOnce(steps []Step) error {
 	var errs []error
 	for done := false; !done; {
 		var n int
+		var from unix.Sockaddr
 		err := retry(func() (err error) {
-			n, _, err = unix.Recvfrom(s.fd, s.answers, 0)
+			n, from, err = unix.Recvfrom(s.fd, s.answers, 0)
 			return err
 		})
 		if err != nil {
 			return errors.Join(append(errs, fmt.Errorf("reading from netlink: %w", err))...)
+		}
+		if sender, ok := from.(*unix.SockaddrNetlink); !ok || sender.Pid != 0 {
+			continue // not from the kernel
 		}
 		for seq, number := range acknowledgements(s.answers[:n]) {
 			at := slices.IndexFunc(steps, func(step Step) bool { return step.Request.Seq == seq })
@@ -118,7 +131,7 @@ func acknowledgements(b []byte) func(yield func(uint32, unix.Errno) bool) {
 					return
 				}
 			}
-			b = b[min(int(length+3)&^3, len(b)):]
+			b = b[min((int(length)+3)&^3, len(b)):]
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package nlbatch_test
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"strings"
@@ -85,5 +86,36 @@ func TestDoLong(t *testing.T) {
 	long.Request.AddData(nl.NewRtAttr(200, make([]byte, 16<<10))) // an attribute that the kernel does not know
 	if err := s.Do(long); !errors.Is(err, unix.ENODEV) {
 		t.Errorf("error %v, want %v", err, unix.ENODEV)
+	}
+}
+
+// What another program sends is no answer, neither success nor anything that cannot be read.
+func TestDoBesideAForger(t *testing.T) {
+	s := open(t)
+	own, err := unix.Getsockname(s.FD())
+	if err != nil {
+		t.Fatal(err)
+	}
+	forger, err := nlbatch.Open(unix.NETLINK_ROUTE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer forger.Close()
+	refused := add(9999, 1)
+	for _, length := range []uint32{unix.SizeofNlMsghdr + 4, 0, ^uint32(0)} {
+		forged := binary.NativeEndian.AppendUint32(nil, length)
+		forged = binary.NativeEndian.AppendUint16(forged, unix.NLMSG_ERROR)
+		forged = binary.NativeEndian.AppendUint16(forged, 0)
+		forged = binary.NativeEndian.AppendUint32(forged, refused.Request.Seq)
+		forged = append(forged, make([]byte, 8)...) // the sender, and that there is no error
+		if err = unix.Sendto(forger.FD(), forged, 0, own); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err = s.Do(refused); !errors.Is(err, unix.ENODEV) {
+		t.Errorf("error %v, want %v", err, unix.ENODEV)
+	}
+	if err = s.Do(refused); !errors.Is(err, unix.ENODEV) {
+		t.Errorf("after that: error %v, want %v", err, unix.ENODEV)
 	}
 }
