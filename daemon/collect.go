@@ -115,7 +115,7 @@ func (c *collector) release(ctx context.Context, o ipam.Owner) error {
 	if err != nil {
 		return err
 	}
-	if err = gate.Close(addresses); err != nil && !errors.Is(err, gate.ErrMissing) {
+	if err = gate.CloseBehind(addresses); err != nil {
 		return err
 	}
 	if err = c.removeChained(ctx, o.ContainerID); err != nil {

@@ -49,16 +49,13 @@ func del(ctx context.Context, args *skel.CmdArgs) error {
 // addresses are kept while the link stands, so that no other pod gets an address that one still uses, and while the gate may be open for
 // them, so that the next DEL knows what to close.
 func release(leases *ipam.Store, containerID, ifname string) error {
-	addresses, heldErr := leases.Held(containerID, ifname)
-	gateErr := gate.Close(addresses)
-	if errors.Is(gateErr, gate.ErrMissing) {
-		gateErr = nil // the daemon is gone for good, or the node has rebooted
+	addresses, err := leases.Held(containerID, ifname)
+	err = errors.Join(err, gate.CloseBehind(addresses), podlink.Detach(podlink.HostName(containerID, ifname)))
+	if err != nil {
+		return err
 	}
-	if err := errors.Join(gateErr, podlink.Detach(podlink.HostName(containerID, ifname))); err != nil {
-		return errors.Join(heldErr, err)
-	}
-	_, releaseErr := leases.Release(containerID, ifname)
-	return errors.Join(heldErr, laterIfUnwritable(releaseErr))
+	_, err = leases.Release(containerID, ifname)
+	return laterIfUnwritable(err)
 }
 
 // laterIfUnwritable returns no error where it is that a file system takes no changes. A lease that is left then keeps its address, and ends

@@ -162,6 +162,32 @@ func TestFailedAddAtEveryStep(t *testing.T) {
 	n.mustAdd(p)
 }
 
+// TestRefusedDelKeepsItsLease: a DEL that could not see what its attachment holds ends no lease, by which the next one closes the gate.
+func TestRefusedDelKeepsItsLease(t *testing.T) {
+	n := newNode(t)
+	p := n.newPod("web")
+	before := n.state(p)
+	// Which of a thread's calls it is differs from one time to the next, so it is tried until both refusals met what DEL looks for.
+	const tries = 200
+	for try := 0; ; try++ {
+		if try == tries {
+			t.Fatalf("in %d tries no DEL failed to look", tries)
+		}
+		n.mustAdd(p)
+		n.under = strace(fmt.Sprintf("openat:error=ENFILE:when=%d..%d", 5+try%5, 6+try%5))
+		out, _, err := n.exec(p, "DEL")
+		n.under = nil
+		n.mustExec(p, "DEL")
+		n.unchanged(before, p)
+		if t.Failed() {
+			t.Fatalf("after a DEL that failed: %v\n%s", err, out)
+		}
+		if err != nil && strings.Contains(out, "listing leases") {
+			return
+		}
+	}
+}
+
 // strace is a command under which a system call of a program does not do what it should.
 func strace(inject string) []string {
 	return []string{"strace", "-f", "-qq", "-o", "/dev/null", "-e", "inject=" + inject}

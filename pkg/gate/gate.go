@@ -16,12 +16,25 @@ import (
 )
 
 // ErrMissing says that a set of the gate does not exist. The rule of the gate refers to the sets, so that there is no gate
-// either: before a pod is wired that is a reason to stop, after a pod is gone it is none to worry.
+// either.
 var ErrMissing = errors.New("the start gate does not stand")
 
 // Close takes the addresses out of the sets, in the network namespace of the calling thread. An address that is not in them
-// is closed already. All addresses are tried, whatever happens to one.
+// is closed already. All addresses are tried, whatever happens to one. The error is ErrMissing where a set is.
 func Close(addresses []netip.Addr) error {
+	err := remove(addresses, 0)
+	if errors.Is(err, unix.ENOENT) {
+		err = fmt.Errorf("%w: %w", ErrMissing, err)
+	}
+	return err
+}
+
+// CloseBehind is Close for a pod that goes. Where a set is missing nothing has to be taken out of it: the daemon is gone for good, or the
+// node was booted.
+func CloseBehind(addresses []netip.Addr) error { return remove(addresses, unix.ENOENT) }
+
+// remove takes the addresses out of the sets, and takes one error number for success.
+func remove(addresses []netip.Addr, mayBe unix.Errno) error {
 	if len(addresses) == 0 {
 		return nil
 	}
@@ -33,13 +46,9 @@ func Close(addresses []netip.Addr) error {
 	steps := make([]nlbatch.Step, len(addresses))
 	for i, a := range addresses {
 		set := netfilter.ReadySet(netfilter.FamilyOf(a))
-		steps[i] = nlbatch.Step{What: fmt.Sprintf("closing the start gate for %s: set %s", a, set), Request: removal(set, a)}
+		steps[i] = nlbatch.Step{What: fmt.Sprintf("closing the start gate for %s: set %s", a, set), Request: removal(set, a), MayBe: mayBe}
 	}
-	err = kernel.Do(steps...)
-	if errors.Is(err, unix.ENOENT) {
-		err = fmt.Errorf("%w: %w", ErrMissing, err)
-	}
-	return err
+	return kernel.Do(steps...)
 }
 
 // removal makes a message that deletes an address from a set. Without NLM_F_EXCL the kernel answers success where the address is not in

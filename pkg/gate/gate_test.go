@@ -81,6 +81,28 @@ func TestCloseWithoutGate(t *testing.T) {
 	}
 }
 
+// Behind a pod that goes, a set that is missing is no error, and what the kernel refuses is one all the same.
+func TestCloseBehind(t *testing.T) {
+	testnode.Enter(t)
+	stand(t, netfilter.IPv6, "fd00::2")
+	both := addresses("10.0.0.2", "fd00::2")
+	if err := gate.CloseBehind(both); err != nil {
+		t.Error(err)
+	}
+	if left := members(t, netfilter.IPv6); len(left) > 0 {
+		t.Errorf("the address of the other family was left in its set: %v", left)
+	}
+	if err := netlink.IpsetDestroy(netfilter.ReadySet(netfilter.IPv6)); err != nil {
+		t.Fatal(err)
+	}
+	if err := netlink.IpsetCreate(netfilter.ReadySet(netfilter.IPv6), string(netfilter.HashIPPort), netlink.IpsetCreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := gate.CloseBehind(both); err == nil || errors.Is(err, unix.ENOENT) {
+		t.Errorf("got %v, want an error of the kernel about the other family", err)
+	}
+}
+
 func TestCloseReportsOtherErrors(t *testing.T) {
 	testnode.Enter(t)
 	// A set of the right name and the wrong type: nothing of Warren's makes one.
