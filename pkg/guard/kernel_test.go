@@ -271,3 +271,9 @@ func TestBegunInTheTunnel(t *testing.T) {
 		n.load(dual())
 	}
 }
+
+// The kernel takes the rules also where a cluster CIDR holds all addresses.
+func TestFenceOfEverything(t *testing.T) {
+	n := newNetwork(t)
+	n.load(changed(func(c *guard.Config) { c.ClusterCIDRs = prefixes("0.0.0.0/0", "::/0") }))
+}

@@ -10,7 +10,7 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 )
 
-// When a tunnel is busy: chunk bytes within chunkTime make it so, and until less than calm bytes pass in calmTime it stays so.
+// When a tunnel is busy: two chunks that end within chunkTime make it so, and until less than calm bytes pass in calmTime it stays so.
 const (
 	chunk     = 1 << 20
 	chunkTime = 25 * time.Millisecond
@@ -80,7 +80,7 @@ func (p *processors) count(bytes int) {
 	}
 }
 
-// run sets how many processors there are. While little passes it does not even wake up.
+// run sets how many processors there are. While nothing passes it does not wake up, and while little does, once for each chunk.
 func (p *processors) run(ctx context.Context) {
 	all := p.set(0)
 	half := max(1, all/2)
@@ -92,7 +92,7 @@ func (p *processors) run(ctx context.Context) {
 		case <-p.more:
 		}
 		now := time.Now() //nolint:forbidigo // the same
-		if took := now.Sub(last); took < chunkTime {
+		if now.Sub(last) < chunkTime {
 			p.set(all)
 			p.calm(ctx)
 			p.set(half)
