@@ -132,8 +132,12 @@ type crowd struct {
 func TestProofMemoryFlat(t *testing.T) {
 	t.Parallel()
 	r := soak.Random(t)
+	name := "wpmemory"
+	if soak.Trials(crowdChanges) == crowdChanges {
+		name = "wpmemsoak" // a short run beside it would take its nodes for what a killed test left
+	}
 	c := &crowd{
-		cluster: newCluster(t, "wpmemory", "--metrics-address", metricsAddress),
+		cluster: newCluster(t, name, "--metrics-address", metricsAddress),
 		nodes:   soak.Trials(crowdNodes), pods: soak.Trials(crowdPods),
 	}
 	c.want.Store(int64(soak.Trials(crowdChanges)))
