@@ -33,6 +33,7 @@ func RunTunnel(ctx context.Context, log *slog.Logger) error {
 	if err := HideMemory(); err != nil {
 		return err
 	}
+	leaveProcessors()
 	defer runtime.KeepAlive(ballast())
 	tunnel, err := openTUN(ctx, log)
 	if ctx.Err() != nil && tunnel == nil {
@@ -41,9 +42,18 @@ func RunTunnel(ctx context.Context, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("opening the TUN device %s: %w", mesh.Link, err)
 	}
-	wg := device.NewDevice(withProcessors(ctx, tunnel), conn.NewDefaultBind(), wireguardLog(ctx, log))
+	wg := device.NewDevice(tunnel, conn.NewDefaultBind(), wireguardLog(ctx, log))
 	defer wg.Close()
 	return serveTunnel(ctx, wg, log)
+}
+
+// leaveProcessors takes half of the processors for the process, unless the environment says how many. The others are for the kernel's
+// part of the work and for pods, and where there are few, goroutines that wake each other less often save more than more
+// processors gain.
+func leaveProcessors() {
+	if os.Getenv("GOMAXPROCS") == "" {
+		runtime.GOMAXPROCS(max(1, runtime.GOMAXPROCS(0)/2))
+	}
 }
 
 // ballast is memory that is counted and never touched, so no page of it is ever there. Without it garbage is collected each time that
