@@ -25,8 +25,8 @@ const (
 	// busyGap is what a change may seem to cost in a short run, beside other tests, and on a machine that is too busy to tell, where the
 	// packets that are lost are what counts.
 	busyGap = time.Second
-	// busyLoss is how many times as much a change may lose on a machine that makes longer gaps by itself. A handshake that
-	// is lost would cost 500 packets: WireGuard tries again after 5 s.
+	// busyLoss is how many times as much a change may lose in a short run on a machine that makes longer gaps by itself. A
+	// handshake that is lost would cost 500 packets: WireGuard tries again after 5 s.
 	busyLoss = 4
 	// crossingGap is what the keys of two nodes that change at one moment may cost on a busy machine, too: where their handshakes cross,
 	// each drops the other's answer, and WireGuard itself would try again after 5 s.
@@ -204,10 +204,11 @@ func (r *rotating) rotateAll(first int) {
 	summary(r.t, "%d rotations: %.1f packets of a kind lost in all, longest gap %v (%v without rotations); %d of both nodes at once: %.1f lost, longest gap %v; %v",
 		rounds, one.lost, one.gap, quiet.gap, both, two.lost, two.gap, counts)
 	limit, most := rotationGap, float64(rotationLoss*rounds)
-	if soak.Trials(10) < 10 || quiet.gap > rotationGap/2 { // a busy machine makes gaps by itself, and loses nothing by them
+	short := soak.Trials(10) < 10
+	if short || quiet.gap > rotationGap/2 { // a busy machine makes gaps by itself, and loses nothing by them
 		limit = max(soak.Patience(busyGap), 2*quiet.gap)
 	}
-	if quiet.gap > rotationGap { // what the change itself takes is longer there, too
+	if short && quiet.gap > rotationGap { // what the change itself takes is longer there, too
 		most *= busyLoss
 	}
 	if one.lost > most || one.gap > limit {

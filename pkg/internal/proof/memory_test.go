@@ -132,8 +132,8 @@ type crowd struct {
 func TestProofMemoryFlat(t *testing.T) {
 	t.Parallel()
 	r := soak.Random(t)
-	name := "wpmemory"
-	if soak.Trials(crowdChanges) == crowdChanges {
+	name, long := "wpmemory", soak.Trials(crowdChanges) == crowdChanges
+	if long {
 		name = "wpmemsoak" // a short run beside it would take its nodes for what a killed test left
 	}
 	c := &crowd{
@@ -141,7 +141,7 @@ func TestProofMemoryFlat(t *testing.T) {
 		nodes:   soak.Trials(crowdNodes), pods: soak.Trials(crowdPods),
 	}
 	c.want.Store(int64(soak.Trials(crowdChanges)))
-	if soak.Trials(crowdChanges) == crowdChanges {
+	if long {
 		ticker := time.NewTicker(time.Second / changesPace)
 		defer ticker.Stop()
 		c.ticks = ticker.C
