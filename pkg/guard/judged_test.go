@@ -36,7 +36,7 @@ func TestJudged(t *testing.T) {
 		{"established, to a pod", with(route("eth0", "wrn1", "192.0.2.1", "10.244.1.7"), answer), "", ""},
 		{"an error about it", with(route("eth0", "wrn1", "192.0.2.1", "10.244.1.7"), related), "", ""},
 		{"established, but cut", with(with(route("eth0", "wrn1", "192.0.2.1", "10.244.1.7"), answer), cut), "DROP", "DROP"},
-		{"the node's error about it", with(with(route("", "eth0", "192.168.0.1", "192.0.2.1"), related), cut), "DROP", "DROP"},
+		{"the node's error about it", with(with(with(route("", "eth0", "192.168.0.1", "192.0.2.1"), related), cut), icmp), "DROP", "DROP"},
 		{"what the tunnel sends", with(route("", "eth0", "192.168.0.1", "192.168.0.2"), answer), "", ""},
 		{"no connection to judge by", with(route("eth0", "wrn1", "192.0.2.1", "10.244.1.7"), invalid), "", "DROP"},
 		{"another program's", route("docker0", "eth0", "172.17.0.2", "192.0.2.1"), "", ""},

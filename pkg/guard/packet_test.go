@@ -40,6 +40,8 @@ func cut(p *trace.Packet) { p.ConnMark = netfilter.CutMark }
 
 func others(p *trace.Packet) { p.ConnMark = ^uint32(netfilter.CutMark) }
 
+func icmp(p *trace.Packet) { p.Protocol = "icmp" }
+
 // translated gives a packet's connection another source, and reply turns its direction round.
 func translated(p *trace.Packet) { p.SNAT = true }
 
@@ -67,6 +69,7 @@ func TestInbound(t *testing.T) {
 	toLoopback := func(p *trace.Packet) { p.Dst = netip.MustParseAddr("127.0.0.1") }
 	steps := []step{
 		hook("pod from its own address", from("wrn1", "10.244.1.7"), ""),
+		hook("pod from its own address of an earlier podCIDR", from("wrn1", "10.9.9.9"), ""),
 		hook("pod from a foreign address", with(from("wrn1", "10.244.1.8"), func(p *trace.Packet) { p.Spoofed = true }), "DROP"),
 		hook("pod from no address", from("wrn1", "0.0.0.0"), "DROP"),
 		hook("pod from no address, IPv6", from("wrn1", "::"), "DROP"),

@@ -117,13 +117,12 @@ func (p plan) guard() []netfilter.Rule {
 	if !p.encrypted {
 		fences = literal(p.own) // remote pods are behind the uplink then, addresses that no local pod has are not
 	}
-	rules = append(rules,
-		rule("to a pod of this node", "-o wrn+ "+goesOn()+" -j RETURN"),
-		cut(),
-		rule("new connections", "-m conntrack ! --ctstate ESTABLISHED,RELATED -j "+judgedChain))
+	rules = append(rules, rule("to a pod of this node", "-o wrn+ "+goesOn()+" -j RETURN"))
 	if len(fences) == 1 && fences[0].prefix.Bits() > 0 { // one rule cannot name more, and iptables-nft not the opposite of everything
-		rules = append(rules, rule("no pod's, as what the tunnel sends", "! -i wrn+ ! -o wrn+ ! -d "+fences[0].prefix.String()+" -j RETURN"))
+		// By UDP alone, as the tunnel: an error of ICMP may be about a connection that was cut.
+		rules = append(rules, rule("no pod's, as what the tunnel sends", "! -i wrn+ ! -o wrn+ -p udp ! -d "+fences[0].prefix.String()+" -j RETURN"))
 	}
+	rules = append(rules, cut(), rule("new connections", "-m conntrack ! --ctstate ESTABLISHED,RELATED -j "+judgedChain))
 	if p.encrypted {
 		rules = append(rules, rule("encrypted", "-o "+link+" -j RETURN"))
 	}
