@@ -44,10 +44,13 @@ func (s *Store) startBoot() (freed int, err error) {
 		return 0, err
 	}
 	data, err := readFile(unix.AT_FDCWD, s.path(bootFile), make([]byte, 64), nil)
-	if errors.Is(err, unix.EISDIR) {
+	switch {
+	case errors.Is(err, unix.EISDIR):
 		if err = s.setAside(bootFile); err != nil {
 			return 0, err
 		}
+	case err != nil && !errors.Is(err, unix.ENOENT) && !isForeign(err): // to name this boot would keep another's leases for good
+		return 0, fmt.Errorf("reading %s: %w", s.path(bootFile), err)
 	}
 	before := strings.TrimSpace(string(data))
 	if err == nil && before == now {

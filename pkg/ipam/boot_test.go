@@ -1,12 +1,14 @@
 package ipam_test
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/warren-cni/warren/pkg/ipam"
 )
@@ -70,6 +72,35 @@ func TestLeasesOfAnUnknownBootStay(t *testing.T) {
 		t.Errorf("left %v, %v", leases, err)
 	}
 	startBoot(t, boots(t, dir, "boot-2"), 1)
+}
+
+// What cannot be read now may name another boot, whose leases the next try frees.
+func TestUnreadableBootIsAnError(t *testing.T) {
+	dir := t.TempDir()
+	s := boots(t, dir, "boot-1")
+	startBoot(t, s, 0)
+	allocate(t, s, prefixes("10.0.0.0/24"), owner(1))
+	s = boots(t, dir, "boot-2")
+	unreadable(t, filepath.Join(dir, ".boot"), func() {
+		if freed, err := s.StartBoot(); !errors.Is(err, unix.EIO) || freed != 0 {
+			t.Errorf("freed %d, %v; want none, and %v", freed, err, unix.EIO)
+		}
+	})
+	startBoot(t, s, 1)
+}
+
+// unreadable has reads of a file fail meanwhile: nothing is mapped at the start of a process's memory.
+func unreadable(t *testing.T, path string, do func()) {
+	t.Helper()
+	if err := unix.Mount("/proc/self/mem", path, "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Unmount(path, 0); err != nil {
+			t.Error(err)
+		}
+	}()
+	do()
 }
 
 // TestBootIsTheKernels: the name of the boot is what the kernel says.
