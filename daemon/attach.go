@@ -37,6 +37,14 @@ func (n *node) handle(ctx context.Context, request agentapi.Request) agentapi.Re
 	case agentapi.OpReleased:
 		n.trash.released()
 		return agentapi.Response{}
+	case agentapi.OpRemoveChained:
+		if request.Pod == nil || request.Pod.ContainerID == "" {
+			return refuse(types.ErrDecodingFailure, errors.New("the request names no container"))
+		}
+		if err := n.collector.removeChained(ctx, request.Pod.ContainerID); err != nil {
+			return refuse(types.ErrInternal, err)
+		}
+		return agentapi.Response{}
 	case agentapi.OpStatus:
 		text, err := json.Marshal(n.status(ctx))
 		if err != nil {
@@ -75,7 +83,7 @@ func canAttach(o outcome) agentapi.Response {
 // limits are the problems with which the pods that run lack something that each of them should have: the protection of their
 // policies, the way to other nodes, or any way at all. What concerns one policy or one peer is none of them: otherwise whoever may
 // write a policy could make a node NotReady.
-var limits = []string{"FirewallApplyFailed", "ClusterCIDRHoldsNode", "NoTunnel", "MeshApplyFailed", "ForwardingOff"} //nolint:gochecknoglobals // a constant list
+var limits = []string{"FirewallApplyFailed", "ClusterCIDRHoldsNode", "ClusterCIDRHoldsServer", "NoTunnel", "MeshApplyFailed", "ForwardingOff"} //nolint:gochecknoglobals // a constant list
 
 // limited says what pods that run lack, and is empty where nothing does.
 func limited(problems []cluster.Problem) string {

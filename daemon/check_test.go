@@ -183,7 +183,7 @@ func TestReadyTellsWhatPodsLack(t *testing.T) {
 // TestLimits: what is broken for every pod makes a node NotReady; what one user's object does never may.
 func TestLimits(t *testing.T) {
 	for code, want := range map[string]bool{
-		"FirewallApplyFailed": true, "MeshApplyFailed": true, "NoTunnel": true, "ForwardingOff": true, "ClusterCIDRHoldsNode": true,
+		"FirewallApplyFailed": true, "MeshApplyFailed": true, "NoTunnel": true, "ForwardingOff": true, "ClusterCIDRHoldsNode": true, "ClusterCIDRHoldsServer": true,
 		codeNotApplied: false, "LeaseUnreadable": false, "PublishFailed": false, "PolicyInvalid": false, "PodCIDRConflict": false,
 	} {
 		got := limited([]cluster.Problem{{Code: "Other"}, {Code: code, Object: "x", Message: "m", Remedy: "r"}})

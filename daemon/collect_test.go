@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -261,13 +262,10 @@ func TestProofCollect(t *testing.T) {
 	t.Parallel()
 	s := running(t, "wpcollect", 1)
 	node, pods := s.Nodes[0], map[string]*lab.Pod{}
-	for _, name := range []string{"forgotten", "runs", "cut"} {
-		pod, err := node.AddPod(t.Context(), lab.Pod{Namespace: "shop", Name: name})
-		if err != nil {
-			t.Fatal(err)
-		}
-		pods[name] = pod
+	for i, name := range []string{"forgotten", "runs", "cut"} {
+		pods[name] = shaped(t, node, name, 8000+i)
 	}
+	wantChained(t, node, 3)
 	lease := func(name string) string { return filepath.Join(node.Leases(), pods[name].Addresses[0].String()) }
 	began := now()
 	if err := pods["forgotten"].Abandon(t.Context()); err != nil {
@@ -294,5 +292,53 @@ func TestProofCollect(t *testing.T) {
 	}
 	if err = pods["runs"].Check(t.Context()); err != nil {
 		t.Errorf("the pod that runs: %v", err)
+	}
+	wantChained(t, node, 2)
+}
+
+// A runtime that has lost its state calls no DEL, and its GC names nothing as valid: what the other plugins have made goes with the lease.
+func TestCollectForRuntimeWithoutState(t *testing.T) {
+	t.Parallel()
+	s := running(t, "wdgc", 1)
+	node := s.Nodes[0]
+	for i, name := range []string{"one", "two"} {
+		shaped(t, node, name, 8000+i)
+	}
+	wantChained(t, node, 2)
+	if err := node.Collect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantChained(t, node, 0)
+	if left, err := filepath.Glob(filepath.Join(node.Leases(), "*@*")); err != nil || len(left) > 0 {
+		t.Errorf("leases %v, %v", left, err)
+	}
+}
+
+// shaped makes a pod with a port of the node and limits to its bandwidth, by the other plugins of the conflist.
+func shaped(t *testing.T, node *lab.Node, name string, port int) *lab.Pod {
+	t.Helper()
+	pod, err := node.AddPod(t.Context(), lab.Pod{Namespace: "shop", Name: name, Capabilities: map[string]any{
+		"portMappings": []map[string]any{{"hostPort": port, "containerPort": 80, "protocol": "tcp"}},
+		"bandwidth":    map[string]any{"ingressRate": 10_000_000, "ingressBurst": 1_000_000, "egressRate": 10_000_000, "egressBurst": 1_000_000},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pod
+}
+
+// wantChained looks whether so many pods have a port of the node, and limits.
+func wantChained(t *testing.T, node *lab.Node, pods int) {
+	t.Helper()
+	rules, err := node.Run(t.Context(), "sh", "-c", "iptables-save -t nat; ip6tables-save -t nat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	links, err := node.Run(t.Context(), "ip", "-oneline", "link", "show", "type", "ifb")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ports, limits := strings.Count(rules, ":CNI-DN-"), strings.Count(links, ": bwp"); ports != 2*pods || limits != pods {
+		t.Errorf("%d chains for ports and %d links for bandwidth, want those of %d pods:\n%s%s", ports, limits, pods, rules, links)
 	}
 }

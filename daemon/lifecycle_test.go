@@ -279,7 +279,8 @@ func TestRunDirEmptied(t *testing.T) {
 func TestCleanup(t *testing.T) {
 	s := running(t, "wdcleanup", 1)
 	node := s.Nodes[0]
-	s.pod(0, "left")
+	shaped(t, node, "left", 8000)
+	wantChained(t, node, 1)
 	if _, err := node.Command(t.Context(), "cleanup"); err == nil || !strings.Contains(err.Error(), "stop it first") {
 		t.Errorf("cleanup beside a running daemon: %v", err)
 	}
@@ -307,6 +308,7 @@ func TestCleanup(t *testing.T) {
 	if err != nil || len(left) > 0 {
 		t.Errorf("left: %q, %v", left, err)
 	}
+	wantChained(t, node, 0)
 	state := kernelState(t, node)
 	for _, want := range []string{"-A FORWARD -s 203.0.113.1/32 -j DROP", "create other hash:ip", "203.0.113.0/24 via 192.0.2.254"} {
 		if !strings.Contains(state, want) {

@@ -44,17 +44,26 @@ func del(ctx context.Context, args *skel.CmdArgs) error {
 	return errors.Join(release(leases, args.ContainerID, args.IfName), conf.sweep(ctx, leases))
 }
 
-// release takes an attachment out of service, whatever is left of it: passage through the gate, link, addresses. When it has returned
-// no packet of the pod passes any more; sweep has to come after it. A step is tried even when the one before failed; but the
-// addresses are kept while the link stands, so that no other pod gets an address that one still uses, and while the gate may be open for
-// them, so that the next DEL knows what to close.
+// release takes away what is left of an attachment; sweep has to come after it. The addresses are kept where it cannot be retired: while
+// the link stands, so that no other pod gets an address that one still uses, and while the gate may be open for them, so that the next
+// DEL knows what to close.
 func release(leases *ipam.Store, containerID, ifname string) error {
-	addresses, err := leases.Held(containerID, ifname)
-	err = errors.Join(err, gate.CloseBehind(addresses), podlink.Detach(podlink.HostName(containerID, ifname)))
-	if err != nil {
+	if err := retire(leases, containerID, ifname); err != nil {
 		return err
 	}
-	_, err = leases.Release(containerID, ifname)
+	return free(leases, containerID, ifname)
+}
+
+// retire takes an attachment out of service: passage through the gate, and link. When it has returned no packet of the pod passes any more.
+// A step is tried even when the one before failed.
+func retire(leases *ipam.Store, containerID, ifname string) error {
+	addresses, err := leases.Held(containerID, ifname)
+	return errors.Join(err, gate.CloseBehind(addresses), podlink.Detach(podlink.HostName(containerID, ifname)))
+}
+
+// free ends the lease of an attachment.
+func free(leases *ipam.Store, containerID, ifname string) error {
+	_, err := leases.Release(containerID, ifname)
 	return laterIfUnwritable(err)
 }
 

@@ -9,7 +9,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/warren-cni/warren/pkg/agentapi"
-	"github.com/warren-cni/warren/pkg/podlink"
 )
 
 // TestDelEndsTraffic: when DEL returns no packet of the pod passes any more, though its link still stands until the daemon deletes all
@@ -129,7 +128,7 @@ func killedDel(t *testing.T, kind string, at int, command string) (killed bool) 
 	return killed
 }
 
-// TestGCDeletesTrash: also what a killed DEL has put away already, with and without a daemon.
+// TestGCDeletesTrash: what a DEL has put away already, without a daemon.
 func TestGCDeletesTrash(t *testing.T) {
 	n := newNode(t)
 	var pods []*pod
@@ -137,11 +136,13 @@ func TestGCDeletesTrash(t *testing.T) {
 		pods = append(pods, n.newPod(fmt.Sprintf("p%d", i)))
 	}
 	before := n.state(pods...)
+	n.daemon.late.Store(true)
 	for _, p := range pods {
 		n.mustAdd(p)
+		n.mustExec(p, "DEL")
 	}
-	if err := podlink.Detach(podlink.HostName("c-p0", "eth0")); err != nil {
-		t.Fatal(err)
+	if links := run(t, n, "ip -br link show type veth"); links == "" {
+		t.Fatal("nothing is put away")
 	}
 	n.stop()
 	out, _, err := n.exec(pods[0], "GC", nothingValid)

@@ -69,6 +69,12 @@ func TestReadOnlyLeases(t *testing.T) {
 				valid := func(c map[string]any) {
 					c["cni.dev/valid-attachments"] = []any{map[string]any{"containerID": other.rt.ContainerID, "ifname": other.rt.IfName}}
 				}
+				if command == "GC" && !daemon {
+					if out, _, execErr := n.exec(p, command, valid); execErr == nil || !strings.Contains(out, "whose lease stays until then") {
+						t.Errorf("GC without a daemon: %v: %s", execErr, out)
+					}
+					n.startDaemon()
+				}
 				if out, stderr, execErr := n.exec(p, command, valid); execErr != nil || stderr != "" {
 					t.Errorf("%s: %v: %s%s", command, execErr, out, stderr)
 				}

@@ -3,9 +3,11 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	"github.com/containernetworking/cni/pkg/skel"
 
+	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/inflight"
 	"github.com/warren-cni/warren/pkg/ipam"
 	"github.com/warren-cni/warren/pkg/podlink"
@@ -33,7 +35,7 @@ func collect(ctx context.Context, args *skel.CmdArgs) error {
 	remains, err := findRemains(ctx, locks, leases, valid)
 	errs := []error{err}
 	for _, r := range remains {
-		errs = append(errs, r.remove(locks, leases))
+		errs = append(errs, r.remove(ctx, conf, locks, leases))
 	}
 	return errors.Join(append(errs, conf.sweep(ctx, leases))...)
 }
@@ -77,7 +79,10 @@ func findRemains(ctx context.Context, locks inflight.Locks, leases *ipam.Store, 
 }
 
 // remove takes it away, unless somebody has begun to work on it meanwhile.
-func (r remain) remove(locks inflight.Locks, leases *ipam.Store) error {
+//
+// What other plugins of the conflist have made goes first: a runtime that knows nothing of the attachment calls no DEL of theirs, portmap and
+// bandwidth have no GC, and a port of the node would lead to whoever has the address next. The daemon knows how; without it the lease stays.
+func (r remain) remove(ctx context.Context, conf *config, locks inflight.Locks, leases *ipam.Store) error {
 	end, ok, err := locks.Try(r.link)
 	if err != nil || !ok {
 		return err
@@ -86,5 +91,11 @@ func (r remain) remove(locks inflight.Locks, leases *ipam.Store) error {
 	if r.owner == nil {
 		return podlink.Detach(r.link)
 	}
-	return release(leases, r.owner.ContainerID, r.owner.Interface)
+	if err = retire(leases, r.owner.ContainerID, r.owner.Interface); err != nil {
+		return err
+	}
+	if _, err = conf.ask(ctx, agentapi.OpRemoveChained, &agentapi.Pod{ContainerID: r.owner.ContainerID}); err != nil {
+		return fmt.Errorf("removing what other plugins have made for the container %s, whose lease stays until then: %w", r.owner.ContainerID, err)
+	}
+	return free(leases, r.owner.ContainerID, r.owner.Interface)
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/plugins/pkg/ns"
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"github.com/warren-cni/warren/pkg/agentapi"
@@ -110,6 +111,40 @@ func TestGCGoesOn(t *testing.T) {
 	}
 	n.mustExec(&pod{}, "GC", nothingValid)
 	n.unchanged(before)
+}
+
+// TestGCRemovesChained: the lease of a container outlasts what other plugins have made for it; its link does not.
+func TestGCRemovesChained(t *testing.T) {
+	n := newNode(t)
+	p, kept := n.newPod("web"), n.newPod("kept")
+	n.mustAdd(kept)
+	before := n.state(p, kept)
+	n.mustAdd(p)
+	valid := func(c map[string]any) {
+		c["cni.dev/valid-attachments"] = []any{map[string]any{"containerID": kept.rt.ContainerID, "ifname": kept.rt.IfName}}
+	}
+	var asked []string
+	refusal := &agentapi.Error{Code: types.ErrInternal, Message: "no luck"}
+	n.daemon.answers(func(req agentapi.Request) *agentapi.Error {
+		if req.Op != agentapi.OpRemoveChained {
+			return nil
+		}
+		asked = append(asked, req.Pod.ContainerID)
+		return refusal
+	})
+	out, _, err := n.exec(p, "GC", valid)
+	if err == nil || !strings.Contains(out, "c-web, whose lease stays until then") || !strings.Contains(out, "no luck") {
+		t.Errorf("GC: %v: %s, want an error that names the container", err, out)
+	}
+	if left := run(t, n, "ip -br link show type veth up; ls "+n.runDir+"/ipam"); strings.Count(left, "wrn") != 1 || !strings.Contains(left, "c-web@eth0") {
+		t.Errorf("left:\n%s\nwant one link, and the lease", left)
+	}
+	refusal = nil
+	n.mustExec(p, "GC", valid)
+	n.unchanged(before, p, kept)
+	if diff := cmp.Diff([]string{"c-web", "c-web"}, asked); diff != "" {
+		t.Errorf("the daemon was asked for (-want +got):\n%s", diff)
+	}
 }
 
 // within calls do on a thread that is on the node.

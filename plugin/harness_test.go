@@ -140,10 +140,11 @@ type daemon struct {
 
 func (d *daemon) handle(_ context.Context, req agentapi.Request) agentapi.Response {
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	d.requests = append(d.requests, req)
-	if d.answer != nil {
-		if refusal := d.answer(req); refusal != nil {
+	answer, says := d.answer, d.limited
+	d.mu.Unlock() // a GC is answered beside an ADD
+	if answer != nil {
+		if refusal := answer(req); refusal != nil {
 			return agentapi.Response{Error: refusal}
 		}
 	}
@@ -163,7 +164,7 @@ func (d *daemon) handle(_ context.Context, req agentapi.Request) agentapi.Respon
 	if err != nil {
 		return agentapi.Response{Error: &agentapi.Error{Code: 999, Message: err.Error()}}
 	}
-	return agentapi.Response{Limited: d.limited}
+	return agentapi.Response{Limited: says}
 }
 
 // answers sets what the daemon refuses.

@@ -52,6 +52,8 @@ const (
 	OpReady = "ready"
 	// OpReleased says that attachments were released, and asks the daemon to delete their links and their connections within a second.
 	OpReleased = "released"
+	// OpRemoveChained asks the daemon to remove what other plugins of the conflist have made for a container that the runtime knows no more.
+	OpRemoveChained = "remove-chained"
 	// OpStatus asks for a Status.
 	OpStatus = "status"
 	// OpExplain asks what the policies decide about a connection, and why.
@@ -66,7 +68,7 @@ const (
 type Request struct {
 	Version int    `json:"version"`
 	Op      string `json:"op"`
-	// Pod is set for OpAttach and OpCheck.
+	// Pod is set for OpAttach and OpCheck, and for OpRemoveChained, which asks for its ContainerID alone.
 	Pod *Pod `json:"pod,omitempty"`
 	// Explain is set for OpExplain.
 	Explain *Explain `json:"explain,omitempty"`

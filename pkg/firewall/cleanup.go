@@ -15,10 +15,7 @@ import (
 // chain of ours, which could not stand without it. It goes on after an error and returns all of them joined.
 func Cleanup(ctx context.Context, log *slog.Logger) error {
 	suites, err := findSuites(programs{}, "")
-	if err != nil {
-		return err
-	}
-	var errs []error
+	errs := []error{err}
 	for _, backend := range []string{nft, legacy} {
 		if cleanErr := suites[backend].clean(ctx, log); cleanErr != nil {
 			errs = append(errs, fmt.Errorf("removing rules by iptables-%s: %w", backend, cleanErr))

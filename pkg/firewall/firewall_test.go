@@ -2,6 +2,7 @@ package firewall
 
 import (
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -283,6 +284,22 @@ func TestCleanup(t *testing.T) {
 	n.backend = "legacy"
 	if state := n.state(); strings.Contains(strings.ToLower(state), "warren") {
 		t.Errorf("left:\n%s", state)
+	}
+}
+
+// Where the programs are gone, the sets that no rule uses go nevertheless.
+func TestCleanupWithoutPrograms(t *testing.T) {
+	n := newNode(t, "")
+	n.run("ipset create " + peers(netfilter.IPv4) + " hash:net")
+	path := os.Getenv("PATH")
+	t.Setenv("PATH", t.TempDir())
+	err := Cleanup(t.Context(), n.options().Log)
+	t.Setenv("PATH", path)
+	if err == nil {
+		t.Error("without its programs the clean-up says nothing")
+	}
+	if sets := n.run("ipset list -n"); strings.TrimSpace(sets) != "" {
+		t.Errorf("left: %s", sets)
 	}
 }
 

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"path/filepath"
 
 	"github.com/containernetworking/cni/libcni"
+	cnitypes "github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/plugins/pkg/ns"
 	corev1 "k8s.io/api/core/v1"
@@ -25,6 +27,8 @@ type Pod struct {
 	// Listen is called in AddPod with the pod's network namespace, before any plugin: what listens then sees the first packet
 	// that ever reaches the pod. It may be nil.
 	Listen func(netns ns.NetNS) error
+	// Capabilities are what the runtime hands to plugins that ask for it (portMappings, bandwidth).
+	Capabilities map[string]any
 	// UID is set by AddPod where it is empty: that of an object in an API server is the server's choice.
 	UID types.UID
 	// Addresses are the leased ones, IPv4 first; set by AddPod.
@@ -122,6 +126,23 @@ func (n *Node) Readiness(ctx context.Context) error {
 	return n.Do(func() error { return config.GetStatusNetworkList(ctx, list) })
 }
 
+// Collect runs the plugins' GC for a runtime that has lost its state: it names no attachment as valid, and deletes none itself.
+func (n *Node) Collect(ctx context.Context) error {
+	list, _, err := n.cni()
+	if err != nil {
+		return err
+	}
+	cache, err := os.MkdirTemp(n.dir, "cni-cache-")
+	if err != nil {
+		return err
+	}
+	config := libcni.NewCNIConfigWithCacheDir(n.lab.options.Plugins, cache, nil)
+	err = n.Do(func() error {
+		return config.GCNetworkList(ctx, list, &libcni.GCArgs{ValidAttachments: []cnitypes.GCAttachment{}})
+	})
+	return errors.Join(err, os.RemoveAll(cache))
+}
+
 // Delete does what a kubelet does for a deleted pod.
 func (p *Pod) Delete(ctx context.Context) error {
 	if err := p.Unwire(ctx); err != nil {
@@ -171,6 +192,7 @@ func (p *Pod) runtime() *libcni.RuntimeConf {
 			{"K8S_POD_UID", string(p.UID)},
 			{"K8S_POD_INFRA_CONTAINER_ID", string(p.UID)},
 		},
+		CapabilityArgs: p.Capabilities,
 	}
 }
 
