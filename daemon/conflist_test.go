@@ -152,7 +152,7 @@ func TestNetworkAhead(t *testing.T) {
 		return path
 	}
 	behind := write("87-podman-bridge.conflist", `{"plugins":[{"type":"bridge"}]}`)
-	multus := write("00-multus.conf", `{"type":"multus","clusterNetwork":"/host/etc/cni/net.d/10-warren.conflist"}`)
+	multus := write("00-multus.conf", `{"capabilities":{"portMappings":true},"cniVersion":"0.3.1","name":"multus-cni-network","clusterNetwork":"/host/etc/cni/net.d/10-warren.conflist","type":"multus-shim"}`)
 	s.eventually(func() error {
 		if notes := s.status(0).Notes; len(notes) != 1 || !strings.Contains(notes[0], multus) {
 			return fmt.Errorf("notes %q", notes)

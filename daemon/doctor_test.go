@@ -181,7 +181,9 @@ var sabotages = map[string]struct {
 	"Services among pods":    {func(p *patient) { p.options.serviceCIDRs = []string{"10.244.0.0/20"} }, []string{"error NetworksOverlap"}},
 	"another CNI's conflist": {func(p *patient) { p.conf("05-cilium.conflist", `{"plugins":[{"type":"cilium-cni"}]}`) }, []string{"error NetworkAhead"}},
 	"a broken configuration": {func(p *patient) { p.conf("00-x.conf", `{`) }, []string{"error NetworkAhead"}},
-	"a delegating conflist":  {func(p *patient) { p.conf("00-multus.conf", `{"type":"multus","clusterNetwork":"warren"}`) }, []string{"note NetworkAhead"}},
+	"a delegating conflist": {func(p *patient) {
+		p.conf("00-multus.conf", `{"capabilities":{"portMappings":true},"cniVersion":"0.3.1","name":"multus-cni-network","clusterNetwork":"/host/etc/cni/net.d/10-warren.conflist","type":"multus-shim"}`)
+	}, []string{"note NetworkAhead"}},
 	"a bridge CNI's link": {func(p *patient) {
 		p.run("ip link add cni0 type bridge")
 		p.run("ip address add 10.244.1.1/24 dev cni0")

@@ -49,13 +49,16 @@ func AheadOf(dir string) ([]Ahead, error) {
 // extensions are those of the files that runtimes read.
 var extensions = []string{".conf", ".conflist", ".json"} //nolint:gochecknoglobals // a constant list
 
+// multusTypes are the plugins of Multus: the thin one, and that of the thick one, whose daemon sees the host's files below /host.
+var multusTypes = []any{"multus", "multus-shim"} //nolint:gochecknoglobals // a constant list
+
 // callsOurs tells whether a configuration, or one that it holds, is of our plugin's type, or is Multus's and names our network.
 func callsOurs(config any) bool {
 	switch c := config.(type) {
 	case []any:
 		return slices.ContainsFunc(c, callsOurs)
 	case map[string]any:
-		if c["type"] == pluginType || c["type"] == "multus" && namesOurs(c["clusterNetwork"]) {
+		if c["type"] == pluginType || slices.Contains(multusTypes, c["type"]) && namesOurs(c["clusterNetwork"]) {
 			return true
 		}
 		return callsOurs(c["plugins"]) || callsOurs(c["delegates"])
