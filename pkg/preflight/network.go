@@ -36,7 +36,7 @@ func forwarding(f Facts, w Wanted) ([]Finding, error) {
 		findings = append(findings, Finding{
 			Severity: Note, Code: "ForwardingOff", Object: "sysctl " + setting,
 			Message: "the node does not forward packets; warrend turns it on and keeps it on, but pods are cut off where something turns it off again",
-			Remedy:  fmt.Sprintf("make it lasting: echo %s=1 > /etc/sysctl.d/99-warren.conf, and look for another file there that says 0", setting),
+			Remedy:  fmt.Sprintf("make it lasting: echo %s=1 >> /etc/sysctl.d/99-warren.conf, and look for another file there that says 0", setting),
 		})
 	}
 	if f.Forwarding.Err == nil && v4 && !f.Forwarding.Value.IPv4 {
@@ -53,7 +53,7 @@ func forwarding(f Facts, w Wanted) ([]Finding, error) {
 		found := Finding{
 			Severity: Note, Code: "RouterAdvertisements", Object: "sysctl " + setting,
 			Message: "the IPv6 default route came by router advertisement, and the kernel drops it once it forwards; warrend sets 2 before that",
-			Remedy:  fmt.Sprintf("make it lasting: echo %s=2 > /etc/sysctl.d/99-warren-ra.conf", setting),
+			Remedy:  fmt.Sprintf("make it lasting: echo %s=2 >> /etc/sysctl.d/99-warren-ra.conf", setting),
 		}
 		if f.Forwarding.Err == nil && f.Forwarding.Value.IPv6 {
 			found.Severity = Warning

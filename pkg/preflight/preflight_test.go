@@ -3,6 +3,9 @@ package preflight_test
 import (
 	"errors"
 	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -266,6 +269,41 @@ func TestFindings(t *testing.T) {
 				t.Errorf("%s: %s is not checked: %q", name, r.Check, r.NotChecked)
 			}
 		}
+	}
+}
+
+// TestLastingSettings follows all remedies for settings of one node: none takes away what another has written.
+func TestLastingSettings(t *testing.T) {
+	f := healthy()
+	f.Forwarding.Value = preflight.Forwarding{}
+	f.Advertised.Value = []preflight.Advertised{{Link: "eth0", AcceptRA: "1"}, {Link: "eth1.7", AcceptRA: "1"}}
+	dir := t.TempDir()
+	for _, r := range preflight.Check(f, wanted()) {
+		for _, found := range r.Findings {
+			_, command, ok := strings.Cut(found.Remedy, "make it lasting: ")
+			command, _, _ = strings.Cut(command, ", ")
+			if command = strings.ReplaceAll(command, "/etc/sysctl.d", dir); !ok || !strings.Contains(command, dir) {
+				t.Fatalf("%s: remedy %q", found.Object, found.Remedy)
+			}
+			if out, err := exec.CommandContext(t.Context(), "sh", "-ec", command).CombinedOutput(); err != nil {
+				t.Fatalf("%s: %v: %s", command, err, out)
+			}
+		}
+	}
+	var lines []string
+	for _, file := range []string{"99-warren.conf", "99-warren-ra.conf"} {
+		text, err := os.ReadFile(filepath.Join(dir, file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines = append(lines, strings.Fields(string(text))...)
+	}
+	want := []string{
+		"net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1",
+		"net.ipv6.conf.eth0.accept_ra=2", "net.ipv6.conf.eth1/7.accept_ra=2",
+	}
+	if diff := cmp.Diff(want, lines); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
 	}
 }
 
