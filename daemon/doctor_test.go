@@ -217,7 +217,7 @@ var sabotages = map[string]struct {
 	"plugins not to be run":   {func(p *patient) { p.mount(p.options.cniBinDir, unix.MS_NOEXEC) }, []string{"error DirectoryNoExec"}},
 	"configuration read-only": {func(p *patient) { p.mount(p.options.cniConfDir, unix.MS_RDONLY) }, []string{"error DirectoryNotWritable"}},
 	"state is a file":         {func(p *patient) { p.write(p.options.stateDir, "") }, []string{"error DirectoryNotWritable"}},
-	"run directory on a disk": {func(p *patient) { p.options.runDir = p.options.cniConfDir }, []string{"error RunDirOutlivesBoot"}},
+	"run directory on a disk": {func(p *patient) { p.options.runDir = p.options.cniConfDir }, []string{"warning RunDirOutlivesBoot"}},
 }
 
 func (p *patient) listen(address string) {

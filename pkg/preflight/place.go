@@ -20,9 +20,11 @@ func directories(f Facts, _ Wanted) ([]Finding, error) {
 			})
 		case d.ForBoot && !d.Memory:
 			findings = append(findings, Finding{
-				Severity: Error, Code: "RunDirOutlivesBoot", Object: d.Path,
-				Message: "it is on a disk: after a reboot the leases of pods that are gone would keep their addresses, and pods could start before their policies stand",
-				Remedy:  fmt.Sprintf("name a directory on a tmpfs by %s, for example below /run", d.Flag),
+				// The daemon ends the leases of another boot, and until it is ready the plugin refuses.
+				Severity: Warning, Code: "RunDirOutlivesBoot", Object: d.Path,
+				Message: "it is on a disk: after a reboot the conflist of the boot before is taken for this one's and stays, so that the node may be Ready before warrend is; " +
+					"pods are refused until then, and tried again",
+				Remedy: fmt.Sprintf("name a directory on a tmpfs by %s, for example below /run", d.Flag),
 			})
 		}
 	}

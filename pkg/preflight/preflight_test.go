@@ -248,7 +248,7 @@ func TestFindings(t *testing.T) {
 			f.Directories.Value[0].Problem = "write /opt/cni/bin: read-only file system"
 		}, "error DirectoryNotWritable /opt/cni/bin", "--cni-bin-dir"},
 		"noexec":            {func(f *preflight.Facts, _ *preflight.Wanted) { f.Directories.Value[0].NoExec = true }, "error DirectoryNoExec /opt/cni/bin", "noexec"},
-		"run dir on a disk": {func(f *preflight.Facts, _ *preflight.Wanted) { f.Directories.Value[2].Memory = false }, "error RunDirOutlivesBoot /run/warren", "tmpfs"},
+		"run dir on a disk": {func(f *preflight.Facts, _ *preflight.Wanted) { f.Directories.Value[2].Memory = false }, "warning RunDirOutlivesBoot /run/warren", "pods are refused until then"},
 		"admission policies": {func(f *preflight.Facts, _ *preflight.Wanted) {
 			f.Admission.Value = []cluster.Problem{{Code: "AdmissionPolicyMissing", Object: "ValidatingAdmissionPolicy x", Message: "m", Remedy: "apply it"}}
 		}, "warning AdmissionPolicyMissing ValidatingAdmissionPolicy x", "apply it"},
