@@ -86,7 +86,7 @@ func cleanup(ctx context.Context, p paths, keepKey bool, log *slog.Logger) error
 	do("plugins", cniconf.RemoveBinaries(p.cniBinDir))
 	do("runtime state", removeFrom(p.runDir, "warrend.sock", ".s[0-9]*", inflight.FileName+"*", "wireguard", meshFile+"*"))
 	if chained == nil { // else the next cleanup needs them, to know whose the rest is
-		do("leases", removeFrom(p.runDir, "ipam"))
+		do("leases", removeFrom(p.runDir, "ipam", "ipam.aside-*"))
 	}
 	do("memory of the guards", removeFrom(p.stateDir, guardedFile))
 	if !keepKey {

@@ -185,7 +185,9 @@ func TestStatus(t *testing.T) {
 		}, config: small},
 		"range without address": {config: func(c map[string]any) { c["ranges"] = []string{"10.244.1.0/31"} }, code: 50, want: "has no address to lease"},
 		"leases unreadable": {prepare: func(n *node) {
-			run(n.t, n, "touch "+filepath.Join(n.runDir, "ipam"))
+			path := filepath.Join(n.runDir, "ipam")
+			run(n.t, n, "touch "+path)
+			pin(n.t, path)
 		}, code: 50, want: "lease directory"},
 		"no configuration": {config: func(c map[string]any) { c["mtu"] = 0 }, code: 7, want: "mtu: 0"},
 	}

@@ -28,6 +28,19 @@ func (n *node) disk(t *testing.T) (dir string) {
 	return dir
 }
 
+// pin makes a mount point of a file or directory, which nobody can move then.
+func pin(t *testing.T, path string) {
+	t.Helper()
+	if err := unix.Mount(path, path, "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(path, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // readOnly makes it so, or not any more.
 func readOnly(t *testing.T, dir string, flag uintptr) {
 	t.Helper()

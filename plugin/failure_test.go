@@ -99,12 +99,11 @@ func TestAddFailsWithoutTrace(t *testing.T) {
 		},
 		"lock is a directory that cannot be set aside": {
 			prepare: func(t *testing.T, n *node, _ *pod) {
-				if err := os.MkdirAll(filepath.Join(n.runDir, "ipam", ".lock"), 0o700); err != nil {
+				lock := filepath.Join(n.runDir, "ipam", ".lock")
+				if err := os.MkdirAll(lock, 0o700); err != nil {
 					t.Fatal(err)
 				}
-				if err := os.WriteFile(filepath.Join(n.runDir, "ipam", ".aside"), nil, 0o600); err != nil {
-					t.Fatal(err)
-				}
+				pin(t, lock)
 			}, code: 999, want: "locking leases",
 		},
 	}

@@ -189,19 +189,7 @@ func (s *Store) coolingPath(name string) string { return s.path(cooling) + "/" +
 
 // makeCooling makes the directory of what cools down, in the place of anything else.
 func (s *Store) makeCooling() error {
-	path := s.path(cooling)
-	file, err := lstat(path)
-	if err == nil && file.Mode&unix.S_IFMT == unix.S_IFDIR {
-		return nil
-	}
-	if err == nil {
-		err = s.setAside(cooling)
-	} else if errors.Is(err, fs.ErrNotExist) {
-		err = nil
-	}
-	if err == nil {
-		err = unix.Mkdir(path, 0o700)
-	}
+	err := makeDirectory(s.path(cooling), func(string) error { return s.setAside(cooling) })
 	if err != nil {
 		return fmt.Errorf("making the directory of what cools down: %w", err)
 	}

@@ -75,12 +75,19 @@ type Store struct {
 	parsed map[string]*parsed // by attachment name; List's memory
 }
 
-// Open returns the store in dir, which is made where it is missing.
+// Open returns the store in dir, which is made where it is missing. What is no directory in its place is kept beside it.
 func Open(dir string) (*Store, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	dir = filepath.Clean(dir)
+	err := os.MkdirAll(dir, 0o700)
+	if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.EEXIST) { // which a link to a directory is not
+		if err = moveBeside(dir); err == nil {
+			err = os.MkdirAll(dir, 0o700)
+		}
+	}
+	if err != nil {
 		return nil, fmt.Errorf("making the lease directory: %w", err)
 	}
-	s := &Store{dir: filepath.Clean(dir), now: boottime, bootID: bootID}
+	s := &Store{dir: dir, now: boottime, bootID: bootID}
 	_ = unix.Mkdir(s.path(cooling), 0o700) // not only with the first release, for which there may be no space
 	return s, nil
 }

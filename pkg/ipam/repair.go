@@ -137,10 +137,47 @@ func (s *Store) setAside(name string) error {
 	return err
 }
 
+// makeDirectory makes a directory in the place of anything else, also of a link, which away moves.
+func makeDirectory(path string, away func(path string) error) error {
+	file, err := lstat(path)
+	switch {
+	case err == nil && file.Mode&unix.S_IFMT == unix.S_IFDIR:
+		return nil
+	case err == nil:
+		err = away(path)
+	case errors.Is(err, fs.ErrNotExist):
+		err = nil
+	}
+	if err != nil {
+		return err
+	}
+	if err = unix.Mkdir(path, 0o700); err != nil && !errors.Is(err, unix.EEXIST) { // another may have been faster
+		return &fs.PathError{Op: "mkdir", Path: path, Err: err}
+	}
+	return nil
+}
+
+// moveBeside gives what is at a path and is no directory a name beside it that nothing has. It needs no lock: it takes the place of a new
+// file, which a directory cannot, and so not the one that another has made there meanwhile.
+func moveBeside(path string) error {
+	file, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+aside+"-*")
+	if err != nil {
+		return err
+	}
+	_ = file.Close()
+	if err = rename(path, file.Name()); err == nil {
+		return nil
+	}
+	if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ENOENT) { // another was faster
+		err = nil
+	}
+	return errors.Join(err, unlink(file.Name()))
+}
+
 // newPlace gives a file a path that nothing has where it is aside, by rename or link.
 func (s *Store) newPlace(name string, move func(from, to string) error) (path string, err error) {
-	if err = unix.Mkdir(s.path(aside), 0o700); err != nil && !errors.Is(err, unix.EEXIST) {
-		return "", &fs.PathError{Op: "mkdir", Path: s.path(aside), Err: err}
+	if err = makeDirectory(s.path(aside), moveBeside); err != nil {
+		return "", fmt.Errorf("making the directory of what is set aside: %w", err)
 	}
 	path = filepath.Join(s.path(aside), name)
 	for i := 1; ; i++ {

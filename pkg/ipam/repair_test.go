@@ -45,48 +45,144 @@ func repair(t *testing.T, s *ipam.Store, stands func(netip.Addr) (bool, error)) 
 	return moved
 }
 
-// Whatever is in the directory keeps nobody from leasing, listing and releasing, and is set aside.
-func TestForeignFilesBlockNothing(t *testing.T) {
-	foreign := map[string]func(path string) error{
+// foreign puts what is none of ours at a path.
+func foreign() map[string]func(path string) error {
+	return map[string]func(path string) error{
 		"file":      func(path string) error { return os.WriteFile(path, []byte("hello"), 0o600) },
 		"empty":     func(path string) error { return os.WriteFile(path, nil, 0o600) },
 		"directory": func(path string) error { return os.MkdirAll(filepath.Join(path, "x"), 0o700) },
 		"pipe":      func(path string) error { return unix.Mkfifo(path, 0o600) },
 		"link":      func(path string) error { return os.Symlink("/dev/zero", path) },
+		"elsewhere": func(path string) error { return os.Symlink("/proc", path) },
 		"dangling":  func(path string) error { return os.Symlink("/nowhere", path) },
 		"socket":    func(path string) error { return unix.Mknod(path, unix.S_IFSOCK|0o600, 0) },
 	}
-	for kind, put := range foreign {
-		for _, name := range []string{"notes", ".notes", "c9@eth0", "@", "10.0.0.2", "fd00::2", "FD00::3", ".new", ".cooling", ".boot", ".lock"} {
+}
+
+// Whatever is in the directory keeps nobody from leasing, listing and releasing, and is set aside; also where that has no directory yet,
+// because something else is in its place.
+func TestForeignFilesBlockNothing(t *testing.T) {
+	for kind, put := range foreign() {
+		for _, name := range []string{"notes", ".notes", "c9@eth0", "@", "10.0.0.2", "fd00::2", "FD00::3", ".new", ".cooling", ".boot", ".lock", ".aside"} {
 			t.Run(kind+"/"+name, func(t *testing.T) {
 				dir := t.TempDir()
 				if err := put(filepath.Join(dir, name)); err != nil {
 					t.Fatal(err)
 				}
-				s := open(t, dir)
-				if _, err := s.StartBoot(); err != nil {
-					t.Error(err)
-				}
-				if err := s.Room(prefixes("10.0.0.0/24")); err != nil {
-					t.Error(err)
-				}
-				leased := allocate(t, s, prefixes("10.0.0.0/24", "fd00::/64"), owner(1))
-				repair(t, s, nowhere)
-				if leases, err := s.List(); err != nil || len(leases) != 1 {
-					t.Errorf("leases %v, %v", leases, err)
-				}
-				if owners, err := s.Owners(); err != nil || !slices.Equal(owners, []ipam.Owner{owner(1)}) {
-					t.Errorf("owners %v, %v", owners, err)
-				}
-				if diff := cmp.Diff(leased, release(t, s, owner(1)), equal); diff != "" {
-					t.Errorf("released (-want +got):\n%s", diff)
-				}
-				left := slices.DeleteFunc(names(t, dir), func(name string) bool { return name == ".aside" || name == ".boot" })
-				if len(left) > 0 {
-					t.Errorf("left: %v", left)
-				}
+				blocksNothing(t, dir)
 			})
+			for _, other := range []string{"file", "elsewhere", "dangling"} {
+				if name == ".aside" {
+					continue
+				}
+				t.Run(kind+"/"+name+"/.aside/"+other, func(t *testing.T) {
+					dir := t.TempDir()
+					if err := errors.Join(put(filepath.Join(dir, name)), foreign()[other](filepath.Join(dir, ".aside"))); err != nil {
+						t.Fatal(err)
+					}
+					blocksNothing(t, dir)
+					for _, path := range []string{".aside/.aside.aside-*", ".aside"} { // it stays where nothing had to be set aside
+						if found, err := filepath.Glob(filepath.Join(dir, path)); err != nil {
+							t.Error(err)
+						} else if len(found) == 1 && isNoDirectory(found[0]) {
+							return
+						}
+					}
+					t.Error("what was in the place of .aside is lost")
+				})
+			}
 		}
+	}
+}
+
+func isNoDirectory(path string) bool {
+	file, err := os.Lstat(path)
+	return err == nil && !file.IsDir()
+}
+
+// blocksNothing goes through a lease's life where something foreign is in the directory.
+func blocksNothing(t *testing.T, dir string) {
+	t.Helper()
+	s := open(t, dir)
+	if _, err := s.StartBoot(); err != nil {
+		t.Error(err)
+	}
+	if err := s.Room(prefixes("10.0.0.0/24")); err != nil {
+		t.Error(err)
+	}
+	leased := allocate(t, s, prefixes("10.0.0.0/24", "fd00::/64"), owner(1))
+	repair(t, s, nowhere)
+	if leases, err := s.List(); err != nil || len(leases) != 1 {
+		t.Errorf("leases %v, %v", leases, err)
+	}
+	if owners, err := s.Owners(); err != nil || !slices.Equal(owners, []ipam.Owner{owner(1)}) {
+		t.Errorf("owners %v, %v", owners, err)
+	}
+	if diff := cmp.Diff(leased, release(t, s, owner(1)), equal); diff != "" {
+		t.Errorf("released (-want +got):\n%s", diff)
+	}
+	repair(t, s, nowhere) // what was in the place of .aside when the first set something aside
+	left := slices.DeleteFunc(names(t, dir), func(name string) bool { return name == ".aside" || name == ".boot" })
+	if len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+}
+
+// What is in the place of the store's directory is kept beside it, whoever else finds it at the same time: all lease in one directory.
+func TestForeignDirectory(t *testing.T) {
+	for kind, put := range foreign() {
+		if kind == "directory" || kind == "elsewhere" { // these are directories
+			continue
+		}
+		t.Run(kind, func(t *testing.T) {
+			for range 20 {
+				dir := t.TempDir()
+				path := filepath.Join(dir, "ipam")
+				if err := put(path); err != nil {
+					t.Fatal(err)
+				}
+				before, err := os.Lstat(path)
+				if err != nil {
+					t.Fatal(err)
+				}
+				var group sync.WaitGroup
+				for i := range 16 {
+					group.Go(func() {
+						s, err := ipam.Open(path)
+						if err == nil {
+							_, err = s.Allocate(prefixes("10.0.0.0/24"), owner(i))
+						}
+						if err != nil {
+							t.Error(err)
+						}
+					})
+				}
+				group.Wait()
+				if leases, err := open(t, path).List(); err != nil || len(leases) != 16 {
+					t.Errorf("%d leases, %v", len(leases), err)
+				}
+				kept, err := filepath.Glob(filepath.Join(dir, "ipam.aside-*"))
+				if err != nil || len(kept) != 1 {
+					t.Fatalf("kept %q, %v", kept, err)
+				}
+				if after, err := os.Lstat(kept[0]); err != nil || !os.SameFile(before, after) {
+					t.Errorf("kept another: %v", err)
+				}
+			}
+		})
+	}
+}
+
+// A link to a directory is one: whoever made it wants the leases there.
+func TestLinkedDirectory(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(t.TempDir(), "ipam")
+	if err := os.Symlink(dir, path); err != nil {
+		t.Fatal(err)
+	}
+	allocate(t, open(t, path), prefixes("10.0.0.0/24"), owner(1))
+	if leases, err := open(t, dir).List(); err != nil || len(leases) != 1 {
+		t.Errorf("leases %v, %v", leases, err)
 	}
 }
 
