@@ -315,8 +315,14 @@ func TestCleanup(t *testing.T) {
 			t.Errorf("cleanup removed %q, which is not Warren's", want)
 		}
 	}
-	if _, err := node.Command(t.Context(), "cleanup"); err != nil {
-		t.Errorf("a second cleanup: %v", err)
+	if err = errors.Join(os.MkdirAll(filepath.Dir(node.Leases()), 0o700), os.WriteFile(node.Leases(), nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err = node.Command(t.Context(), "cleanup"); err != nil {
+		t.Errorf("a second cleanup, with a file in the place of the leases: %v", err)
+	}
+	if kept, err := filepath.Glob(node.Leases() + "*"); err != nil || len(kept) > 0 {
+		t.Errorf("left: %q, %v", kept, err)
 	}
 }
 
