@@ -38,20 +38,18 @@ func networkManagers(f Facts, _ Wanted) ([]Finding, error) {
 
 // networkd looks whether systemd-networkd leaves routes and rules of others alone. Its default is not to.
 func networkd(texts []string) []Finding {
-	var missing []string
-	for _, key := range []string{"ManageForeignRoutes", "ManageForeignRoutingPolicyRules"} {
-		if value := strings.ToLower(last(texts, "Network", key)); !slices.Contains([]string{"no", "false", "off", "0"}, value) {
-			missing = append(missing, key+"=no")
-		}
+	manages := func(key string) bool {
+		return !slices.Contains([]string{"no", "false", "off", "0"}, strings.ToLower(last(texts, "Network", key)))
 	}
-	if len(missing) == 0 {
+	if !manages("ManageForeignRoutes") && !manages("ManageForeignRoutingPolicyRules") {
 		return nil
 	}
 	return []Finding{{
 		Severity: Warning, Code: "NetworkdManagesRoutes", Object: "systemd-networkd",
 		Message: "it removes the routes and rules of others when it starts or a link changes: pods lose their way to other nodes until warrend repairs it, within 10 s",
-		Remedy: fmt.Sprintf(`mkdir -p /etc/systemd/networkd.conf.d && printf '[Network]\n%s\n' > /etc/systemd/networkd.conf.d/90-warren.conf && systemctl restart systemd-networkd`,
-			strings.Join(missing, `\n`)),
+		// Both, because the file may be there with one of them.
+		Remedy: `mkdir -p /etc/systemd/networkd.conf.d && printf '[Network]\nManageForeignRoutes=no\nManageForeignRoutingPolicyRules=no\n' ` +
+			`> /etc/systemd/networkd.conf.d/90-warren.conf && systemctl restart systemd-networkd`,
 	}}
 }
 

@@ -235,7 +235,7 @@ func TestFindings(t *testing.T) {
 		},
 		"networkd's rules": {func(f *preflight.Facts, _ *preflight.Wanted) {
 			f.Networkd.Value = append(f.Networkd.Value, "[Network]\nManageForeignRoutingPolicyRules=yes\n[DHCPv4]\nManageForeignRoutes=yes\n")
-		}, "warning NetworkdManagesRoutes systemd-networkd", `[Network]\nManageForeignRoutingPolicyRules=no\n`},
+		}, "warning NetworkdManagesRoutes systemd-networkd", `[Network]\nManageForeignRoutes=no\nManageForeignRoutingPolicyRules=no\n`},
 		"NetworkManager": {func(f *preflight.Facts, _ *preflight.Wanted) { f.NetworkManager.Value = nil }, "warning NetworkManagerManagesLinks NetworkManager", "unmanaged-devices+=interface-name:wrn*;interface-name:warren0"},
 		"NetworkManager overridden": {func(f *preflight.Facts, _ *preflight.Wanted) {
 			f.NetworkManager.Value = append(f.NetworkManager.Value, "[keyfile]\nunmanaged-devices=interface-name:wrn*\n")
