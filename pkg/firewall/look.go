@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -31,11 +32,14 @@ func Look(ctx context.Context) (string, preflight.Filter, error) {
 	}
 	slices.Sort(seen.Chains)
 	seen.Chains = slices.Compact(seen.Chains)
+	if unread != nil && strings.Contains(unread.Error(), "not supported") { // what the kernel does not have holds no chains
+		unread = nil
+	}
 	s, err := openSocket()
 	if err == nil {
 		seen.Tables, err = s.tables()
 	}
-	return backend, seen, err
+	return backend, seen, errors.Join(unread, err)
 }
 
 // tables returns the names of all tables of nftables, those of iptables-nft among them, sorted; none where the kernel has no nftables.
