@@ -155,8 +155,9 @@ func inAWord(r preflight.Result) string {
 	}
 }
 
-// logResults logs what was found, for who installs.
+// logResults logs what was found, for who installs, and in one line what was not looked at.
 func logResults(log *slog.Logger, results []preflight.Result) {
+	var not []string
 	for _, r := range results {
 		for _, f := range r.Findings {
 			if f.Severity == preflight.Note {
@@ -166,7 +167,10 @@ func logResults(log *slog.Logger, results []preflight.Result) {
 			log.Warn("preflight finding", "severity", string(f.Severity), "code", f.Code, "object", f.Object, "message", f.Message, "remedy", f.Remedy)
 		}
 		for _, reason := range r.NotChecked {
-			log.Debug("preflight not checked", "check", r.Check, "reason", reason)
+			not = append(not, r.Check+": "+reason)
 		}
+	}
+	if len(not) > 0 {
+		log.Info("preflight could not check everything", "not_checked", strings.Join(not, "; "), "remedy", "run warrend doctor as root on the node itself")
 	}
 }
