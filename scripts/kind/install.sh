@@ -36,6 +36,8 @@ patches:
             initContainers:
               - name: install
                 env:
+                  - {name: WARREN_CLUSTER_CIDR, value: "$cluster_cidr"}
+                  - {name: WARREN_SERVICE_CIDR, value: "$service_cidr"}
                   - {name: WARREN_ENCRYPTION, value: "$ENCRYPTION"}
             containers:
               - name: warrend

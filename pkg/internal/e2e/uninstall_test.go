@@ -76,8 +76,8 @@ func (c *cluster) cleanUp(t *testing.T) {
 		t.Fatalf("manifests/cleanup.yaml: want exactly %q; a check for each capability stands here", needed)
 	}
 	for _, check := range []capabilityCheck{
-		{cleanupNamespace, cleanupSet, "cleanup", "NET_RAW", "rules that match sets", regexp.MustCompile(`rules and sets: .*Can't open socket to ipset`)},
-		{cleanupNamespace, cleanupSet, "cleanup", "NET_ADMIN", "sets, rules and links", regexp.MustCompile(`listing sets: operation not permitted`)},
+		{cleanupNamespace, cleanupSet, "cleanup", "NET_RAW", "rules that match sets", regexp.MustCompile(`rules and sets: .*Can't open socket to ipset`), false},
+		{cleanupNamespace, cleanupSet, "cleanup", "NET_ADMIN", "sets, rules and links", regexp.MustCompile(`listing sets: operation not permitted`), false},
 	} {
 		rest := "add: [NET_RAW]"
 		if check.capability == "NET_RAW" {
