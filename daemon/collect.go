@@ -30,8 +30,8 @@ const (
 // An attachment is gone when its link and its network namespace are. The kernel deletes a link with the namespace, so without one there
 // is no network; but somebody may have deleted the link alone, and then the pod that runs is still known to the whole cluster by its
 // address, which nobody else must get. So there has to be a sign besides, one of these: the path of the namespace is gone, in a directory
-// in which the daemon sees others (in a container it usually sees none); the pod does not exist any more, or has finished; the pod has
-// another attachment that stands, because a pod has one sandbox at a time.
+// in which the daemon sees others (in a container it sees them by a mount, else none); the pod does not exist any more, or has finished;
+// the pod has another attachment that stands, because a pod has one sandbox at a time.
 //
 // All of it must be so for goneFor without a break, as this process has seen it.
 type collector struct {

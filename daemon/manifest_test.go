@@ -1,8 +1,10 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -159,5 +161,63 @@ func TestInstallInContainer(t *testing.T) {
 				t.Errorf("what is said not to be checked differs (-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+// mountNamespaces mounts a directory of the node's network namespaces where the collector looks, as the daemon's container has it by
+// the manifest under the path that the runtimes give to the plugin.
+func (y *yard) mountNamespaces(pod corev1.PodSpec, node string) {
+	y.t.Helper()
+	mounts := containerOf(y.t, pod, "warrend").VolumeMounts
+	i := slices.IndexFunc(mounts, func(m corev1.VolumeMount) bool { return m.MountPath == "/var/run/netns" })
+	if i < 0 {
+		return
+	}
+	v := slices.IndexFunc(pod.Volumes, func(v corev1.Volume) bool { return v.Name == mounts[i].Name })
+	if source := pod.Volumes[v].HostPath; source.Path != mounts[i].MountPath || *source.Type != corev1.HostPathDirectoryOrCreate {
+		y.t.Errorf("%s is %+v on the node", mounts[i].MountPath, source)
+	}
+	propagation := uintptr(unix.MS_PRIVATE)
+	if p := mounts[i].MountPropagation; p != nil && *p == corev1.MountPropagationHostToContainer {
+		propagation = unix.MS_SLAVE
+	}
+	err := errors.Join(unix.Mount(node, y.dir, "", unix.MS_BIND|unix.MS_REC, ""), unix.Mount("", y.dir, "", propagation|unix.MS_REC, ""))
+	if mounts[i].ReadOnly {
+		err = errors.Join(err, unix.Mount("", y.dir, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""))
+	}
+	if err != nil {
+		y.t.Fatal(err)
+	}
+	y.t.Cleanup(func() { _ = unix.Unmount(y.dir, unix.MNT_DETACH) })
+}
+
+// TestCollectInContainer: in the daemon's container of the manifest the collector sees namespaces that come after the daemon, and that
+// one is gone, whose lease it ends though the pod exists; it cannot write there.
+func TestCollectInContainer(t *testing.T) {
+	y := newYard(t)
+	node := t.TempDir()
+	if err := errors.Join(unix.Mount("tmpfs", node, "tmpfs", 0, ""), unix.Mount("", node, "", unix.MS_SHARED, "")); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(node, unix.MNT_DETACH) })
+	y.mountNamespaces(shipped(t), node)
+	for _, name := range []string{"old", "other"} {
+		file := filepath.Join(node, name)
+		if err := errors.Join(os.WriteFile(file, nil, 0o600), unix.Mount("/proc/thread-self/ns/net", file, "", unix.MS_BIND, "")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !y.look(long) {
+		t.Fatal("the lease was ended while the namespace stands")
+	}
+	old := filepath.Join(node, "old")
+	if err := errors.Join(unix.Unmount(old, unix.MNT_DETACH), os.Remove(old)); err != nil {
+		t.Fatal(err)
+	}
+	if !y.look(goneFor) || y.look(collectEvery) {
+		t.Error("the lease was not ended when it was time")
+	}
+	if err := os.WriteFile(filepath.Join(y.dir, "new"), nil, 0o600); !errors.Is(err, unix.EROFS) {
+		t.Errorf("writing among the namespaces: %v", err)
 	}
 }

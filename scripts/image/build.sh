@@ -83,7 +83,7 @@ write_archive() {
   local out=$work/archive layer config
   mkdir "$out"
   # Mount points of the manifests, so that the runtime need not make them in a read-only root.
-  mkdir -p "$rootfs"/{dev,etc/cni/net.d,host/proc/sys/net,opt/cni/bin,proc,run/warren,sys,tmp,var/lib/warren,var/run/wireguard}
+  mkdir -p "$rootfs"/{dev,etc/cni/net.d,host/proc/sys/net,opt/cni/bin,proc,run/warren,sys,tmp,var/lib/warren,var/run/{netns,wireguard}}
   : >"$rootfs/run/xtables.lock"
   chmod -R go-w,a+rX "$rootfs"
   pack "$out/layer.tar" "$rootfs" .

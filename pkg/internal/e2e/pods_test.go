@@ -242,6 +242,9 @@ func (c *cluster) testPods(t *testing.T) {
 		{name: "four", node: c.worker, labels: label},
 	}
 	c.start(t, namespace, pods...)
+	for _, node := range c.nodes() {
+		c.checkNamespaces(t, node)
+	}
 	services := c.startService(t, namespace, "echo", label, "one", "three")
 	c.watch(t, func(marker string) {
 		for _, from := range pods {
@@ -254,6 +257,29 @@ func (c *cluster) testPods(t *testing.T) {
 			}
 			c.reaches(t, namespace, from.name, marker, targets...)
 		}
+	})
+}
+
+// checkNamespaces checks that the daemon of a node sees the network namespaces of its pods; else it would take none for gone.
+func (c *cluster) checkNamespaces(t *testing.T, node string) {
+	t.Helper()
+	const (
+		onTheNode = ""
+		inDaemon  = "/proc/$(pgrep --newest --full '[w]arrend run')/root"
+	)
+	eventually(t, time.Minute, node+"'s daemon sees the namespaces of the pods", func(ctx context.Context) error {
+		var seen [2]string
+		for i, root := range []string{onTheNode, inDaemon} {
+			script := "cd " + root + "/var/run/netns && find . ! -name . -exec stat --file-system --format '%n %T' {} + | sort"
+			var err error
+			if seen[i], err = try(ctx, command{name: "docker", args: []string{"exec", node, "sh", "-c", script}}); err != nil {
+				return err
+			}
+		}
+		if seen[0] != seen[1] || !strings.Contains(seen[0], " nsfs\n") {
+			return fmt.Errorf("on the node:\n%sin the daemon's container:\n%s", seen[0], seen[1])
+		}
+		return nil
 	})
 }
 
