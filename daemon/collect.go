@@ -30,8 +30,8 @@ const (
 // An attachment is gone when its link and its network namespace are. The kernel deletes a link with the namespace, so without one there
 // is no network; but somebody may have deleted the link alone, and then the pod that runs is still known to the whole cluster by its
 // address, which nobody else must get. So there has to be a sign besides, one of these: the path of the namespace is gone, in a directory
-// in which the daemon sees others (in a container it sees them by a mount, else none); the pod does not exist any more, or has finished;
-// the pod has another attachment that stands, because a pod has one sandbox at a time.
+// in which the daemon sees that of another attachment, which stands; the pod does not exist any more, or has finished; the pod has another
+// attachment that stands, because a pod has one sandbox at a time.
 //
 // All of it must be so for goneFor without a break, as this process has seen it.
 type collector struct {
@@ -77,7 +77,7 @@ func (c *collector) collect(ctx context.Context) {
 	}
 	now := c.clock()
 	gone := make(map[cluster.Holder]time.Time)
-	seen := signs{links: links, exists: c.exists, pods: podsOf(owners, links), visible: map[string]bool{}}
+	seen := signs{links: links, exists: c.exists, pods: podsOf(owners, links), visible: visibleOf(owners, links)}
 	for _, o := range owners {
 		if !seen.gone(o) {
 			continue
@@ -145,7 +145,7 @@ type signs struct {
 	exists func(ipam.Owner) bool
 	// pods are the interfaces of pods that have a link.
 	pods map[ipam.Owner]bool
-	// visible are the directories that were looked at, and whether network namespaces are seen there.
+	// visible are the directories in which network namespaces are seen.
 	visible map[string]bool
 }
 
@@ -159,22 +159,25 @@ func (s signs) gone(o ipam.Owner) bool {
 
 // lost says whether nothing is at the path of a network namespace, and would be if it existed.
 func (s signs) lost(path string) bool {
-	if path == "" {
-		return false
-	}
-	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
-		return false
-	}
-	dir := filepath.Dir(path)
-	visible, looked := s.visible[dir]
-	if !looked {
-		entries, _ := os.ReadDir(dir) // what cannot be read shows none
-		for _, e := range entries {
-			visible = visible || isNamespace(filepath.Join(dir, e.Name()))
+	return s.visible[filepath.Dir(path)] && isGone(path)
+}
+
+// visibleOf returns the directories in which the namespace of an attachment that stands is seen, by its name alone: what is mounted there
+// after a container has started does not show in it.
+func visibleOf(owners []ipam.Owner, links map[string]bool) map[string]bool {
+	visible := map[string]bool{}
+	for _, o := range owners {
+		if o.Netns != "" && links[podlink.HostName(o.ContainerID, o.Interface)] && !isGone(o.Netns) {
+			visible[filepath.Dir(o.Netns)] = true
 		}
-		s.visible[dir] = visible
 	}
 	return visible
+}
+
+// isGone says whether nothing is at a path.
+func isGone(path string) bool {
+	_, err := os.Lstat(path)
+	return errors.Is(err, fs.ErrNotExist)
 }
 
 // podsOf returns the interfaces of pods that have a link.

@@ -115,12 +115,13 @@ func TestCollect(t *testing.T) {
 		"the namespace stands":                     {func(y *yard) { y.namespace("old"); y.pods["u-old"] = false }, true},
 		"nothing stands, and the daemon sees none": {func(*yard) {}, true},
 		"nothing stands, and the pod is gone":      {func(y *yard) { y.pods["u-old"] = false }, false},
-		"the namespace is gone from among others":  {func(y *yard) { y.namespace("other") }, false},
-		"a file without a namespace says nothing":  {func(y *yard) { y.namespace("other"); y.file("old") }, true},
-		"files that are no namespaces say nothing": {func(y *yard) { y.file("other") }, true},
+		"the namespace is gone from among others":  {func(y *yard) { y.stands("other"); y.file("other") }, false},
+		"a file without a namespace says nothing":  {func(y *yard) { y.stands("other"); y.namespace("other"); y.file("old") }, true},
+		"files that are nobody's say nothing":      {func(y *yard) { y.file("other"); y.lease("third", "third") }, true},
+		"another's that stands elsewhere":          {func(y *yard) { y.stands("other") }, true},
 		"the pod has another sandbox":              {func(y *yard) { y.lease("new", "old"); y.up[podlink.HostName("new", "eth0")] = true }, false},
 		"the pod's other sandbox is gone, too":     {func(y *yard) { y.lease("new", "old") }, true},
-		"another pod's sandbox says nothing":       {func(y *yard) { y.lease("new", "new"); y.up[podlink.HostName("new", "eth0")] = true }, true},
+		"another pod's sandbox says nothing":       {func(y *yard) { y.stands("new") }, true},
 		"what a killed ADD left, and no pod":       {func(y *yard) { y.remove("old@eth0"); y.pods["u-old"] = false }, false},
 		"links cannot be read": {func(y *yard) {
 			y.pods["u-old"] = false
@@ -141,6 +142,13 @@ func TestCollect(t *testing.T) {
 			}
 		})
 	}
+}
+
+// stands gives another pod an attachment that stands.
+func (y *yard) stands(container string) {
+	y.t.Helper()
+	y.lease(container, container)
+	y.up[podlink.HostName(container, "eth0")] = true
 }
 
 // file puts an empty file where the namespace of a container would be.

@@ -177,11 +177,10 @@ func (y *yard) mountNamespaces(pod corev1.PodSpec, node string) {
 	if source := pod.Volumes[v].HostPath; source.Path != mounts[i].MountPath || *source.Type != corev1.HostPathDirectoryOrCreate {
 		y.t.Errorf("%s is %+v on the node", mounts[i].MountPath, source)
 	}
-	propagation := uintptr(unix.MS_PRIVATE)
-	if p := mounts[i].MountPropagation; p != nil && *p == corev1.MountPropagationHostToContainer {
-		propagation = unix.MS_SLAVE
+	if p := mounts[i].MountPropagation; p != nil {
+		y.t.Errorf("the mount of %s is propagated (%s), for which the node's has to be shared", mounts[i].MountPath, *p)
 	}
-	err := errors.Join(unix.Mount(node, y.dir, "", unix.MS_BIND|unix.MS_REC, ""), unix.Mount("", y.dir, "", propagation|unix.MS_REC, ""))
+	err := errors.Join(unix.Mount(node, y.dir, "", unix.MS_BIND|unix.MS_REC, ""), unix.Mount("", y.dir, "", unix.MS_PRIVATE|unix.MS_REC, ""))
 	if mounts[i].ReadOnly {
 		err = errors.Join(err, unix.Mount("", y.dir, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""))
 	}
@@ -201,6 +200,7 @@ func TestCollectInContainer(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = unix.Unmount(node, unix.MNT_DETACH) })
 	y.mountNamespaces(shipped(t), node)
+	y.stands("other")
 	for _, name := range []string{"old", "other"} {
 		file := filepath.Join(node, name)
 		if err := errors.Join(os.WriteFile(file, nil, 0o600), unix.Mount("/proc/thread-self/ns/net", file, "", unix.MS_BIND, "")); err != nil {

@@ -16,20 +16,20 @@ import (
 // nothing of another network is left in them; it makes them again when it needs them. What is in nftables does not tell the network,
 // and is removed for the containers named, as portmap's DEL does.
 func RemovePorts(ctx context.Context, network string, containers []string) error {
-	return portMaps{network: network, containers: containers, frame: true}.remove(ctx)
+	return portMaps{network: network, containers: containers, all: true}.remove(ctx)
 }
 
-// RemovePortsOf removes what portmap has written for one container of a network, and leaves its own chains to it.
-func RemovePortsOf(ctx context.Context, network, container string) error {
-	return portMaps{network: network, container: container, containers: []string{container}}.remove(ctx)
+// RemovePortsOf removes what portmap has written for some containers of a network, and leaves its own chains to it.
+func RemovePortsOf(ctx context.Context, network string, containers ...string) error {
+	return portMaps{network: network, containers: containers}.remove(ctx)
 }
 
-// portMaps are what is to be removed: those of a network's pods, or of one container of it where that is given, and with frame portmap's own
-// chains where nobody else needs them.
+// portMaps are what is to be removed: those of some containers of a network, or those of all, and then portmap's own chains, too, where
+// nobody else needs them.
 type portMaps struct {
-	network, container string
-	containers         []string
-	frame              bool
+	network    string
+	containers []string
+	all        bool
 }
 
 // remove goes on after an error.
@@ -46,15 +46,17 @@ func (p portMaps) removeNFT() error {
 	return each(netfilter.Families[:], func(f netfilter.Family) error { return s.removePorts(f, p) })
 }
 
-// removeIPTables removes them from both backends of iptables.
+// removeIPTables removes them from both backends of iptables, or from the one that will do: portmap has the same programs.
 func (p portMaps) removeIPTables(ctx context.Context) error {
 	suites, err := findSuites(programs{}, "")
 	if err != nil {
 		return err
 	}
 	var errs []error
-	for _, backend := range []string{nft, legacy} {
-		for _, f := range netfilter.Families {
+	for _, f := range netfilter.Families {
+		var useless []error
+		looked := false
+		for _, backend := range []string{nft, legacy} {
 			t := suites[backend][f]
 			if t == nil {
 				continue
@@ -63,9 +65,18 @@ func (p portMaps) removeIPTables(ctx context.Context) error {
 			if text := p.without(saved["nat"]); err == nil && text != "" {
 				err = t.write(ctx, text)
 			}
-			if err != nil {
+			switch {
+			case err == nil:
+				looked = true
+				continue
+			case isUseless(err):
+				useless = append(useless, fmt.Errorf("removing ports of the node by iptables-%s (%s): %w", backend, f, err))
+			default:
 				errs = append(errs, fmt.Errorf("removing ports of the node by iptables-%s (%s): %w", backend, f, err))
 			}
+		}
+		if !looked {
+			errs = append(errs, useless...)
 		}
 	}
 	return errors.Join(errs...)
@@ -107,7 +118,7 @@ func (p portMaps) without(saved string) string {
 	}
 	slices.Sort(pods)
 	gone := slices.Compact(pods)
-	if left == 0 && p.frame {
+	if left == 0 && p.all {
 		drop = append(drop, jumps...)
 		gone = append(gone, portChain, portMasqChain, portMarkChain)
 	}
@@ -127,8 +138,8 @@ func (p portMaps) without(saved string) string {
 // have says whether a rule of portmap's is one of them, by its comment.
 func (p portMaps) have(rule string) bool {
 	comment := fmt.Sprintf("dnat name: %q id: ", p.network)
-	if p.container != "" {
-		comment += strconv.Quote(p.container)
-	}
-	return slices.ContainsFunc(words(rule), func(word string) bool { return strings.HasPrefix(word, comment) })
+	return slices.ContainsFunc(words(rule), func(word string) bool {
+		id, ok := strings.CutPrefix(word, comment)
+		return ok && (p.all || slices.ContainsFunc(p.containers, func(c string) bool { return strings.HasPrefix(id, strconv.Quote(c)) }))
+	})
 }

@@ -28,7 +28,7 @@ type portRule struct {
 	handle         []byte
 }
 
-// removePorts removes ports from portmap's table of a family, and with frame the table where no pod has a rule in it then.
+// removePorts removes ports from portmap's table of a family, and with all the table where no pod has a rule in it then.
 func (s *socket) removePorts(f netfilter.Family, p portMaps) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -60,7 +60,7 @@ func (s *socket) removePortsOnce(family byte, p portMaps) error {
 		return err
 	}
 	ours := func(r portRule) bool { return slices.Contains(p.containers, r.comment) }
-	stays := !p.frame || slices.ContainsFunc(rules, func(r portRule) bool { return !ours(r) && !slices.Contains(portFrame, r.chain) })
+	stays := !p.all || slices.ContainsFunc(rules, func(r portRule) bool { return !ours(r) && !slices.Contains(portFrame, r.chain) })
 	defer s.discard()
 	s.beginNFT(unix.NFNL_MSG_BATCH_BEGIN, unix.AF_UNSPEC)
 	s.messages = appendUint32(s.messages, nfnlBatchGenID, generation)

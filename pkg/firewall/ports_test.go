@@ -85,7 +85,7 @@ func TestRemovePorts(t *testing.T) {
 // portmap's chains without a rule for any pod, as they stand once the last such pod has gone, go too; a table without them is left.
 func TestWithoutPorts(t *testing.T) {
 	t.Parallel()
-	all := portMaps{network: "warren", frame: true}
+	all := portMaps{network: "warren", all: true}
 	if got := all.without("*nat\n:PREROUTING ACCEPT [0:0]\nCOMMIT\n"); got != "" {
 		t.Errorf("without portmap: %q", got)
 	}
@@ -110,7 +110,7 @@ COMMIT
 func TestRemovePortsOf(t *testing.T) {
 	t.Parallel()
 	text := strings.ReplaceAll(portsOf("warren"), `id: \"abc\"`, `id: \"abcd\"`)
-	if got := (portMaps{network: "warren", container: "abc"}).without(text); got != "" {
+	if got := (portMaps{network: "warren", containers: []string{"abc"}}).without(text); got != "" {
 		t.Errorf("another container's: %q", got)
 	}
 	want := `*nat
@@ -120,9 +120,60 @@ func TestRemovePortsOf(t *testing.T) {
 -X CNI-DN-warren
 COMMIT
 `
-	if diff := cmp.Diff(want, portMaps{network: "warren", container: "abcd"}.without(text)); diff != "" {
+	if diff := cmp.Diff(want, portMaps{network: "warren", containers: []string{"abcd"}}.without(text)); diff != "" {
 		t.Errorf("its own (-want +got):\n%s", diff)
 	}
+}
+
+// A backend that will never do holds no ports, and keeps nobody from removing those of the other one.
+func TestRemovePortsBesideUselessBackend(t *testing.T) {
+	tools := t.TempDir()
+	foreign := filepath.Join(tools, "rules")
+	err := os.WriteFile(foreign, []byte("table ip nat { chain PREROUTING { type nat hook prerouting priority -100; dnat to tcp dport map { 80 : 192.0.2.1, 81 : 192.0.2.2 }; }; }\n"), 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, program := range []string{"iptables-nft-save", "ip6tables-nft-save"} {
+		text := "#!/bin/sh\necho 'Failed to initialize nft: Protocol not supported' >&2\nexit 1\n"
+		if err := os.WriteFile(filepath.Join(tools, program), []byte(text), 0o755); err != nil { //nolint:gosec // a program
+			t.Fatal(err)
+		}
+	}
+	for name, prepare := range map[string]func(t *testing.T, n *node){
+		"rules of nft itself": func(_ *testing.T, n *node) { n.run("nft -f " + foreign) },
+		"no nftables":         func(t *testing.T, _ *node) { t.Setenv("PATH", tools+":"+os.Getenv("PATH")) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t, legacy)
+			suites, err := findSuites(programs{}, "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err = suites[legacy][netfilter.IPv4].write(t.Context(), portsOf("warren")); err != nil {
+				t.Fatal(err)
+			}
+			prepare(t, n)
+			if err = RemovePortsOf(t.Context(), "warren", "abc"); err != nil {
+				t.Error(err)
+			}
+			if left := n.run("iptables-legacy-save -t nat"); strings.Contains(left, "CNI-DN-") || !strings.Contains(left, portChain) {
+				t.Errorf("left:\n%s", left)
+			}
+		})
+	}
+	t.Run("none will do", func(t *testing.T) {
+		n := newNode(t, nft)
+		n.run("nft -f " + foreign)
+		for _, program := range []string{"iptables-legacy-save", "ip6tables-legacy-save"} {
+			if err := os.Symlink(filepath.Join(tools, "iptables-nft-save"), filepath.Join(tools, program)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		t.Setenv("PATH", tools+":"+os.Getenv("PATH"))
+		if err := RemovePortsOf(t.Context(), "warren", "abc"); err == nil || !strings.Contains(err.Error(), "not supported") {
+			t.Errorf("got %v", err)
+		}
+	})
 }
 
 // nftPortsOf is portmap's table of nftables with a port of each container, as it writes it.

@@ -160,7 +160,7 @@ func (t *tools) run(ctx context.Context, stdin, path string, args ...string) (st
 	case words != "":
 		return "", blame(stdin, stderr, fmt.Errorf("%w: %s", errWarned, words))
 	case strings.Contains(stdout, "is incompatible, use 'nft' tool"):
-		return "", errors.New("the table has rules made by nft that iptables cannot read")
+		return "", errors.New("the table is incompatible: it has rules made by nft that iptables cannot read")
 	}
 	return stdout, nil
 }
