@@ -38,10 +38,7 @@ func (n *node) handle(ctx context.Context, request agentapi.Request) agentapi.Re
 		n.trash.released()
 		return agentapi.Response{}
 	case agentapi.OpRemoveChained:
-		if request.Pod == nil || request.Pod.ContainerID == "" {
-			return refuse(types.ErrDecodingFailure, errors.New("the request names no container"))
-		}
-		if err := n.collector.removeChained(ctx, request.Pod.ContainerID); err != nil {
+		if err := n.collector.removeChained(ctx, request.Containers...); err != nil {
 			return refuse(types.ErrInternal, err)
 		}
 		return agentapi.Response{}

@@ -43,9 +43,9 @@ type collector struct {
 	links func() ([]string, error)
 	// exists says whether a pod exists and has not finished; true where that is not known.
 	exists func(ipam.Owner) bool
-	// removeChained takes away what other plugins have made for a container: ports of the node, which would lead to whoever has its
-	// address next, and what limited its bandwidth.
-	removeChained func(ctx context.Context, container string) error
+	// removeChained takes away what other plugins have made for containers: ports of the node, which would lead to whoever has their
+	// addresses next, and what limited their bandwidth.
+	removeChained func(ctx context.Context, containers ...string) error
 	// gone says since when attachments are gone.
 	gone map[cluster.Holder]time.Time
 }

@@ -60,8 +60,8 @@ func newYard(t *testing.T) *yard {
 			return names, nil
 		},
 		exists: func(o ipam.Owner) bool { return y.pods[o.UID] },
-		removeChained: func(_ context.Context, container string) error {
-			y.ports = append(y.ports, container)
+		removeChained: func(_ context.Context, containers ...string) error {
+			y.ports = append(y.ports, containers...)
 			return y.errPorts
 		},
 	}

@@ -66,8 +66,8 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 	n.news = newAnnouncer(o.nodeName, objects, n.clock)
 	n.collector = &collector{
 		leases: leases, locks: inflight.In(o.runDir), log: log, clock: n.clock, links: podlink.Links, exists: n.exists,
-		removeChained: func(ctx context.Context, container string) error {
-			return errors.Join(firewall.RemovePortsOf(ctx, cniconf.NetworkName, container), cniconf.RemoveShapers(cniconf.NetworkName, container))
+		removeChained: func(ctx context.Context, containers ...string) error {
+			return errors.Join(firewall.RemovePortsOf(ctx, cniconf.NetworkName, containers...), cniconf.RemoveShapers(cniconf.NetworkName, containers...))
 		},
 	}
 	rules, err := firewall.New(ctx, firewall.Options{Log: log, Admit: n.admit, Now: n.clock})

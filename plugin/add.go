@@ -43,7 +43,7 @@ func add(ctx context.Context, args *skel.CmdArgs) error {
 		return err
 	}
 	// Asked first, so that with the daemon away nothing has to be undone.
-	if _, err = conf.ask(ctx, agentapi.OpReady, nil); err != nil {
+	if _, err = conf.ask(ctx, agentapi.Request{Op: agentapi.OpReady}); err != nil {
 		return err
 	}
 	end, err := inflight.In(conf.RunDir).Begin(ctx, podlink.HostName(owner.ContainerID, owner.Interface))
@@ -80,7 +80,7 @@ func attach(ctx context.Context, conf *config, netns string, owner ipam.Owner, p
 	}
 	passes := make(chan error, 1)
 	go func() {
-		_, err := conf.ask(ctx, agentapi.OpAttach, request(owner, addresses))
+		_, err := conf.ask(ctx, agentapi.Request{Op: agentapi.OpAttach, Pod: request(owner, addresses)})
 		passes <- err
 	}()
 	runtime.Gosched() // so that the daemon is asked before the kernel keeps this thread busy

@@ -51,7 +51,7 @@ func check(ctx context.Context, args *skel.CmdArgs) error {
 	}
 	pair := podlink.Plan(podlink.Spec{ContainerID: owner.ContainerID, Interface: owner.Interface, MTU: conf.MTU, Addresses: addresses})
 	pair.MTU = mtuOf(previous, pair)
-	_, daemonErr := conf.ask(ctx, agentapi.OpCheck, request(owner, addresses))
+	_, daemonErr := conf.ask(ctx, agentapi.Request{Op: agentapi.OpCheck, Pod: request(owner, addresses)})
 	return errors.Join(compare(previous, pair, args.Netns), podlink.Check(args.Netns, pair), daemonErr)
 }
 
@@ -95,7 +95,7 @@ func status(ctx context.Context, args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	response, err := conf.ask(ctx, agentapi.OpReady, nil)
+	response, err := conf.ask(ctx, agentapi.Request{Op: agentapi.OpReady})
 	if codeOf(err) == types.ErrLimitedConnectivity {
 		return err
 	}

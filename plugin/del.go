@@ -82,7 +82,7 @@ func laterIfUnwritable(err error) error {
 func (c *config) sweep(ctx context.Context, leases *ipam.Store) error {
 	patience, cancel := context.WithTimeout(ctx, sweepPatience)
 	defer cancel()
-	if _, err := c.ask(patience, agentapi.OpReleased, nil); err == nil {
+	if _, err := c.ask(patience, agentapi.Request{Op: agentapi.OpReleased}); err == nil {
 		return nil
 	}
 	return errors.Join(podlink.Sweep(), laterIfUnwritable(leases.Forget(conntrack.Forget)))

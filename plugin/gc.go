@@ -27,17 +27,32 @@ func collect(ctx context.Context, args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	valid := make(map[string]bool, len(*conf.ValidAttachments))
+	valid, kept := make(map[string]bool, len(*conf.ValidAttachments)), map[string]bool{}
 	for _, a := range *conf.ValidAttachments {
 		valid[podlink.HostName(a.ContainerID, a.IfName)] = true
+		kept[a.ContainerID] = true
 	}
 	locks := inflight.In(conf.RunDir)
 	remains, err := findRemains(ctx, locks, leases, valid)
 	errs := []error{err}
+	var retired []ipam.Owner
 	for _, r := range remains {
-		errs = append(errs, r.remove(ctx, conf, locks, leases))
+		end, ok, lockErr := locks.Try(r.link)
+		if lockErr != nil || !ok { // somebody has begun to work on it meanwhile
+			errs = append(errs, lockErr)
+			continue
+		}
+		defer end()
+		if r.owner == nil {
+			errs = append(errs, podlink.Detach(r.link))
+		} else if err = retire(leases, r.owner.ContainerID, r.owner.Interface); err != nil {
+			errs = append(errs, err)
+		} else {
+			retired = append(retired, *r.owner)
+		}
 	}
-	return errors.Join(append(errs, conf.sweep(ctx, leases))...)
+	errs = append(errs, conf.end(ctx, leases, retired, kept), conf.sweep(ctx, leases))
+	return errors.Join(errs...)
 }
 
 // remain is what an attachment has that is not valid: a lease or a part of one, and perhaps a link; or a link alone, of which
@@ -78,24 +93,38 @@ func findRemains(ctx context.Context, locks inflight.Locks, leases *ipam.Store, 
 	return found, err
 }
 
-// remove takes it away, unless somebody has begun to work on it meanwhile.
-//
-// What other plugins of the conflist have made goes first: a runtime that knows nothing of the attachment calls no DEL of theirs, portmap and
-// bandwidth have no GC, and a port of the node would lead to whoever has the address next. The daemon knows how; without it the lease stays.
-func (r remain) remove(ctx context.Context, conf *config, locks inflight.Locks, leases *ipam.Store) error {
-	end, ok, err := locks.Try(r.link)
-	if err != nil || !ok {
+// end frees the leases of attachments that are retired, once what other plugins of the conflist have made for their containers is gone; those
+// kept have another attachment that is valid. A runtime that knows nothing of an attachment calls no DEL of theirs, portmap and bandwidth
+// have no GC, and a port of the node would lead to whoever has the address next. The daemon knows how; without it the leases stay.
+func (c *config) end(ctx context.Context, leases *ipam.Store, retired []ipam.Owner, kept map[string]bool) error {
+	var containers []string
+	for _, o := range retired {
+		if !kept[o.ContainerID] {
+			containers = append(containers, o.ContainerID)
+		}
+	}
+	remove := func(containers ...string) error {
+		if len(containers) == 0 {
+			return nil
+		}
+		_, err := c.ask(ctx, agentapi.Request{Op: agentapi.OpRemoveChained, Containers: containers})
 		return err
 	}
-	defer end()
-	if r.owner == nil {
-		return podlink.Detach(r.link)
+	// All at once, because it takes as long for one; and one by one where that fails, because of which it is not known.
+	together := remove(containers...)
+	var errs []error
+	for _, o := range retired {
+		err := together
+		if kept[o.ContainerID] {
+			err = nil
+		} else if err != nil && len(containers) > 1 {
+			err = remove(o.ContainerID)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("removing what other plugins have made for the container %s, whose lease stays until then: %w", o.ContainerID, err))
+			continue
+		}
+		errs = append(errs, free(leases, o.ContainerID, o.Interface))
 	}
-	if err = retire(leases, r.owner.ContainerID, r.owner.Interface); err != nil {
-		return err
-	}
-	if _, err = conf.ask(ctx, agentapi.OpRemoveChained, &agentapi.Pod{ContainerID: r.owner.ContainerID}); err != nil {
-		return fmt.Errorf("removing what other plugins have made for the container %s, whose lease stays until then: %w", r.owner.ContainerID, err)
-	}
-	return free(leases, r.owner.ContainerID, r.owner.Interface)
+	return errors.Join(errs...)
 }

@@ -4,10 +4,12 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -19,6 +21,7 @@ import (
 
 	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/inflight"
+	"github.com/warren-cni/warren/pkg/ipam"
 )
 
 // nothingValid makes a GC's configuration that names no attachment as valid.
@@ -113,36 +116,49 @@ func TestGCGoesOn(t *testing.T) {
 	n.unchanged(before)
 }
 
-// TestGCRemovesChained: the lease of a container outlasts what other plugins have made for it; its link does not.
+// TestGCRemovesChained: the lease of a container outlasts what other plugins have made for it; its link does not, and no other container's.
 func TestGCRemovesChained(t *testing.T) {
 	n := newNode(t)
-	p, kept := n.newPod("web"), n.newPod("kept")
+	p, gone, kept := n.newPod("web"), n.newPod("gone"), n.newPod("kept")
 	n.mustAdd(kept)
-	before := n.state(p, kept)
+	before := n.state(p, gone, kept)
 	n.mustAdd(p)
+	n.mustAdd(gone)
+	store, err := ipam.Open(filepath.Join(n.runDir, "ipam"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	second := ipam.Owner{ContainerID: kept.rt.ContainerID, Interface: "net1", Namespace: "shop", Name: "kept"}
+	if _, err = store.Allocate([]netip.Prefix{netip.MustParsePrefix("10.244.1.0/24")}, second); err != nil {
+		t.Fatal(err)
+	}
 	valid := func(c map[string]any) {
 		c["cni.dev/valid-attachments"] = []any{map[string]any{"containerID": kept.rt.ContainerID, "ifname": kept.rt.IfName}}
 	}
-	var asked []string
+	var asked [][]string
 	refusal := &agentapi.Error{Code: types.ErrInternal, Message: "no luck"}
 	n.daemon.answers(func(req agentapi.Request) *agentapi.Error {
 		if req.Op != agentapi.OpRemoveChained {
 			return nil
 		}
-		asked = append(asked, req.Pod.ContainerID)
+		asked = append(asked, req.Containers)
+		if !slices.Contains(req.Containers, "c-web") {
+			return nil
+		}
 		return refusal
 	})
 	out, _, err := n.exec(p, "GC", valid)
-	if err == nil || !strings.Contains(out, "c-web, whose lease stays until then") || !strings.Contains(out, "no luck") {
-		t.Errorf("GC: %v: %s, want an error that names the container", err, out)
+	if err == nil || !strings.Contains(out, "c-web, whose lease stays until then") || !strings.Contains(out, "no luck") || strings.Contains(out, "c-gone") {
+		t.Errorf("GC: %v: %s, want an error that names the one container", err, out)
 	}
-	if left := run(t, n, "ip -br link show type veth up; ls "+n.runDir+"/ipam"); strings.Count(left, "wrn") != 1 || !strings.Contains(left, "c-web@eth0") {
-		t.Errorf("left:\n%s\nwant one link, and the lease", left)
+	left := run(t, n, "ip -br link show type veth up; ls "+n.runDir+"/ipam")
+	if strings.Count(left, "wrn") != 1 || !strings.Contains(left, "c-web@eth0") || strings.Contains(left, "c-gone") {
+		t.Errorf("left:\n%s\nwant one link, and the lease of c-web", left)
 	}
 	refusal = nil
 	n.mustExec(p, "GC", valid)
-	n.unchanged(before, p, kept)
-	if diff := cmp.Diff([]string{"c-web", "c-web"}, asked); diff != "" {
+	n.unchanged(before, p, gone, kept)
+	if diff := cmp.Diff([][]string{{"c-gone", "c-web"}, {"c-gone"}, {"c-web"}, {"c-web"}}, asked); diff != "" {
 		t.Errorf("the daemon was asked for (-want +got):\n%s", diff)
 	}
 }

@@ -72,8 +72,8 @@ func codeOf(err error) uint {
 }
 
 // ask sends a request to the daemon. That it is away, or of another version, is an error that passes.
-func (c *config) ask(ctx context.Context, op string, pod *agentapi.Pod) (*agentapi.Response, error) {
-	response, err := agentapi.Call(ctx, filepath.Join(c.RunDir, "warrend.sock"), agentapi.Request{Op: op, Pod: pod})
+func (c *config) ask(ctx context.Context, request agentapi.Request) (*agentapi.Response, error) {
+	response, err := agentapi.Call(ctx, filepath.Join(c.RunDir, "warrend.sock"), request)
 	var refused *agentapi.Error
 	var differs *agentapi.VersionError
 	switch {

@@ -52,7 +52,7 @@ const (
 	OpReady = "ready"
 	// OpReleased says that attachments were released, and asks the daemon to delete their links and their connections within a second.
 	OpReleased = "released"
-	// OpRemoveChained asks the daemon to remove what other plugins of the conflist have made for a container that the runtime knows no more.
+	// OpRemoveChained asks the daemon to remove what other plugins of the conflist have made for containers that the runtime knows no more.
 	OpRemoveChained = "remove-chained"
 	// OpStatus asks for a Status.
 	OpStatus = "status"
@@ -68,8 +68,10 @@ const (
 type Request struct {
 	Version int    `json:"version"`
 	Op      string `json:"op"`
-	// Pod is set for OpAttach and OpCheck, and for OpRemoveChained, which asks for its ContainerID alone.
+	// Pod is set for OpAttach and OpCheck.
 	Pod *Pod `json:"pod,omitempty"`
+	// Containers are set for OpRemoveChained.
+	Containers []string `json:"containers,omitempty"`
 	// Explain is set for OpExplain.
 	Explain *Explain `json:"explain,omitempty"`
 	// Rotate is set for OpRotate.

@@ -32,6 +32,8 @@ func TestJudged(t *testing.T) {
 		{"world to a pod", route("eth0", "wrn1", "192.0.2.1", "10.244.1.7"), "", "DROP"},
 		{"world to a pod, IPv6", route("eth0", "wrn1", "2001:db8::1", "fd00:10:244:1::7"), "", "DROP"},
 		{"pod to the world, IPv6", route("wrn1", "eth0", "fd00:10:244:1::7", "2001:db8::1"), "", "DROP"},
+		{"world to a pod whose address is no pod's here", route("eth0", "wrn1", "192.0.2.1", "10.9.9.9"), "DROP", "DROP"},
+		{"the same, cut", with(with(route("eth0", "wrn1", "192.0.2.1", "10.9.9.9"), answer), cut), "DROP", "DROP"},
 		{"established, of a pod", with(with(route("wrn1", "eth0", "10.244.1.7", "192.0.2.1"), answer), translated), "", ""},
 		{"established, to a pod", with(route("eth0", "wrn1", "192.0.2.1", "10.244.1.7"), answer), "", ""},
 		{"an error about it", with(route("eth0", "wrn1", "192.0.2.1", "10.244.1.7"), related), "", ""},

@@ -75,14 +75,18 @@ type Store struct {
 	parsed map[string]*parsed // by attachment name; List's memory
 }
 
-// Open returns the store in dir, which is made where it is missing. What is no directory in its place is kept beside it.
+// Open returns the store in dir, which is made where it is missing. What is no directory in its place is kept beside it; but whoever has
+// made a link there wants the leases elsewhere, and with its target missing nobody knows them.
 func Open(dir string) (*Store, error) {
 	dir = filepath.Clean(dir)
 	err := os.MkdirAll(dir, 0o700)
-	if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.EEXIST) { // which a link to a directory is not
+	if errors.Is(err, unix.ENOTDIR) {
 		if err = moveBeside(dir); err == nil {
 			err = os.MkdirAll(dir, 0o700)
 		}
+	}
+	if errors.Is(err, unix.EEXIST) {
+		err = fmt.Errorf("%w, as a link to what does not exist: make that, or remove the link", err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("making the lease directory: %w", err)

@@ -131,7 +131,7 @@ func blocksNothing(t *testing.T, dir string) {
 // What is in the place of the store's directory is kept beside it, whoever else finds it at the same time: all lease in one directory.
 func TestForeignDirectory(t *testing.T) {
 	for kind, put := range foreign() {
-		if kind == "directory" || kind == "elsewhere" { // these are directories
+		if kind == "directory" || kind == "elsewhere" || kind == "dangling" { // these are directories, or may be again
 			continue
 		}
 		t.Run(kind, func(t *testing.T) {
@@ -170,6 +170,20 @@ func TestForeignDirectory(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A link to a directory that is missing is an error: the leases may be there again.
+func TestDanglingDirectory(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "ipam")
+	if err := os.Symlink("/nowhere", path); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ipam.Open(path); err == nil || !strings.Contains(err.Error(), "a link to what does not exist") {
+		t.Errorf("got %v", err)
+	}
+	if to, err := os.Readlink(path); to != "/nowhere" {
+		t.Errorf("the link leads to %q, %v", to, err)
 	}
 }
 
