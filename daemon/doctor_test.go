@@ -463,7 +463,7 @@ func TestDoctorStatus(t *testing.T) {
 	for _, c := range []struct {
 		more []string
 		want int
-	}{{nil, 0}, {[]string{"--run-dir", p.options.cniConfDir}, 1}, {[]string{"--encryption", "maybe"}, 2}, {[]string{"-o", "xml"}, 2}, {[]string{"--nosuch"}, 2}} {
+	}{{nil, 0}, {[]string{"--cluster-cidr", "10.244.0.0/16", "--service-cidr", "10.244.128.0/20"}, 1}, {[]string{"--encryption", "maybe"}, 2}, {[]string{"-o", "xml"}, 2}, {[]string{"--nosuch"}, 2}} {
 		root := rootCommand()
 		root.SetArgs(slices.Concat(args, c.more))
 		root.SetOut(t.Output())
