@@ -47,12 +47,12 @@ func RunTunnel(ctx context.Context, log *slog.Logger) error {
 	return serveTunnel(ctx, wg, log)
 }
 
-// leaveProcessors takes half of the processors for the process, unless the environment says how many. The others are for the kernel's
-// part of the work and for pods, and where there are few, goroutines that wake each other less often save more than more
-// processors gain.
+// leaveProcessors takes half of the processors for the process, but two where there are two, unless the environment says how many. The
+// others are for the kernel's part of the work and for pods.
 func leaveProcessors() {
 	if os.Getenv("GOMAXPROCS") == "" {
-		runtime.GOMAXPROCS(max(1, runtime.GOMAXPROCS(0)/2))
+		all := runtime.GOMAXPROCS(0)
+		runtime.GOMAXPROCS(max(min(all, 2), all/2))
 	}
 }
 

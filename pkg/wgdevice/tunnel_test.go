@@ -3,10 +3,13 @@ package wgdevice_test
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/warren-cni/warren/pkg/wgdevice"
 )
@@ -192,5 +195,26 @@ func TestTunnelHangs(t *testing.T) {
 	_, err := try(n.host, func() (wgdevice.Changes, error) { return n.device.Apply(t.Context(), n.plan(t, n), n.key) })
 	if !errors.Is(err, wgdevice.ErrNoTunnel) {
 		t.Errorf("apply: %v, want ErrNoTunnel", err)
+	}
+}
+
+// The tunnel's process starts with the timers of its threads as late as they may be, whatever those of this process are.
+func TestTunnelsTimersMayBeLate(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "slack")
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	o := wgdevice.Options{Log: slog.New(slog.DiscardHandler), Mode: wgdevice.ModeUserspace}
+	script := "cat /proc/$$/timerslack_ns > " + file + ".new && mv " + file + ".new " + file + " && exec sleep 100"
+	go func() { ended <- wgdevice.SuperviseTunnel(ctx, o, []string{"/bin/sh", "-c", script}) }()
+	var text []byte
+	for err := os.ErrNotExist; errors.Is(err, os.ErrNotExist) && len(ended) == 0; time.Sleep(10 * time.Millisecond) {
+		text, err = os.ReadFile(file)
+	}
+	cancel()
+	if got := strings.TrimSpace(string(text)); got != "1000000" {
+		t.Errorf("the slack is %q ns", got)
+	}
+	if err := <-ended; err != nil && !strings.Contains(err.Error(), "signal: terminated") {
+		t.Error(err)
 	}
 }
