@@ -135,7 +135,7 @@ func TestRemovePortsBesideUselessBackend(t *testing.T) {
 	}
 	for _, program := range []string{"iptables-nft-save", "ip6tables-nft-save"} {
 		text := "#!/bin/sh\necho 'Failed to initialize nft: Protocol not supported' >&2\nexit 1\n"
-		if err := os.WriteFile(filepath.Join(tools, program), []byte(text), 0o755); err != nil { //nolint:gosec // a program
+		if err := os.WriteFile(filepath.Join(tools, program), []byte(text), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}

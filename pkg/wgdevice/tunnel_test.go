@@ -3,13 +3,15 @@ package wgdevice_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
-	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/warren-cni/warren/pkg/wgdevice"
 )
@@ -200,20 +202,28 @@ func TestTunnelHangs(t *testing.T) {
 
 // The tunnel's process starts with the timers of its threads as late as they may be, whatever those of this process are.
 func TestTunnelsTimersMayBeLate(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "slack")
+	pipe := filepath.Join(t.TempDir(), "slack")
+	if err := unix.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	ctx, cancel := context.WithCancel(t.Context())
-	ended := make(chan error, 1)
+	ended, said := make(chan error, 1), make(chan string, 1)
 	o := wgdevice.Options{Log: slog.New(slog.DiscardHandler), Mode: wgdevice.ModeUserspace}
-	script := "cat /proc/$$/timerslack_ns > " + file + ".new && mv " + file + ".new " + file + " && exec sleep 100"
+	script := "cat /proc/$$/timerslack_ns > " + pipe + " && exec sleep 100"
 	go func() { ended <- wgdevice.SuperviseTunnel(ctx, o, []string{"/bin/sh", "-c", script}) }()
-	var text []byte
-	for err := os.ErrNotExist; errors.Is(err, os.ErrNotExist) && len(ended) == 0; time.Sleep(10 * time.Millisecond) {
-		text, err = os.ReadFile(file)
+	go func() {
+		text, err := os.ReadFile(pipe)
+		said <- strings.TrimSpace(fmt.Sprint(string(text), err))
+	}()
+	select {
+	case err := <-ended:
+		t.Fatal(err)
+	case got := <-said:
+		if !strings.HasPrefix(got, "1000000\n") {
+			t.Errorf("the slack is %q ns", got)
+		}
 	}
 	cancel()
-	if got := strings.TrimSpace(string(text)); got != "1000000" {
-		t.Errorf("the slack is %q ns", got)
-	}
 	if err := <-ended; err != nil && !strings.Contains(err.Error(), "signal: terminated") {
 		t.Error(err)
 	}
