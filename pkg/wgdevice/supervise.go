@@ -22,7 +22,7 @@ const restartEvery = 200 * time.Millisecond
 
 // timerSlack is how late, in nanoseconds, the sleeps of the tunnel's threads may end, which inherit it. Under load Go's runtime wakes up every
 // 20 us, by default 50 us late, to look whether a system call takes long, and then hands its processor to another thread. The tunnel's
-// system calls take that long all the time: what it gains by that it loses twice by the wake-ups, the hand-overs and cold caches.
+// system calls take that long all the time, and the wake-ups, the hand-overs and cold caches cost more than that gains.
 // Nothing of WireGuard's comes by the millisecond.
 const timerSlack = 1e6
 
