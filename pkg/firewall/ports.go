@@ -65,14 +65,15 @@ func (p portMaps) removeIPTables(ctx context.Context) error {
 			if text := p.without(saved["nat"]); err == nil && text != "" {
 				err = t.write(ctx, text)
 			}
-			switch {
-			case err == nil:
+			if err == nil {
 				looked = true
 				continue
-			case isUseless(err):
-				useless = append(useless, fmt.Errorf("removing ports of the node by iptables-%s (%s): %w", backend, f, err))
-			default:
-				errs = append(errs, fmt.Errorf("removing ports of the node by iptables-%s (%s): %w", backend, f, err))
+			}
+			err = fmt.Errorf("removing ports of the node by iptables-%s (%s): %w", backend, f, err)
+			if isUseless(err) {
+				useless = append(useless, err)
+			} else {
+				errs = append(errs, err)
 			}
 		}
 		if !looked {
