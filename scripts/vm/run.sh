@@ -15,7 +15,8 @@ tests=("${@:-./pkg/wgdevice}")
 modules=(wireguard veth bridge tun
   nf_tables nft_compat nft_chain_nat nft_ct nft_fib_ipv4 nft_fib_ipv6 nft_limit nft_log nft_masq nft_nat nft_reject_inet nf_conntrack_netlink nfnetlink_log
   xt_addrtype xt_comment xt_connmark xt_conntrack xt_limit xt_mark xt_MASQUERADE xt_multiport xt_nat xt_NFLOG xt_sctp xt_set xt_statistic xt_tcpudp xt_TCPMSS
-  ipt_REJECT ip6t_REJECT ipt_rpfilter ip6t_rpfilter ip_set_hash_ip ip_set_hash_net ip_set_hash_ipport)
+  ipt_REJECT ip6t_REJECT ipt_rpfilter ip6t_rpfilter ip_set_hash_ip ip_set_hash_net ip_set_hash_ipport
+  ifb sch_ingress sch_tbf cls_u32 act_mirred)
 # Programs that the tests need beside themselves, as names on this machine; busybox has the rest, but its shell would run its
 # own ip rather than that one.
 programs=(sh ip ipset conntrack pgrep tcpdump)
@@ -125,6 +126,7 @@ mkdir -p "$work"/root/{bin,dev,etc,proc,root,run,sys,tmp,var,usr/sbin}
 ln -s /run "$work/root/var/run"
 install "$(command -v busybox)" "$work/root/bin/busybox"
 install scripts/vm/init "$work/root/init"
+cp -r manifests "$work/root/manifests" # where tests look for it, beside their working directory
 add_modules "$kernel" "$work/root"
 add_programs "$work/root"
 add_tests "$work/root"
