@@ -144,7 +144,8 @@ func reportPackage(b *testing.B, w *Firewall, set string, turn []netfilter.Chang
 type byHand struct {
 	b *testing.B
 	*socket
-	sets []netfilter.SetChange
+	answer [4096]byte
+	sets   []netfilter.SetChange
 }
 
 func newByHand(b *testing.B, changes ...netfilter.Change) *byHand {
@@ -172,13 +173,13 @@ func (h *byHand) send() {
 			h.b.Fatal(err)
 		}
 		h.end()
-		if _, err := unix.Write(h.fd, h.messages); err != nil {
+		if _, err := unix.Write(h.FD(), h.messages); err != nil {
 			h.b.Fatal(err)
 		}
 		h.discard()
-		n, err := unix.Read(h.fd, h.buffer)
-		if err != nil || n < 20 || [4]byte(h.buffer[16:20]) != [4]byte{} {
-			h.b.Fatalf("answer %x, error %v", h.buffer[:n], err)
+		n, err := unix.Read(h.FD(), h.answer[:])
+		if err != nil || n < 20 || [4]byte(h.answer[16:20]) != [4]byte{} {
+			h.b.Fatalf("answer %x, error %v", h.answer[:n], err)
 		}
 	}
 }

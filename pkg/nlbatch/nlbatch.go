@@ -1,4 +1,4 @@
-// Package nlbatch makes changes of the kernel's by netlink, many with one datagram, which the kernel works off in one system call.
+// Package nlbatch talks with the kernel by netlink: many changes with one datagram, which the kernel works off in one system call.
 //
 // It needs less time and memory than netlink.NetlinkRequest.Execute does, which counts where a program is started for each pod.
 package nlbatch
@@ -13,30 +13,33 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// batchSize bounds a batch: all that may be answered to it must have room in the socket.
-const batchSize = 64
+// How much room a socket has for what it receives at once.
+const (
+	// ForAcknowledgements holds one: a header, an error number and the header of its request, with the whole request behind it where
+	// the kernel refuses that. What is cut off of a longer one is not looked at.
+	ForAcknowledgements = 4 << 10
+	// ForListings holds what the kernel hands out at once of one.
+	ForListings = 64 << 10
+)
 
-// answerSize holds an acknowledgement: a header, an error number and the header of its request, with the whole request behind it where the
-// kernel refuses that. What is cut off of anything longer is not looked at.
-const answerSize = 4 << 10
-
-// answerWait is for how many seconds an answer is awaited, which the kernel gives before it returns from the request. It gives none where a
-// change was interrupted.
+// answerWait is for how many seconds an answer is awaited, which the kernel gives before it returns from the request, or from the call that
+// asks for more of a listing. It gives none where a change was interrupted.
 const answerWait = 10
 
 // Socket is a netlink socket, in the network namespace in which it was opened.
 type Socket struct {
 	fd      int
 	answers []byte
+	seq     uint32
 }
 
 // Open opens a socket of a protocol (unix.NETLINK_...) in the network namespace of the calling thread.
-func Open(protocol int) (*Socket, error) {
+func Open(protocol, room int) (*Socket, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, protocol)
 	if err != nil {
 		return nil, fmt.Errorf("opening netlink: %w", err)
 	}
-	s := &Socket{fd: fd, answers: make([]byte, answerSize)}
+	s := &Socket{fd: fd, answers: make([]byte, room)}
 	if err = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: answerWait}); err != nil {
 		s.Close()
 		return nil, fmt.Errorf("setting up netlink: %w", err)
@@ -50,6 +53,81 @@ func (s *Socket) Close() { _ = unix.Close(s.fd) }
 // FD is the socket's descriptor.
 func (s *Socket) FD() int { return s.fd }
 
+// Answer is one answer of the kernel's: an acknowledgement, or a part of a listing.
+type Answer struct {
+	// Seq is the sequence number of what it answers.
+	Seq uint32
+	// Errno is that of what was refused, else zero.
+	Errno unix.Errno
+	// Data is the part of a listing, which is valid until the next one comes; nil in an acknowledgement and at the end.
+	Data []byte
+}
+
+// Converse sends messages with the sequence numbers from first to last, of which the last is to be acknowledged or asks for a listing, and
+// hands over what the kernel answers to them until that is answered. What answers an earlier request that was given up is passed over,
+// and so is what does not come from the kernel.
+func (s *Socket) Converse(messages []byte, first, last uint32, handle func(Answer)) error {
+	kernel := &unix.SockaddrNetlink{Family: unix.AF_NETLINK}
+	if err := retry(func() error { return unix.Sendto(s.fd, messages, 0, kernel) }); err != nil {
+		return fmt.Errorf("writing to netlink: %w", err)
+	}
+	for {
+		var n int
+		var from unix.Sockaddr
+		err := retry(func() (err error) {
+			n, from, err = unix.Recvfrom(s.fd, s.answers, 0)
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("reading from netlink: %w", err)
+		}
+		if sender, ok := from.(*unix.SockaddrNetlink); !ok || sender.Pid != 0 {
+			continue
+		}
+		if done, err := parse(s.answers[:n], first, last, handle); done || err != nil {
+			return err
+		}
+	}
+}
+
+// parse goes through the messages of one datagram (struct nlmsghdr and struct nlmsgerr of linux/netlink.h), and says whether the answer to
+// the last request was among them.
+func parse(datagram []byte, first, last uint32, handle func(Answer)) (done bool, err error) {
+	for len(datagram) >= unix.SizeofNlMsghdr {
+		size := int(binary.NativeEndian.Uint32(datagram))
+		typ, seq := binary.NativeEndian.Uint16(datagram[4:]), binary.NativeEndian.Uint32(datagram[8:])
+		data := datagram[unix.SizeofNlMsghdr:max(min(size, len(datagram)), unix.SizeofNlMsghdr)]
+		numbered := (typ == unix.NLMSG_ERROR || typ == unix.NLMSG_DONE) && len(data) >= 4
+		if size < unix.SizeofNlMsghdr || size > len(datagram) && !numbered {
+			return true, fmt.Errorf("reading from netlink: a message of %d bytes in %d", size, len(datagram))
+		}
+		datagram = datagram[min((size+3)&^3, len(datagram)):]
+		if seq-first > last-first {
+			continue
+		}
+		answer := Answer{Seq: seq}
+		switch {
+		case numbered:
+			answer.Errno = unix.Errno(-int32(binary.NativeEndian.Uint32(data))) //nolint:gosec // a negative error number
+		case typ == unix.NLMSG_DONE:
+		default:
+			answer.Data = data
+		}
+		handle(answer)
+		done = done || seq == last && answer.Data == nil
+	}
+	return done, nil
+}
+
+// retry does a system call again that a signal interrupted.
+func retry(call func() error) error {
+	for {
+		if err := call(); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}
+
 // Step is one change of a batch, and what to call it where it fails.
 type Step struct {
 	What    string
@@ -57,6 +135,9 @@ type Step struct {
 	// MayBe is an error number that is no error, or zero.
 	MayBe unix.Errno
 }
+
+// batchSize bounds a batch: all that may be answered to it must have room in the socket.
+const batchSize = 64
 
 // Do makes the changes in their order, and returns the errors of all that failed. One that fails keeps the kernel from none
 // that follow.
@@ -70,68 +151,20 @@ func (s *Socket) Do(steps ...Step) error {
 
 // doAtOnce is Do with one datagram. The kernel answers what it refuses, and the last step, when all is done.
 func (s *Socket) doAtOnce(steps []Step) error {
-	last := steps[len(steps)-1].Request
-	last.Flags |= unix.NLM_F_ACK
+	steps[len(steps)-1].Request.Flags |= unix.NLM_F_ACK
+	first := s.seq + 1
 	var batch []byte
 	for _, step := range steps {
+		s.seq++
+		step.Request.Seq = s.seq
 		batch = append(batch, step.Request.Serialize()...)
 		batch = append(batch, make([]byte, (4-len(batch)%4)%4)...)
 	}
-	kernel := &unix.SockaddrNetlink{Family: unix.AF_NETLINK}
-	if err := retry(func() error { return unix.Sendto(s.fd, batch, 0, kernel) }); err != nil {
-		return fmt.Errorf("writing to netlink: %w", err)
-	}
 	var errs []error
-	for done := false; !done; {
-		var n int
-		var from unix.Sockaddr
-		err := retry(func() (err error) {
-			n, from, err = unix.Recvfrom(s.fd, s.answers, 0)
-			return err
-		})
-		if err != nil {
-			return errors.Join(append(errs, fmt.Errorf("reading from netlink: %w", err))...)
+	err := s.Converse(batch, first, s.seq, func(a Answer) {
+		if step := steps[a.Seq-first]; a.Errno != 0 && a.Errno != step.MayBe {
+			errs = append(errs, fmt.Errorf("%s: %w", step.What, a.Errno))
 		}
-		if sender, ok := from.(*unix.SockaddrNetlink); !ok || sender.Pid != 0 {
-			continue // not from the kernel
-		}
-		for seq, number := range acknowledgements(s.answers[:n]) {
-			at := slices.IndexFunc(steps, func(step Step) bool { return step.Request.Seq == seq })
-			if at >= 0 && number != 0 && number != steps[at].MayBe {
-				errs = append(errs, fmt.Errorf("%s: %w", steps[at].What, number))
-			}
-			done = done || seq == last.Seq
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// retry does a system call again that a signal interrupted.
-func retry(call func() error) error {
-	for {
-		if err := call(); !errors.Is(err, unix.EINTR) {
-			return err
-		}
-	}
-}
-
-// acknowledgements yields the sequence numbers and error numbers (0 is success) of the acknowledgements in what was received
-// (struct nlmsghdr and struct nlmsgerr of linux/netlink.h).
-func acknowledgements(b []byte) func(yield func(uint32, unix.Errno) bool) {
-	return func(yield func(uint32, unix.Errno) bool) {
-		for len(b) >= unix.SizeofNlMsghdr {
-			length := binary.NativeEndian.Uint32(b)
-			if length < unix.SizeofNlMsghdr {
-				return
-			}
-			kind, seq := binary.NativeEndian.Uint16(b[4:]), binary.NativeEndian.Uint32(b[8:])
-			if kind == unix.NLMSG_ERROR && min(int(length), len(b)) >= unix.SizeofNlMsghdr+4 {
-				number := -int32(binary.NativeEndian.Uint32(b[unix.SizeofNlMsghdr:])) //nolint:gosec // a negative error number
-				if !yield(seq, unix.Errno(number)) {                                  //nolint:gosec // positive
-					return
-				}
-			}
-			b = b[min((int(length)+3)&^3, len(b)):]
-		}
-	}
+	})
+	return errors.Join(append(errs, err)...)
 }

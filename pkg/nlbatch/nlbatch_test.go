@@ -37,7 +37,7 @@ func add(index int, last byte) nlbatch.Step {
 func open(t *testing.T) *nlbatch.Socket {
 	t.Helper()
 	testnode.Enter(t)
-	s, err := nlbatch.Open(unix.NETLINK_ROUTE)
+	s, err := nlbatch.Open(unix.NETLINK_ROUTE, nlbatch.ForAcknowledgements)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -96,7 +96,7 @@ func TestDoBesideAForger(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	forger, err := nlbatch.Open(unix.NETLINK_ROUTE)
+	forger, err := nlbatch.Open(unix.NETLINK_ROUTE, nlbatch.ForAcknowledgements)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -106,8 +106,8 @@ func TestDoBesideAForger(t *testing.T) {
 		forged := binary.NativeEndian.AppendUint32(nil, length)
 		forged = binary.NativeEndian.AppendUint16(forged, unix.NLMSG_ERROR)
 		forged = binary.NativeEndian.AppendUint16(forged, 0)
-		forged = binary.NativeEndian.AppendUint32(forged, refused.Request.Seq)
-		forged = append(forged, make([]byte, 8)...) // the sender, and that there is no error
+		forged = binary.NativeEndian.AppendUint32(forged, 1) // that of the socket's first request
+		forged = append(forged, make([]byte, 8)...)          // the sender, and that there is no error
 		if err = unix.Sendto(forger.FD(), forged, 0, own); err != nil {
 			t.Fatal(err)
 		}

@@ -15,7 +15,7 @@ type rtnl struct{ *nlbatch.Socket }
 
 // openRtnl opens a socket in the network namespace of the calling thread.
 func openRtnl() (rtnl, error) {
-	socket, err := nlbatch.Open(unix.NETLINK_ROUTE)
+	socket, err := nlbatch.Open(unix.NETLINK_ROUTE, nlbatch.ForAcknowledgements)
 	return rtnl{socket}, err
 }
 
