@@ -173,11 +173,11 @@ func (h *byHand) send() {
 			h.b.Fatal(err)
 		}
 		h.end()
-		if _, err := unix.Write(h.FD(), h.messages); err != nil {
+		if _, err := unix.Write(h.kernel.FD(), h.messages); err != nil {
 			h.b.Fatal(err)
 		}
 		h.discard()
-		n, err := unix.Read(h.FD(), h.answer[:])
+		n, err := unix.Read(h.kernel.FD(), h.answer[:])
 		if err != nil || n < 20 || [4]byte(h.answer[16:20]) != [4]byte{} {
 			h.b.Fatalf("answer %x, error %v", h.answer[:n], err)
 		}

@@ -61,8 +61,18 @@ const maxWaiting = 1 << 13
 // owner.
 type kernelSets struct{ *socket }
 
-// List implements ipsets.
+// List implements ipsets. Kernels before 6.9 break a listing off where what is first to be said of a set, which may be anybody's, takes more
+// than 4 kB; they have more room once the socket has received something.
 func (k kernelSets) List(name string) (map[string]*set, error) {
+	sets, err := k.listOnce(name)
+	if errors.Is(err, unix.EMSGSIZE) {
+		sets, err = k.listOnce(name)
+	}
+	return sets, err
+}
+
+// listOnce is one attempt to list sets.
+func (k kernelSets) listOnce(name string) (map[string]*set, error) {
 	var payload []byte
 	if name != "" {
 		payload = appendString(nil, nl.IPSET_ATTR_SETNAME, name)

@@ -13,9 +13,9 @@ import (
 // socket is a netlink socket to netfilter that is kept open: to make one takes longer than most changes. It belongs to the network
 // namespace that it was made in, and is closed when nobody can use it any more.
 type socket struct {
-	mu sync.Mutex
-	*nlbatch.Socket
-	seq uint32
+	mu     sync.Mutex
+	kernel *nlbatch.Socket
+	seq    uint32
 	// messages are those that wait to be sent, from the one with the number first; the last one begins at last. It is used again.
 	messages []byte
 	first    uint32
@@ -24,11 +24,11 @@ type socket struct {
 
 // openSocket makes a socket in the network namespace of the calling thread.
 func openSocket() (*socket, error) {
-	kernel, err := nlbatch.Open(unix.NETLINK_NETFILTER, nlbatch.ForListings)
+	kernel, err := nlbatch.Open(unix.NETLINK_NETFILTER)
 	if err != nil {
 		return nil, err
 	}
-	s := &socket{Socket: kernel}
+	s := &socket{kernel: kernel}
 	runtime.AddCleanup(s, (*nlbatch.Socket).Close, kernel)
 	return s, nil
 }
@@ -79,7 +79,7 @@ func (s *socket) acknowledge() {
 // converse sends the messages and goes through the answers until that to the last one.
 func (s *socket) converse(handle func([]byte)) error {
 	var refusal unix.Errno
-	err := s.Converse(s.messages, s.first, s.seq, func(a nlbatch.Answer) {
+	err := s.kernel.Converse(s.messages, s.first, s.seq, func(a nlbatch.Answer) {
 		switch {
 		case a.Data != nil:
 			handle(a.Data)

@@ -38,7 +38,7 @@ func remove(addresses []netip.Addr, mayBe unix.Errno) error {
 	if len(addresses) == 0 {
 		return nil
 	}
-	kernel, err := nlbatch.Open(unix.NETLINK_NETFILTER, nlbatch.ForAcknowledgements)
+	kernel, err := nlbatch.Open(unix.NETLINK_NETFILTER)
 	if err != nil {
 		return err
 	}

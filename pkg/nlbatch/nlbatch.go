@@ -13,14 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// How much room a socket has for what it receives at once.
-const (
-	// ForAcknowledgements holds one: a header, an error number and the header of its request, with the whole request behind it where
-	// the kernel refuses that. What is cut off of a longer one is not looked at.
-	ForAcknowledgements = 4 << 10
-	// ForListings holds what the kernel hands out at once of one.
-	ForListings = 64 << 10
-)
+// room is what is received at once at most: more than the kernel hands out of a listing, or sends back with a refusal. Only what is used of
+// it takes memory.
+const room = 64 << 10
 
 // answerWait is for how many seconds an answer is awaited, which the kernel gives before it returns from the request, or from the call that
 // asks for more of a listing. It gives none where a change was interrupted.
@@ -33,14 +28,18 @@ type Socket struct {
 	seq     uint32
 }
 
-// Open opens a socket of a protocol (unix.NETLINK_...) in the network namespace of the calling thread.
-func Open(protocol, room int) (*Socket, error) {
+// Open opens a socket of a protocol (unix.NETLINK_...) in the network namespace of the calling thread. It is connected to the kernel, so
+// that nobody else can answer.
+func Open(protocol int) (*Socket, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, protocol)
 	if err != nil {
 		return nil, fmt.Errorf("opening netlink: %w", err)
 	}
 	s := &Socket{fd: fd, answers: make([]byte, room)}
-	if err = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: answerWait}); err != nil {
+	err = errors.Join(
+		unix.Connect(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}),
+		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: answerWait}))
+	if err != nil {
 		s.Close()
 		return nil, fmt.Errorf("setting up netlink: %w", err)
 	}
@@ -53,36 +52,31 @@ func (s *Socket) Close() { _ = unix.Close(s.fd) }
 // FD is the socket's descriptor.
 func (s *Socket) FD() int { return s.fd }
 
-// Answer is one answer of the kernel's: an acknowledgement, or a part of a listing.
+// Answer is one answer of the kernel's.
 type Answer struct {
 	// Seq is the sequence number of what it answers.
 	Seq uint32
-	// Errno is that of what was refused, else zero.
+	// Errno is that of what was refused, or broken off; else zero.
 	Errno unix.Errno
-	// Data is the part of a listing, which is valid until the next one comes; nil in an acknowledgement and at the end.
+	// Data is what was asked for, or a part of a listing, valid until the next answer comes. It is nil in what only says how something
+	// ended.
 	Data []byte
 }
 
 // Converse sends messages with the sequence numbers from first to last, of which the last is to be acknowledged or asks for a listing, and
-// hands over what the kernel answers to them until that is answered. What answers an earlier request that was given up is passed over,
-// and so is what does not come from the kernel.
+// hands over what the kernel answers to them until that is answered. What answers an earlier request that was given up is passed over.
 func (s *Socket) Converse(messages []byte, first, last uint32, handle func(Answer)) error {
-	kernel := &unix.SockaddrNetlink{Family: unix.AF_NETLINK}
-	if err := retry(func() error { return unix.Sendto(s.fd, messages, 0, kernel) }); err != nil {
+	if err := retry(func() error { return unix.Send(s.fd, messages, 0) }); err != nil {
 		return fmt.Errorf("writing to netlink: %w", err)
 	}
 	for {
 		var n int
-		var from unix.Sockaddr
 		err := retry(func() (err error) {
-			n, from, err = unix.Recvfrom(s.fd, s.answers, 0)
+			n, err = unix.Read(s.fd, s.answers)
 			return err
 		})
 		if err != nil {
 			return fmt.Errorf("reading from netlink: %w", err)
-		}
-		if sender, ok := from.(*unix.SockaddrNetlink); !ok || sender.Pid != 0 {
-			continue
 		}
 		if done, err := parse(s.answers[:n], first, last, handle); done || err != nil {
 			return err
@@ -91,7 +85,7 @@ func (s *Socket) Converse(messages []byte, first, last uint32, handle func(Answe
 }
 
 // parse goes through the messages of one datagram (struct nlmsghdr and struct nlmsgerr of linux/netlink.h), and says whether the answer to
-// the last request was among them.
+// the last request was among them. Of an answer with an error number no more is needed, so that it may be cut off.
 func parse(datagram []byte, first, last uint32, handle func(Answer)) (done bool, err error) {
 	for len(datagram) >= unix.SizeofNlMsghdr {
 		size := int(binary.NativeEndian.Uint32(datagram))
@@ -99,7 +93,7 @@ func parse(datagram []byte, first, last uint32, handle func(Answer)) (done bool,
 		data := datagram[unix.SizeofNlMsghdr:max(min(size, len(datagram)), unix.SizeofNlMsghdr)]
 		numbered := (typ == unix.NLMSG_ERROR || typ == unix.NLMSG_DONE) && len(data) >= 4
 		if size < unix.SizeofNlMsghdr || size > len(datagram) && !numbered {
-			return true, fmt.Errorf("reading from netlink: a message of %d bytes in %d", size, len(datagram))
+			return false, fmt.Errorf("reading from netlink: a message of %d bytes in %d", size, len(datagram))
 		}
 		datagram = datagram[min((size+3)&^3, len(datagram)):]
 		if seq-first > last-first {

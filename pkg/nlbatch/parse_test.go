@@ -65,7 +65,7 @@ func TestParse(t *testing.T) {
 			if diff := cmp.Diff(c.want, got); diff != "" {
 				t.Errorf("answers (-want +got):\n%s", diff)
 			}
-			if done != (c.done || c.broken) || err != nil != c.broken {
+			if done != c.done || err != nil != c.broken {
 				t.Errorf("done %t, error %v", done, err)
 			}
 		})

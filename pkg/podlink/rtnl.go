@@ -15,7 +15,7 @@ type rtnl struct{ *nlbatch.Socket }
 
 // openRtnl opens a socket in the network namespace of the calling thread.
 func openRtnl() (rtnl, error) {
-	socket, err := nlbatch.Open(unix.NETLINK_ROUTE, nlbatch.ForAcknowledgements)
+	socket, err := nlbatch.Open(unix.NETLINK_ROUTE)
 	return rtnl{socket}, err
 }
 

@@ -7,7 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 tests=("${@:-./pkg/wgdevice}")
-[ $# -gt 0 ] || tests+=('./daemon:^Test(RestartIsNotSeen|DeleteWithoutDaemon|NodeLeaves|EncryptionOffAndOnAgain|Cleanup|TunnelGivesWay|TunnelEnds|ClockIsCorrected)$'
+[ $# -gt 0 ] || tests+=('./pkg/firewall:^TestListBesideALargeSet$'
+  './daemon:^Test(RestartIsNotSeen|DeleteWithoutDaemon|NodeLeaves|EncryptionOffAndOnAgain|Cleanup|TunnelGivesWay|TunnelEnds|ClockIsCorrected)$'
   './daemon:^Test(EncryptNodeTraffic|NodesOwnTraffic|VerifyProvesAMesh|NodeBehindNAT|ProofForeignInnerSource|ProofNoPlaintextWithoutPeer)$'
   './daemon:^TestDoctorOnRunningNode$/^as_root_on_the_node$'
   './daemon:^TestProof(NoPlaintextInCrashLoops|RestartCostsNothing|PeerHeals|KeyRotation|MTU)$/IPv4')
@@ -15,7 +16,7 @@ tests=("${@:-./pkg/wgdevice}")
 modules=(wireguard veth bridge tun
   nf_tables nft_compat nft_chain_nat nft_ct nft_fib_ipv4 nft_fib_ipv6 nft_limit nft_log nft_masq nft_nat nft_reject_inet nf_conntrack_netlink nfnetlink_log
   xt_addrtype xt_comment xt_connmark xt_conntrack xt_limit xt_mark xt_MASQUERADE xt_multiport xt_nat xt_NFLOG xt_sctp xt_set xt_statistic xt_tcpudp xt_TCPMSS
-  ipt_REJECT ip6t_REJECT ipt_rpfilter ip6t_rpfilter ip_set_hash_ip ip_set_hash_net ip_set_hash_ipport
+  ipt_REJECT ip6t_REJECT ipt_rpfilter ip6t_rpfilter ip_set_hash_ip ip_set_hash_net ip_set_hash_ipport ip_set_hash_netiface
   ifb sch_ingress sch_tbf cls_u32 act_mirred)
 # Programs that the tests need beside themselves, as names on this machine; busybox has the rest, but its shell would run its
 # own ip rather than that one.
