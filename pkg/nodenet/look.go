@@ -101,7 +101,7 @@ func Routes() ([]preflight.Route, error) {
 			}
 			for _, index := range linksOf(&list[i]) {
 				if names[index] != "" {
-					routes = append(routes, preflight.Route{Destination: destination, Link: names[index]})
+					routes = append(routes, preflight.Route{Destination: destination, Link: names[index], Metric: list[i].Priority})
 				}
 			}
 		}

@@ -30,7 +30,7 @@ func networkManagers(f Facts, _ Wanted) ([]Finding, error) {
 	if slices.Contains(f.Programs.Value, networkManagerProcess) {
 		errs = append(errs, f.NetworkManager.Err)
 		if f.NetworkManager.Err == nil {
-			findings = append(findings, networkManager(f.NetworkManager.Value)...)
+			findings = append(findings, networkManager(f)...)
 		}
 	}
 	return findings, errors.Join(errs...)
@@ -39,7 +39,7 @@ func networkManagers(f Facts, _ Wanted) ([]Finding, error) {
 // networkd looks whether systemd-networkd leaves routes and rules of others alone. Its default is not to.
 func networkd(texts []string) []Finding {
 	manages := func(key string) bool {
-		return !slices.Contains([]string{"no", "false", "off", "0"}, strings.ToLower(last(texts, "Network", key)))
+		return !slices.Contains([]string{"no", "n", "false", "f", "off", "0"}, strings.ToLower(last(texts, "Network", key)))
 	}
 	if !manages("ManageForeignRoutes") && !manages("ManageForeignRoutingPolicyRules") {
 		return nil
@@ -53,15 +53,19 @@ func networkd(texts []string) []Finding {
 	}}
 }
 
-// networkManager looks whether NetworkManager leaves Warren's links alone.
-func networkManager(texts []string) []Finding {
-	devices := strings.FieldsFunc(last(texts, "keyfile", "unmanaged-devices"), func(r rune) bool { return r == ';' || r == ',' })
-	unmanaged := func(link string) bool {
+// networkManager looks whether NetworkManager leaves Warren's links alone, by their names or types.
+func networkManager(f Facts) []Finding {
+	devices := strings.FieldsFunc(last(f.NetworkManager.Value, "keyfile", "unmanaged-devices"), func(r rune) bool { return r == ';' || r == ',' })
+	unmanaged := func(link, kind string) bool {
 		matches := false
 		for _, device := range devices {
 			named, except := strings.CutPrefix(strings.TrimSpace(device), "except:")
-			pattern := strings.TrimPrefix(named, "interface-name:") // or the name alone, or "*"
-			ok, err := path.Match(strings.TrimPrefix(pattern, "="), link)
+			pattern, typed := strings.CutPrefix(named, "type:")
+			what := kind
+			if !typed {
+				pattern, what = strings.TrimPrefix(strings.TrimPrefix(named, "interface-name:"), "="), link // or the name alone, or "*"
+			}
+			ok, err := path.Match(pattern, what)
 			if ok = ok && err == nil; ok && except {
 				return false
 			}
@@ -69,7 +73,11 @@ func networkManager(texts []string) []Finding {
 		}
 		return matches
 	}
-	if unmanaged(ownTunnel) && unmanaged(ownPods+"0123456789ab") {
+	tunnel := "wireguard"
+	if !f.WireGuard.Value {
+		tunnel = "tun"
+	}
+	if unmanaged(ownTunnel, tunnel) && unmanaged(ownPods+"0123456789ab", "veth") {
 		return nil
 	}
 	return []Finding{{

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/warren-cni/warren/pkg/cluster"
@@ -85,15 +86,22 @@ func port(f Facts, w Wanted) ([]Finding, error) {
 	}}, nil
 }
 
-// uplinks returns the links by which default routes lead out.
+// uplinks returns the links by which the default routes lead out that the kernel takes: those of the smallest metric of each family.
 func uplinks(f Facts) []Link {
+	least := map[bool]int{}
+	for _, r := range f.Routes.Value {
+		if v6 := r.Destination.Addr().Is6(); r.isDefault() {
+			if metric, ok := least[v6]; !ok || r.Metric < metric {
+				least[v6] = r.Metric
+			}
+		}
+	}
 	var found []Link
 	for _, l := range f.Links.Value {
-		for _, r := range f.Routes.Value {
-			if r.Link == l.Name && r.Destination.Bits() == 0 && !isOwn(l.Name) {
-				found = append(found, l)
-				break
-			}
+		if slices.ContainsFunc(f.Routes.Value, func(r Route) bool {
+			return r.isDefault() && r.Link == l.Name && r.Metric == least[r.Destination.Addr().Is6()]
+		}) {
+			found = append(found, l)
 		}
 	}
 	return found

@@ -138,7 +138,12 @@ type Link struct {
 type Route struct {
 	Destination netip.Prefix
 	Link        string
+	// Metric is its priority: of two routes to the same destination the kernel takes that with the smaller one.
+	Metric int
 }
+
+// isDefault says whether it is a default route, Warren's own aside.
+func (r Route) isDefault() bool { return r.Destination.Bits() == 0 && !isOwn(r.Link) }
 
 // Socket is a UDP socket.
 type Socket struct {

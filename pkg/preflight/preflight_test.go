@@ -116,6 +116,18 @@ func TestHealthy(t *testing.T) {
 		"all unmanaged": func(f *preflight.Facts, _ *preflight.Wanted) {
 			f.NetworkManager.Value = []string{"[keyfile]\nunmanaged-devices=*\n"}
 		},
+		"types unmanaged": func(f *preflight.Facts, _ *preflight.Wanted) {
+			f.NetworkManager.Value = []string{"[keyfile]\nunmanaged-devices=type:veth;type:wireguard\n"}
+		},
+		"networkd's other way to say no": func(f *preflight.Facts, _ *preflight.Wanted) {
+			f.Networkd.Value = []string{"[Network]\nManageForeignRoutes=n\nManageForeignRoutingPolicyRules=F\n"}
+		},
+		"a way out that is there if all else fails": func(f *preflight.Facts, _ *preflight.Wanted) {
+			f.Routes.Value = append(f.Routes.Value,
+				preflight.Route{Destination: netip.MustParsePrefix("0.0.0.0/0"), Link: "tun0", Metric: 600},
+				preflight.Route{Destination: netip.MustParsePrefix("::/0"), Link: "tun0", Metric: 600})
+			f.Links.Value[4].MTU = 1200
+		},
 		"routes that networkd takes care of": func(f *preflight.Facts, _ *preflight.Wanted) {
 			f.Advertised.Value[0].AcceptRA = "0"
 		},
@@ -169,6 +181,10 @@ func TestFindings(t *testing.T) {
 		"port taken": {func(f *preflight.Facts, _ *preflight.Wanted) {
 			f.Sockets.Value = []preflight.Socket{{Address: netip.MustParseAddrPort("0.0.0.0:51820"), Holder: "other (process 7)"}}
 		}, "error PortTaken UDP port 51820", "other (process 7)"},
+		"small uplink by its metric": {func(f *preflight.Facts, _ *preflight.Wanted) {
+			f.Routes.Value[1].Metric = 600
+			f.Routes.Value = append(f.Routes.Value, preflight.Route{Destination: netip.MustParsePrefix("::/0"), Link: "tun0", Metric: 100})
+		}, "error MTUTooSmall link tun0", "1240"},
 		"small uplink": {func(f *preflight.Facts, _ *preflight.Wanted) { f.Links.Value[1].MTU = 1300 }, "error MTUTooSmall link eth0", "1240"},
 		"large --mtu":  {func(_ *preflight.Facts, w *preflight.Wanted) { w.MTU = 1500 }, "warning MTUTooLarge --mtu=1500", "1440"},
 		"pods and Services overlap": {
@@ -237,6 +253,9 @@ func TestFindings(t *testing.T) {
 			f.Networkd.Value = append(f.Networkd.Value, "[Network]\nManageForeignRoutingPolicyRules=yes\n[DHCPv4]\nManageForeignRoutes=yes\n")
 		}, "warning NetworkdManagesRoutes systemd-networkd", `[Network]\nManageForeignRoutes=no\nManageForeignRoutingPolicyRules=no\n`},
 		"NetworkManager": {func(f *preflight.Facts, _ *preflight.Wanted) { f.NetworkManager.Value = nil }, "warning NetworkManagerManagesLinks NetworkManager", "unmanaged-devices+=interface-name:wrn*;interface-name:warren0"},
+		"NetworkManager and a tunnel of another type": {func(f *preflight.Facts, _ *preflight.Wanted) {
+			f.WireGuard.Value, f.NetworkManager.Value = false, []string{"[keyfile]\nunmanaged-devices=type:veth;type:wireguard\n"}
+		}, "warning NetworkManagerManagesLinks NetworkManager", "unmanaged-devices+="},
 		"NetworkManager overridden": {func(f *preflight.Facts, _ *preflight.Wanted) {
 			f.NetworkManager.Value = append(f.NetworkManager.Value, "[keyfile]\nunmanaged-devices=interface-name:wrn*\n")
 		}, "warning NetworkManagerManagesLinks NetworkManager", "conf.d/90-warren.conf"},
