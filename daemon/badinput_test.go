@@ -135,7 +135,20 @@ func TestNodeWithoutPodCIDR(t *testing.T) {
 	s.writeText("node-1", string(whole))
 	s.ready(0)
 	s.healthy(0)
-	s.pod(0, "works")
+	works := s.pod(0, "works")
+
+	// Where the Node loses its podCIDRs no pod gets an address of them, and those that have one keep it.
+	s.writeText("node-1", bareNode)
+	s.problem(0, "NodeWithoutPodCIDR", "node-1")
+	if err = s.Nodes[0].Readiness(t.Context()); err == nil || !strings.Contains(err.Error(), "podCIDR") {
+		t.Errorf("STATUS without podCIDRs: %v", err)
+	}
+	if pod, err := s.Nodes[0].AddPod(t.Context(), lab.Pod{Namespace: "shop", Name: "late"}); err == nil {
+		t.Errorf("a pod got %v", pod.Addresses)
+	}
+	s.writeText("node-1", string(whole))
+	s.healthy(0)
+	s.reaches(works, s.pod(0, "again"))
 }
 
 // A cluster CIDR that holds the node's own address would have the guards cut the node off: nothing is applied, nothing opens.

@@ -78,7 +78,9 @@ func (n *node) apply(ctx context.Context, o *outcome, plan plan, full bool) erro
 		n.tunnelChanged.Store(true)
 		return filterErr
 	}
-	if len(o.mesh.PodCIDRs) == 0 || o.host.uplink.MTU == 0 { // it is among the problems; the Node's next event starts the next step
+	bare := len(o.mesh.PodCIDRs) == 0
+	o.ready = o.ready && !bare          // the ranges of the conflist may be another node's by now
+	if bare || o.host.uplink.MTU == 0 { // it is among the problems; the Node's next event starts the next step
 		n.tunnelChanged.Store(true)
 		return filterErr
 	}
