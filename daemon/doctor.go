@@ -15,6 +15,7 @@ import (
 
 	"github.com/warren-cni/warren/pkg/cniconf"
 	"github.com/warren-cni/warren/pkg/preflight"
+	"github.com/warren-cni/warren/pkg/wgdevice"
 )
 
 // doctorName is the name of the command, whose exit status main makes.
@@ -32,7 +33,7 @@ leftovers of other CNIs, firewalld and ufw, systemd-networkd and NetworkManager,
 policies of the manifests. Each finding is an error (Warren cannot work), a warning (it works until that disturbs it) or a note, and
 says what to do. What cannot be read is listed as not checked.
 
-Give it the flags that "warrend run" gets (--cluster-cidr, --service-cidr, --encryption and so on), because what is wrong depends on them.
+Give it those of the flags below that "warrend run" gets, because what is wrong depends on them.
 
 It changes nothing on the node. Rules and sets are tried in a network namespace that is thrown away; that may load kernel
 modules, as the daemon does. Run it as root on the node; in a container it sees less: without CAP_SYS_ADMIN it cannot try rules, without
@@ -55,6 +56,7 @@ its work.`
 type doctorOptions struct {
 	paths
 	planning
+	tunnelChoice
 
 	kubeconfig string
 	sysctlDir  string
@@ -64,9 +66,16 @@ type doctorOptions struct {
 func (o *doctorOptions) add(f *pflag.FlagSet) {
 	o.paths.add(f)
 	o.planning.add(f)
+	o.tunnelChoice.add(f)
 	for _, name := range []string{"objects", "non-masquerade-cidr", "log-connections", "encrypt-node-traffic"} {
 		f.Lookup(name).Hidden = true
 	}
+}
+
+// validate checks the flags.
+func (o *doctorOptions) validate() error {
+	_, err := o.mode()
+	return errors.Join(o.planning.validate(), err)
 }
 
 // doctorCommand looks at the node.
@@ -107,6 +116,7 @@ func doctorCommand() *cobra.Command {
 func (o *doctorOptions) wanted() preflight.Wanted {
 	return preflight.Wanted{
 		ClusterCIDRs: o.parsedCluster, ServiceCIDRs: o.parsedService, NodeCIDRs: o.parsedNode,
+		KernelOnly: o.wireguard == string(wgdevice.ModeKernel), UserSpaceOnly: o.wireguard == string(wgdevice.ModeUserspace),
 		Encrypted: o.encryptionMode, Port: o.port, MTU: o.mtu, Conflist: filepath.Join(o.cniConfDir, cniconf.FileName),
 	}
 }

@@ -38,6 +38,7 @@ func newPatient(t *testing.T) *patient {
 	testnode.Enter(t)
 	root := t.TempDir()
 	p := &patient{t: t, wireGuard: true, reader: reader{proc: filepath.Join(root, "proc"), tun: "/dev/net/tun", options: doctorOptions{
+		tunnelChoice: tunnelChoice{wireguard: "auto"},
 		paths: paths{
 			cniConfDir: filepath.Join(root, "cni-conf"), cniBinDir: filepath.Join(root, "cni-bin"),
 			runDir: filepath.Join(root, "run", "warren"), stateDir: filepath.Join(root, "state"),

@@ -28,8 +28,8 @@ func installCommand() *cobra.Command {
 		Long: `Install the CNI plugin binaries on this node, each atomically, and take away a conflist that an earlier boot left:
 until the daemon has written a new one, the node must not start pods.
 
-It also looks at the node as "warrend doctor" does and logs what it finds, which never makes it fail. Give it the flags of the daemon
-(--encryption, --wireguard-port and so on) where they are not the defaults.`,
+It also looks at the node as "warrend doctor" does and logs what it finds, which never makes it fail. Give it those of the
+flags below that the daemon gets (--encryption, --wireguard-port and so on).`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log, err := logging.logger(os.Stderr)

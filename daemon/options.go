@@ -136,8 +136,9 @@ type runOptions struct {
 	paths
 	planning
 
+	tunnelChoice
+
 	kubeconfig     string
-	wireguard      string
 	metricsAddress string
 	sysctlDir      string
 	rotation       rotation
@@ -148,11 +149,11 @@ type runOptions struct {
 func (o *runOptions) add(f *pflag.FlagSet) {
 	o.paths.add(f)
 	o.planning.add(f)
+	o.tunnelChoice.add(f)
 	o.logging.add(f)
 	o.rotation.add(f)
 	f.StringVar(&o.nodeName, "node-name", "", "name of this node's Node object (required)")
 	f.StringVar(&o.kubeconfig, "kubeconfig", "", "kubeconfig file (default: the pod's ServiceAccount)")
-	f.StringVar(&o.wireguard, "wireguard", "auto", "kernel, userspace, or auto: the kernel's where it has one")
 	f.StringVar(&o.sysctlDir, "sysctl-dir", "/proc/sys", "where the kernel's settings can be written (a container sees /proc/sys read-only)")
 	f.StringVar(&o.metricsAddress, "metrics-address", "127.0.0.1:9476", "address of /metrics, /healthz and /readyz; empty: none")
 }
@@ -168,11 +169,24 @@ func (o *runOptions) validate() (wgdevice.Mode, error) {
 	if err := errors.Join(o.planning.validate(), o.rotation.validate()); err != nil {
 		return "", err
 	}
-	switch mode := wgdevice.Mode(o.wireguard); mode {
+	return o.mode()
+}
+
+// tunnelChoice says whose WireGuard the node uses.
+type tunnelChoice struct{ wireguard string }
+
+// add declares the flag.
+func (c *tunnelChoice) add(f *pflag.FlagSet) {
+	f.StringVar(&c.wireguard, "wireguard", "auto", "kernel, userspace, or auto: the kernel's where it has one")
+}
+
+// mode parses the flag.
+func (c *tunnelChoice) mode() (wgdevice.Mode, error) {
+	switch mode := wgdevice.Mode(c.wireguard); mode {
 	case wgdevice.ModeAuto, wgdevice.ModeKernel, wgdevice.ModeUserspace:
 		return mode, nil
 	default:
-		return "", fmt.Errorf("--wireguard=%s: say auto, kernel or userspace", o.wireguard)
+		return "", fmt.Errorf("--wireguard=%s: say auto, kernel or userspace", c.wireguard)
 	}
 }
 

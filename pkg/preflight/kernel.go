@@ -50,8 +50,25 @@ func wireGuard(f Facts, w Wanted) ([]Finding, error) {
 			})
 		}
 	}
+	if w.UserSpaceOnly {
+		if f.TUN.Err == nil && !f.TUN.Value && !stands {
+			findings = append(findings, Finding{
+				Severity: Error, Code: "NoTUN", Object: "kernel module tun",
+				Message: "the kernel has no TUN devices, on which WireGuard runs in user space (--wireguard=userspace): no pod starts here",
+				Remedy:  "install and load the module (modprobe tun), or use the kernel's WireGuard (--wireguard=auto)",
+			})
+		}
+		return findings, errors.Join(f.TUN.Err, f.Links.Err)
+	}
 	if f.WireGuard.Err != nil || f.WireGuard.Value || stands {
 		return findings, errors.Join(f.WireGuard.Err, f.Links.Err)
+	}
+	if w.KernelOnly {
+		return append(findings, Finding{
+			Severity: Error, Code: "NoWireGuard", Object: "kernel module wireguard",
+			Message: "the kernel has no WireGuard, and --wireguard=kernel wants no other: no pod starts here",
+			Remedy:  "install and load the module (modprobe wireguard), or say --wireguard=auto and kubectl apply -f manifests/userspace-tunnel.yaml",
+		}), f.Links.Err
 	}
 	missing := Finding{
 		Severity: Warning, Code: "NoWireGuard", Object: "kernel module wireguard",

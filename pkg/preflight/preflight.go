@@ -62,7 +62,9 @@ func Read[T any](value T, err error) Reading[T] { return Reading[T]{Value: value
 type Wanted struct {
 	ClusterCIDRs, ServiceCIDRs, NodeCIDRs []netip.Prefix
 	Encrypted                             bool
-	Port                                  uint16
+	// KernelOnly and UserSpaceOnly say whose WireGuard it has to be.
+	KernelOnly, UserSpaceOnly bool
+	Port                      uint16
 	// MTU is that of pods and tunnel; 0 where it follows from the uplink.
 	MTU int
 	// Conflist is the path of Warren's own.

@@ -108,7 +108,8 @@ func TestHealthy(t *testing.T) {
 		"a user-space tunnel": func(f *preflight.Facts, _ *preflight.Wanted) {
 			f.WireGuard.Value, f.TUN.Value = false, false
 		},
-		"encryption off": func(f *preflight.Facts, w *preflight.Wanted) { w.Encrypted, f.WireGuard.Value = false, false },
+		"user space alone": func(f *preflight.Facts, w *preflight.Wanted) { w.UserSpaceOnly, f.WireGuard.Value = true, false },
+		"encryption off":   func(f *preflight.Facts, w *preflight.Wanted) { w.Encrypted, f.WireGuard.Value = false, false },
 		"IPv4 alone on a small MTU": func(f *preflight.Facts, w *preflight.Wanted) {
 			w.ClusterCIDRs, f.Links.Value[1].MTU, f.Forwarding.Value.IPv6 = w.ClusterCIDRs[:1], 1300, false
 		},
@@ -160,6 +161,12 @@ func TestFindings(t *testing.T) {
 		"no tunnel at all": {func(f *preflight.Facts, _ *preflight.Wanted) {
 			f.WireGuard.Value, f.TUN.Value, f.Links.Value = false, false, f.Links.Value[:5]
 		}, "error NoWireGuard kernel modules wireguard and tun", "modprobe tun"},
+		"user space alone without TUN": {func(f *preflight.Facts, w *preflight.Wanted) {
+			w.UserSpaceOnly, f.TUN.Value, f.Links.Value = true, false, f.Links.Value[:5]
+		}, "error NoTUN kernel module tun", "modprobe tun"},
+		"the kernel's alone without it": {func(f *preflight.Facts, w *preflight.Wanted) {
+			w.KernelOnly, f.WireGuard.Value, f.Links.Value = true, false, f.Links.Value[:5]
+		}, "error NoWireGuard kernel module wireguard", "--wireguard=auto"},
 		"another link of that name": {func(f *preflight.Facts, _ *preflight.Wanted) { f.Links.Value[5].Type = "bridge" }, "error LinkTaken link warren0", "bridge"},
 		"no xt_set": {func(f *preflight.Facts, _ *preflight.Wanted) {
 			f.Lacks.Value = []preflight.Lack{{Feature: "match set (ipv4)", Module: "xt_set", Err: refusal}}
