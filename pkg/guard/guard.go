@@ -95,7 +95,7 @@ func (c Config) compile(f netfilter.Family) netfilter.Rules {
 	slices.SortFunc(sets, func(a, b netfilter.Set) int { return strings.Compare(a.Name, b.Name) })
 	chains := []netfilter.Chain{
 		{Table: "filter", Name: acceptChain, Rules: p.accept()},
-		{Table: "filter", Name: beltChain, Rules: belt()},
+		{Table: "filter", Name: beltChain, Rules: p.belt()},
 		{Table: "mangle", Name: forwardChain, Rules: p.forward()},
 		{Table: "mangle", Name: guardChain, Rules: p.guard()},
 		{Table: "mangle", Name: judgedChain, Rules: judged()},

@@ -47,6 +47,9 @@ func translated(p *trace.Packet) { p.SNAT = true }
 
 func reply(p *trace.Packet) { p.Reply = true }
 
+// dnat gives a packet's connection another destination.
+func dnat(p *trace.Packet) { p.DNAT = true }
+
 // fromNode gives a packet one of the node's addresses as its source.
 func fromNode(p *trace.Packet) { p.FromNode = true }
 
@@ -98,6 +101,7 @@ func TestInbound(t *testing.T) {
 
 func TestForward(t *testing.T) {
 	hook := func(name string, p trace.Packet, want string) step { return step{name, "mangle", "FORWARD", p, want} }
+	peer := func(out, dst string) trace.Packet { return route("warren0", out, "10.244.2.9", dst) }
 	run(t, dual(), []step{
 		hook("ready pod to a remote pod", route("wrn1", "warren0", "10.244.1.7", "10.244.2.9"), ""),
 		hook("ready pod to the world", route("wrn1", "eth0", "10.244.1.7", "192.0.2.1"), ""),
@@ -117,6 +121,16 @@ func TestForward(t *testing.T) {
 		hook("another program's", with(route("docker0", "eth0", "172.17.0.2", "192.0.2.1"), state("INVALID")), ""),
 		hook("another host that routes through the node", route("eth0", "warren0", "2001:db8::1", "fd00:10:244:2::9"), ""),
 		hook("another host with the node's address", with(route("eth0", "warren0", "2001:db8::1", "fd00:10:244:2::9"), fromNode), "DROP"),
+		hook("remote pod to a host on the wire", peer("eth0", "192.0.2.1"), "DROP"),
+		hook("remote pod to a host on the wire, IPv6", route("warren0", "eth0", "fd00:10:244:2::9", "2001:db8::1"), "DROP"),
+		hook("invalid", with(peer("eth0", "192.0.2.1"), state("INVALID")), "DROP"),
+		hook("untracked", with(peer("eth0", "192.0.2.1"), state("UNTRACKED")), "DROP"),
+		hook("back into the tunnel", peer("warren0", "10.244.3.9"), "DROP"),
+		hook("remote pod to another program's link", peer("docker0", "172.17.0.2"), "DROP"),
+		hook("remote pod's answer to a Service's client", with(peer("eth0", "192.0.2.1"), state("ESTABLISHED")), ""),
+		hook("an error about that", with(peer("eth0", "192.0.2.1"), state("RELATED")), ""),
+		hook("remote pod to a NodePort of this node", with(peer("warren0", "10.244.3.9"), dnat), ""),
+		hook("remote pod to a NodePort of this node, beside the pods", with(peer("eth0", "192.0.2.1"), dnat), ""),
 		hook("IPv6 of a ready pod", route("wrn1", "warren0", "fd00:10:244:1::7", "fd00:10:244:2::9"), ""),
 		hook("IPv6 of a pod that is not ready", route("wrn1", "warren0", "fd00:10:244:1::3", "fd00:10:244:2::9"), "DROP"),
 	})
@@ -161,7 +175,6 @@ func TestPlaintextGuard(t *testing.T) {
 
 func TestTranslation(t *testing.T) {
 	hook := func(name string, p trace.Packet, want string) step { return step{name, "nat", "POSTROUTING", p, want} }
-	dnat := func(p *trace.Packet) { p.DNAT = true }
 	steps := []step{
 		hook("to a local pod", route("", "wrn1", "192.0.2.1", "10.244.1.7"), ""),
 		hook("pod to the world", route("", "eth0", "10.244.1.7", "192.0.2.1"), "MASQUERADE"),
@@ -187,7 +200,6 @@ func TestTranslation(t *testing.T) {
 
 func TestAccept(t *testing.T) {
 	hook := func(name string, p trace.Packet, want string) step { return step{name, "filter", "FORWARD", p, want} }
-	dnat := func(p *trace.Packet) { p.DNAT = true }
 	judged := func(p *trace.Packet) { p.Mark = netfilter.JudgedMark }
 	fromPod, toPod := route("wrn1", "eth0", "10.244.1.7", "192.0.2.1"), route("eth0", "wrn1", "192.0.2.1", "10.244.1.7")
 	run(t, dual(), []step{
@@ -202,6 +214,7 @@ func TestAccept(t *testing.T) {
 		hook("a client of a Service", with(route("eth0", "warren0", "192.0.2.1", "10.244.2.9"), dnat), "ACCEPT"),
 		hook("its answer", with(route("warren0", "eth0", "10.244.2.9", "192.0.2.1"), dnat), "ACCEPT"),
 		hook("another host that routes through the node", route("eth0", "warren0", "192.0.2.1", "10.244.2.9"), ""),
+		hook("another node that routes through the node", route("warren0", "eth0", "10.244.2.9", "192.0.2.1"), "DROP"),
 		hook("another program's", route("docker0", "eth0", "172.17.0.2", "192.0.2.1"), ""),
 	})
 }

@@ -72,10 +72,14 @@ func (p plan) forward() []netfilter.Rule {
 			rule("how large segments may be", "-p tcp --tcp-flags SYN,RST SYN -j "+segmentsChain))
 	}
 	ready := netfilter.ReadySet(p.family)
-	return append(rules,
+	rules = append(rules,
 		rule("start gate", "-i wrn+ -m set ! --match-set "+ready+" src -j DROP"),
 		rule("start gate", "-o wrn+ -m set ! --match-set "+ready+" dst -j DROP"),
-		rule("allowed when it began", goesOn()+" -j RETURN"),
+		rule("allowed when it began", goesOn()+" -j RETURN"))
+	if p.encrypted {
+		rules = append(rules, ends())
+	}
+	return append(rules,
 		rule("not a pod's traffic", "! -i wrn+ ! -o wrn+ -j RETURN"),
 		// Both ways, and the errors of ICMP that belong to it: they carry the mark of the connection that they are about.
 		cut(),
@@ -102,6 +106,13 @@ func goesOn() string {
 // cut stops the connections that policies no longer allow.
 func cut() netfilter.Rule {
 	return rule("not allowed any more", fmt.Sprintf("-m connmark --mark %#x/%#x -j DROP", netfilter.CutMark, netfilter.CutMark))
+}
+
+// ends drops what comes by the tunnel and goes on to anything but a pod, because WireGuard checks a packet's source alone: a stolen node
+// would have this one for its router, with this one's address. It stands behind goesOn, which lets pass the answers of a Service's remote
+// pod. What a Service has translated goes on, too: with --encrypt-node-traffic pods reach NodePorts through the tunnel.
+func ends() netfilter.Rule {
+	return rule("not routed for other nodes", "-i "+link+" ! -o wrn+ -m conntrack ! --ctstate DNAT -j DROP")
 }
 
 // guard is the last look at a packet: forwarded, made by the node or translated, what is for a pod leaves by the tunnel
@@ -181,12 +192,16 @@ func unjudged() string {
 
 // belt holds back the same in another table, because a flush of mangle takes all rules there that judge, and those that drop what
 // was not judged. It stands first, ahead of what other programs accept, and accepts nothing itself.
-func belt() []netfilter.Rule {
+func (p plan) belt() []netfilter.Rule {
 	begins := unjudged() + " -j DROP"
-	return []netfilter.Rule{
+	rules := []netfilter.Rule{
 		rule("goes on", goesOn()+" -j RETURN"), cut(),
 		rule("not judged", "-i wrn+"+begins), rule("not judged", "-o wrn+"+begins),
 	}
+	if p.encrypted {
+		rules = append(rules, ends())
+	}
+	return rules
 }
 
 // nat gives packets that leave the pods' world the node's address, and the node's packets to remote pods an address that
