@@ -221,6 +221,10 @@ func (v *verification) judgePeers() {
 	}
 	for _, p := range v.Peers {
 		answered := false
+		if len(p.Probes) == 0 {
+			v.Doubts = append(v.Doubts, fmt.Sprintf("no probe could be sent to node %s, which has no address in the tunnel of a family that this node has one of: "+
+				"compare spec.podCIDRs of both Nodes, and see `warrend status` for podCIDRs that were refused", p.Node))
+		}
 		for _, probe := range p.Probes {
 			if probe.Sent > 0 && probe.Lost == probe.Sent {
 				v.Doubts = append(v.Doubts, strings.TrimSuffix(fmt.Sprintf("node %s answered none of %d probes to %s: %s", p.Node, probe.Sent, probe.Address, probe.Error), ": "))

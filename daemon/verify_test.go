@@ -90,6 +90,8 @@ func TestConclude(t *testing.T) {
 			"node worker-3 answered none of 3 probes to 10.244.3.1: no route to host",
 		},
 		"a peer that was not probed":    {func(e *evidence) { e.probes[2].sent, e.probes[2].times = 0, nil }, notProven, "no probe was sent to node worker-3 at 10.244.3.1"},
+		"a peer without an address":     {func(e *evidence) { e.before.Peers[1].Addresses, e.probes = nil, e.probes[:2] }, notProven, "no probe could be sent to node worker-3"},
+		"peers without addresses":       {func(e *evidence) { e.probes = nil }, notProven, "compare spec.podCIDRs of both Nodes"},
 		"packets dropped":               {func(e *evidence) { e.report.Dropped = 7 }, notProven, "the kernel dropped 7 packets"},
 		"packets not judged":            {func(e *evidence) { e.report.Unjudged = 7 }, notProven, "7 packets could not be judged"},
 		"a tunnel that does not answer": {func(e *evidence) { e.after.Status.Encryption.Mode = "unknown" }, notProven, "the tunnel does not answer"},
