@@ -60,9 +60,15 @@ func (Key) LogValue() slog.Value { return slog.StringValue(redacted) }
 func (Key) MarshalText() ([]byte, error) { return []byte(redacted), nil }
 
 // loadKey reads a key and when it was made. A file that cannot be read or understood is an error, and fs.ErrNotExist only where there is
-// none.
+// none, nor a symbolic link that leads to none: the key is there once the link leads to it again.
 func loadKey(path string) (Key, time.Time, error) {
 	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		if _, errLink := os.Lstat(path); !errors.Is(errLink, fs.ErrNotExist) {
+			return Key{}, time.Time{}, fmt.Errorf("reading the WireGuard key %s: it is a symbolic link that leads to no file: "+
+				"mount the volume that it leads to, or delete the link for a new key", path)
+		}
+	}
 	if err != nil {
 		return Key{}, time.Time{}, fmt.Errorf("reading the WireGuard key: %w", err)
 	}

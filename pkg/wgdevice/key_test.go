@@ -94,6 +94,43 @@ func TestKeyIsNeverReplaced(t *testing.T) {
 	}
 }
 
+// A link to a key that is not there, as while its volume is not mounted, is not taken for no key: it stays, and later the key is found by it.
+func TestKeyBehindALink(t *testing.T) {
+	elsewhere := t.TempDir()
+	want, err := keyIn(elsewhere)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{wgdevice.KeyFile, wgdevice.KeyFile + ".next"} {
+		dir, away := t.TempDir(), filepath.Join(t.TempDir(), "volume")
+		path := filepath.Join(dir, name)
+		if err = os.Symlink(filepath.Join(away, wgdevice.KeyFile), path); err != nil {
+			t.Fatal(err)
+		}
+		_, err = keyIn(dir)
+		if err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "mount the volume") {
+			t.Errorf("%s leads to no file: error %v, want one that says to mount the volume", name, err)
+		}
+		if files, errRead := os.ReadDir(dir); errRead != nil || len(files) != 1 || files[0].Type() != os.ModeSymlink {
+			t.Errorf("%s leads to no file: the state directory holds %v, %v", name, files, errRead)
+		}
+		if err = os.Symlink(elsewhere, away); err != nil {
+			t.Fatal(err)
+		}
+		keys, err := wgdevice.OpenKeys(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		key := keys.Current()
+		if name != wgdevice.KeyFile {
+			key, _ = keys.Next()
+		}
+		if key.Public() != want.Public() {
+			t.Errorf("%s leads to a key again, and another one is used", name)
+		}
+	}
+}
+
 func TestKeyShowsNothing(t *testing.T) {
 	dir := t.TempDir()
 	key, err := keyIn(dir)
