@@ -203,6 +203,7 @@ func (v *villainy) list() []attack {
 		{what: "a part of its own podCIDR", edit: v.again("10.244.2.0/25", own6), harmless: true},
 		{what: "the nodes' network as podCIDR", edit: v.again("192.0.2.0/24", own6)},
 		{what: "another node's InternalIP", edit: address("192.0.2.3"), victim: "node-3"},
+		{what: "another node's InternalIP, at a port of another server", edit: both(address("192.0.2.3"), annotate(kube.AnnotationEndpoint, ":53")), victim: "node-3"},
 		{what: "an InternalIP that is no address of a node", edit: address("127.0.0.1")},
 		{what: "a pod's address as InternalIP", edit: address(v.pods[far].Addresses[0].String())},
 		{what: "the API server's address as InternalIP", edit: address("192.0.2.254"), harmless: true},

@@ -221,6 +221,26 @@ func TestPlanRefuses(t *testing.T) {
 			bad: node(3, addresses("::ffff:192.0.2.2")), options: options(), peers: []string{"node-3"}, endpoint: "192.0.2.2:51820",
 			problems: []string{"NodeAddressDuplicate Node node-3 192.0.2.2", "NodeAddressDuplicate Node node-2 192.0.2.2"},
 		},
+		"address of another node, at a port of another server": {
+			bad: node(3, addresses("192.0.2.2"), endpoint("", 53)), options: options(), peers: []string{"node-3"},
+			problems: []string{"NodeEndpointRefused Node node-3 192.0.2.2:53", "NodeAddressDuplicate Node node-2 node-3"},
+		},
+		"address of another node, at a port of another server, from an older node": {
+			bad: node(3, addresses("192.0.2.2"), endpoint("", 53), older), options: options(), peers: []string{"node-3"},
+			problems: []string{"NodeEndpointRefused Node node-3 192.0.2.2:53", "NodeAddressDuplicate Node node-2 node-3"},
+		},
+		"address of another node, at another published port": {
+			bad: node(3, addresses("192.0.2.2"), func(n *cluster.Node) { n.WireGuard.Port = 53 }), options: options(), peers: []string{"node-3"},
+			problems: []string{"NodeEndpointRefused Node node-3 192.0.2.2:53", "NodeAddressDuplicate Node node-2 node-3"},
+		},
+		"one address of another node of two, at a port of another server": {
+			bad: node(3, addresses("192.0.2.2", "192.0.2.3"), endpoint("", 4500)), options: options(), peers: []string{"node-3"}, endpoint: "192.0.2.3:4500",
+			problems: []string{"NodeEndpointRefused Node node-3 192.0.2.2:4500", "NodeAddressDuplicate Node node-2 node-3"},
+		},
+		"own address, at a port of another server": {
+			bad: node(3, addresses("192.0.2.1"), endpoint("", 53)), options: options(), peers: []string{"node-3"},
+			problems: []string{"NodeAddressDuplicate Node node-3 node-1"},
+		},
 		"address among the pods": {
 			bad: node(3, addresses("10.244.2.9")), options: options(), peers: []string{"node-3"},
 			problems: []string{"NodeAddressRefused Node node-3 10.244.0.0/16"},

@@ -105,7 +105,7 @@ func addressShared(c *claim, other string) cluster.Problem {
 func endpointTaken(c *claim, endpoint netip.AddrPort, owner string) cluster.Problem {
 	return ownedProblem(owner, nodeProblem("NodeEndpointRefused", c.of.node.Name, c.field,
 		fmt.Sprintf("the endpoint %s is where Node %s is: the tunnel waits until this node sends first", endpoint, owner),
-		"correct the annotation: nodes behind one address need ports of their own; where the operator has not written it, treat the node as stolen"))
+		"correct annotation or InternalIP: nodes behind one address need ports of their own; where the operator has not written it, treat the node as stolen"))
 }
 
 func podCIDRUnusable(c *claim) cluster.Problem {

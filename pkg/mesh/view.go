@@ -205,8 +205,10 @@ func (p *Planner) operatorsEndpoint(v *view, m *member) netip.AddrPort {
 // usableAddresses returns the InternalIPs at which a node can be sent to, in the order of its Node.
 //
 // The own node's are not among them. One that a third node has too stays with both, and both are reported: who is right does not
-// show from the Nodes, each of which says of itself what it likes at any time, and taking it from either would let a stolen node
-// cut off another. Who gets what is sent there by mistake cannot answer without the key.
+// show from the Nodes, each of which says of itself what it likes at any time, and taking it from either, also from the younger one, would
+// let a stolen node cut off others from each other. Who gets what is sent there by mistake cannot answer without the key. That is so where
+// both say the port that this mesh uses: at any other one what is sent there would come to another server than the tunnel, so who names
+// such a port does not have the address, and has to send first.
 func (p *Planner) usableAddresses(v *view, m *member) []netip.Addr {
 	var usable []netip.Addr
 	for _, c := range m.addresses {
@@ -216,8 +218,13 @@ func (p *Planner) usableAddresses(v *view, m *member) []netip.Addr {
 		}
 		claimants := p.index.addresses[a]
 		if i := slices.IndexFunc(claimants, func(o *member) bool { return o != m && o.answersAt(a) }); i >= 0 {
-			v.refuse(addressShared(c, claimants[i].node.Name))
-			if claimants[i].own { // which comes first
+			other := claimants[i] // the own node comes first
+			if !other.own && m.tunnel != nil && m.port() != p.options.ListenPort {
+				v.refuse(endpointTaken(c, netip.AddrPortFrom(a, m.port()), other.node.Name))
+				continue
+			}
+			v.refuse(addressShared(c, other.node.Name))
+			if other.own {
 				continue
 			}
 		}
