@@ -117,7 +117,9 @@ type outcome struct {
 	applied time.Time
 	// guarded is true once the packet filter was applied as a whole in this run: only then may there be a tunnel.
 	guarded bool
-	host    host
+	// standing is true where that was so, too, when it was applied last.
+	standing bool
+	host     host
 	// leaseProblems are those of the last full step.
 	leaseProblems []cluster.Problem
 }

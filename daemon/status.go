@@ -68,7 +68,7 @@ func (n *node) encryptionStatus(o outcome) agentapi.Encryption {
 	}
 	e := agentapi.Encryption{
 		PublicKey: publicKey(n.keys.keys.Current()), Port: n.options.port, MTU: o.mesh.MTU,
-		Guard: "cluster-cidr", NotCovered: notCovered,
+		Guard: "cluster-cidr", GuardStands: o.standing, NotCovered: notCovered,
 	}
 	if len(n.options.parsedCluster) == 0 {
 		e.Guard = "known nodes only"
@@ -187,7 +187,7 @@ func printStatus(w io.Writer, s agentapi.Status, output string, now time.Time) e
 	for _, text := range s.Encryption.NotCovered {
 		fmt.Fprintf(t, "  in clear\t%s\n", text)
 	}
-	fmt.Fprintf(t, "GUARD\t%s\n", s.Encryption.Guard)
+	fmt.Fprintf(t, "GUARD\t%s\n", guardLine(s.Encryption))
 	fmt.Fprintf(t, "POLICIES\t%d in the cluster; %d pods here, %d isolated; %d rules, %d sets\n",
 		s.Policies.Policies, s.Policies.Pods, s.Policies.Isolated, s.Policies.Rules, s.Policies.Sets)
 	fmt.Fprintf(t, "LAST APPLY\t%s\n", ago(now, s.Policies.LastApply))
@@ -207,6 +207,14 @@ func encryptionLine(e agentapi.Encryption) string {
 		return fmt.Sprintf("OFF: pod traffic between nodes is in clear (MTU %d)", e.MTU)
 	}
 	return fmt.Sprintf("WireGuard (%s), UDP port %d, MTU %d, public key %s", e.Mode, e.Port, e.MTU, e.PublicKey)
+}
+
+// guardLine says what the guards cover, and no more than is known.
+func guardLine(e agentapi.Encryption) string {
+	if e.Mode == "off" || e.GuardStands {
+		return e.Guard
+	}
+	return fmt.Sprintf("NOT KNOWN TO STAND, see the problems (is to cover: %s)", e.Guard)
 }
 
 // printPeers prints the table of peers.

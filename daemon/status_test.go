@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -17,7 +19,7 @@ func sample(now time.Time) agentapi.Status {
 	return agentapi.Status{
 		Node: "worker-1", Version: "v1", Ready: true, PodCIDRs: []string{"10.244.1.0/24", "fd00:10:244:1::/64"},
 		Encryption: agentapi.Encryption{
-			Mode: "kernel", PublicKey: "cHVibGlj", Port: 51820, MTU: 1440, Guard: "cluster-cidr", NotCovered: []string{"nodes to nodes"},
+			Mode: "kernel", PublicKey: "cHVibGlj", Port: 51820, MTU: 1440, Guard: "cluster-cidr", GuardStands: true, NotCovered: []string{"nodes to nodes"},
 		},
 		Peers: []agentapi.Peer{{
 			Node: "worker-2", PublicKey: "b3RoZXI=", Endpoint: "192.0.2.2:51820", AllowedIPs: []string{"10.244.2.0/24"},
@@ -57,6 +59,61 @@ PolicyInvalid: NetworkPolicy shop/api, spec.ingress[0]
 	if diff := cmp.Diff(want, out.String()); diff != "" {
 		t.Errorf("table (-want +got):\n%s", diff)
 	}
+}
+
+// What the guards are to cover is not told as if they stood.
+func TestPrintStatusGuard(t *testing.T) {
+	for want, e := range map[string]agentapi.Encryption{
+		"GUARD cluster-cidr":     {Mode: "kernel", Guard: "cluster-cidr", GuardStands: true},
+		"GUARD known nodes only": {Mode: "unknown", Guard: "known nodes only", GuardStands: true},
+		"GUARD none":             {Mode: "off", Guard: "none"},
+		"GUARD NOT KNOWN TO STAND, see the problems (is to cover: cluster-cidr)": {Mode: "kernel", Guard: "cluster-cidr"},
+	} {
+		var out bytes.Buffer
+		if err := printStatus(&out, agentapi.Status{Encryption: e}, "table", time.Time{}); err != nil {
+			t.Fatal(err)
+		}
+		lines := slices.Collect(strings.Lines(out.String()))
+		if !slices.ContainsFunc(lines, func(line string) bool { return strings.Join(strings.Fields(line), " ") == want }) {
+			t.Errorf("no line %q in\n%s", want, out.String())
+		}
+	}
+}
+
+// They stand for the status once the packet filter was applied, and until that fails.
+func TestStatusOfGuards(t *testing.T) {
+	n, s, m, _ := newStepped(t, "192.168.0.1", netip.MustParsePrefix("10.244.0.0/16"))
+	stand := func(when string, want bool) {
+		t.Helper()
+		if e := n.encryptionStatus(n.outcomeNow()); e.GuardStands != want || e.Guard != "cluster-cidr" {
+			t.Errorf("%s: they stand: %v, covering %q; want %v", when, e.GuardStands, e.Guard, want)
+		}
+	}
+	stand("before the first step", false)
+	s.errServers = errBusy
+	if err := n.step(t.Context(), true); err == nil {
+		t.Fatal("no error where the API server may be in the cluster CIDR")
+	}
+	stand("nothing was applied", false)
+	s.errServers = nil
+	if err := n.step(t.Context(), true); err != nil {
+		t.Fatal(err)
+	}
+	stand("applied", true)
+	if err := n.step(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	stand("applied with nothing to change", true)
+	m.busy.Store(true)
+	if err := n.step(t.Context(), true); err == nil {
+		t.Fatal("no error where the packet filter takes nothing")
+	}
+	stand("the packet filter takes nothing", false)
+	m.busy.Store(false)
+	if err := n.step(t.Context(), true); err != nil {
+		t.Fatal(err)
+	}
+	stand("mended", true)
 }
 
 func TestPrintStatusJSONComesBack(t *testing.T) {

@@ -164,7 +164,7 @@ func (n *node) applyFilter(ctx context.Context, o *outcome, change netfilter.Cha
 	if whole {
 		n.cuts.audited(changes != (firewall.Changes{}))
 	}
-	o.guarded = true
+	o.guarded, o.standing = true, true
 	o.open = admitted(n.planned, refused)
 	if changes != (firewall.Changes{}) {
 		n.log.Debug("applied the packet filter", "set_operations", changes.SetOps, "rule_bytes", changes.RuleBytes, "programs", changes.Execs)

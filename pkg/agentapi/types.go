@@ -155,6 +155,8 @@ type Encryption struct {
 	MTU       int    `json:"mtu"`
 	// Guard says what the guards against plaintext cover: "cluster-cidr", "known nodes only", or "none" where Mode is "off".
 	Guard string `json:"guard"`
+	// GuardStands says whether they were all in the kernel when the daemon applied its rules last; false until it has, and where that failed.
+	GuardStands bool `json:"guardStands"`
 	// NotCovered are the kinds of traffic that leave in clear in this mode.
 	NotCovered []string `json:"notCovered"`
 }
