@@ -280,38 +280,80 @@ func (s *Store) Get(containerID, ifname string) (Lease, error) {
 	return s.read(attachment(containerID, ifname))
 }
 
-// Held returns the addresses of an attachment: those of its lease, or what a killed process left of one.
+// Held returns the addresses of an attachment: those whose names are its file's, what a killed process left of a lease, and what its lease
+// names and nobody else holds. The lease's text alone gives no address: it may be another's.
 func (s *Store) Held(containerID, ifname string) ([]netip.Addr, error) {
-	lease, err := s.read(attachment(containerID, ifname))
-	if err != nil {
-		// There is no lease, or none that can be read: look for the addresses.
-		return s.addressesOf(containerID, ifname)
+	name := attachment(containerID, ifname)
+	var file unix.Stat_t
+	lease, err := s.readStat(name, &file)
+	if err == nil && s.isWhole(lease, &file) {
+		return lease.Addresses, nil
 	}
-	return lease.Addresses, nil
+	return s.addressesOf(name, lease.Addresses)
 }
 
-// addressesOf returns the addresses that belong to the attachment, because their file is its file or says so.
-func (s *Store) addressesOf(containerID, ifname string) ([]netip.Addr, error) {
+// isWhole says whether the file of a lease has the names that the lease says, and no other.
+func (s *Store) isWhole(lease Lease, file *unix.Stat_t) bool {
+	for i, a := range lease.Addresses {
+		named, err := lstat(s.path(a.String()))
+		if err != nil || !isSame(&named, file) || slices.Contains(lease.Addresses[:i], a) {
+			return false
+		}
+	}
+	return int(file.Nlink) == 1+len(lease.Addresses) //nolint:gosec // as many as a file has names
+}
+
+// isSame says whether two names are one file's.
+func isSame(a, b *unix.Stat_t) bool { return a.Dev == b.Dev && a.Ino == b.Ino }
+
+// addressesOf returns the addresses that belong to the attachment of a name, whose lease names some of them, if it can be read.
+func (s *Store) addressesOf(name string, named []netip.Addr) ([]netip.Addr, error) {
 	all, err := s.addressNames()
 	if err != nil {
 		return nil, err
 	}
-	name := attachment(containerID, ifname)
-	file, statErr := os.Lstat(s.path(name))
+	own, err := lstat(s.path(name))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	all = append(all, named...)
+	slices.SortFunc(all, netip.Addr.Compare)
 	var found []netip.Addr
-	for _, a := range all {
-		if statErr == nil {
-			if other, otherErr := os.Lstat(s.path(a.String())); otherErr == nil && os.SameFile(file, other) {
-				found = append(found, a)
-				continue
-			}
+	for _, a := range slices.Compact(all) {
+		is, err := s.belongs(a, name, &own, slices.Contains(named, a))
+		if err != nil {
+			return nil, err
 		}
-		if lease, readErr := s.read(a.String()); readErr == nil && attachment(lease.ContainerID, lease.Interface) == name {
+		if is {
 			found = append(found, a)
 		}
 	}
-	slices.SortFunc(found, netip.Addr.Compare)
 	return found, nil
+}
+
+// belongs says whether an address is that of the attachment of a name: its file is the attachment's own; or it is no other attachment's, and
+// says so, or says nothing and the attachment's lease names the address; or there is none, and the lease does.
+func (s *Store) belongs(a netip.Addr, name string, own *unix.Stat_t, named bool) (bool, error) {
+	file, err := lstat(s.path(a.String()))
+	if err == nil && isSame(&file, own) {
+		return true, nil
+	}
+	lease, readErr := s.read(a.String())
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(readErr, fs.ErrNotExist):
+		return named, nil
+	case err != nil:
+		return false, err
+	case readErr == nil:
+		named = attachment(lease.ContainerID, lease.Interface) == name
+	case named && !errors.Is(readErr, errNoLease):
+		return false, readErr
+	}
+	if !named {
+		return false, nil
+	}
+	claimed, err := s.claimed(a.String())
+	return !claimed, err
 }
 
 // remove takes away a name and then those of the addresses. What is not there is no error.

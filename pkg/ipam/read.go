@@ -161,9 +161,12 @@ func isOwn(name string) bool {
 }
 
 // read returns the lease in the file of that name. The error is errNoLease where the file can be read and holds none, or another's.
-func (s *Store) read(name string) (Lease, error) {
+func (s *Store) read(name string) (Lease, error) { return s.readStat(name, nil) }
+
+// readStat is read, and says which file that is where that is asked.
+func (s *Store) readStat(name string, file *unix.Stat_t) (Lease, error) {
 	var buffer [1024]byte
-	text, err := readFile(unix.AT_FDCWD, s.path(name), buffer[:], nil)
+	text, err := readFile(unix.AT_FDCWD, s.path(name), buffer[:], file)
 	return s.decode(name, string(text), err)
 }
 
@@ -184,7 +187,7 @@ func (s *Store) decode(name, text string, err error) (Lease, error) {
 	if lease.ContainerID == "" || lease.Interface == "" || len(lease.Addresses) == 0 {
 		return Lease{}, fmt.Errorf("reading lease %s: %w: container, interface or addresses are missing", s.path(name), errNoLease)
 	}
-	if slices.ContainsFunc(lease.Addresses, func(a netip.Addr) bool { return a.Zone() != "" }) { // which may lead to any path
+	if slices.ContainsFunc(lease.Addresses, func(a netip.Addr) bool { return !a.IsValid() || a.Zone() != "" }) { // which may lead to any path
 		return Lease{}, fmt.Errorf("reading lease %s: %w: its addresses are not those of a range", s.path(name), errNoLease)
 	}
 	if id, ifname, _ := strings.Cut(name, "@"); id == lease.ContainerID && ifname == lease.Interface {

@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -74,8 +73,7 @@ func (s *Store) repairName(name string) (path string, err error) {
 		if _, err = s.read(name); !errors.Is(err, errNoLease) {
 			return "", nil // it is one, or that cannot be told now
 		}
-		containerID, ifname, _ := strings.Cut(name, "@")
-		held, err := s.addressesOf(containerID, ifname)
+		held, err := s.addressesOf(name, nil)
 		if err != nil || len(held) > 0 {
 			return "", err
 		}

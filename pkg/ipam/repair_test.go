@@ -288,6 +288,64 @@ func TestLostContentFreesNothing(t *testing.T) {
 	}
 }
 
+// A lease whose text is another one, whatever that says, frees nothing of others, and ends with all that is its own.
+func TestOtherContentFreesNothingOfOthers(t *testing.T) {
+	ranges := prefixes("10.0.0.0/29", "fd00::/64")
+	for name, tt := range map[string]struct {
+		text string
+		of   int // whose DEL comes
+		ends []netip.Addr
+	}{
+		"another's address":   {`{"containerID":"c1","interface":"eth0","addresses":["10.0.0.3"]}`, 1, addresses("10.0.0.2", "fd00::2")},
+		"another's addresses": {`{"containerID":"c1","interface":"eth0","addresses":["10.0.0.3","fd00::3"]}`, 1, addresses("10.0.0.2", "fd00::2")},
+		"one's own, and another's": {
+			`{"containerID":"c1","interface":"eth0","addresses":["10.0.0.2","fd00::3"]}`, 1, addresses("10.0.0.2", "fd00::2"),
+		},
+		"fewer":               {`{"containerID":"c1","interface":"eth0","addresses":["10.0.0.2"]}`, 1, addresses("10.0.0.2", "fd00::2")},
+		"one twice":           {`{"containerID":"c1","interface":"eth0","addresses":["10.0.0.2","10.0.0.2"]}`, 1, addresses("10.0.0.2", "fd00::2")},
+		"none":                {`{"containerID":"c1","interface":"eth0","addresses":[""]}`, 1, addresses("10.0.0.2", "fd00::2")},
+		"another attachment":  {`{"containerID":"c7","interface":"eth0","addresses":["10.0.0.2"]}`, 7, nil},
+		"another's, replaced": {`{"containerID":"c2","interface":"eth0","addresses":["10.0.0.2","fd00::2"]}`, 2, addresses("10.0.0.3", "fd00::3")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			s := open(t, dir)
+			passed := at(s, 0)
+			allocate(t, s, ranges, owner(1))
+			allocate(t, s, ranges, owner(2))
+			write(t, dir, "c1@eth0", tt.text) // all its names are one file
+			if moved := repair(t, s, nowhere); len(moved) > 0 {
+				t.Errorf("moved %v", moved)
+			}
+			held, err := s.Held(owner(tt.of).ContainerID, "eth0")
+			if diff := cmp.Diff(tt.ends, held, equal); diff != "" || err != nil {
+				t.Errorf("held (-want +got):\n%s, %v", diff, err)
+			}
+			if diff := cmp.Diff(tt.ends, release(t, s, owner(tt.of)), equal); diff != "" {
+				t.Errorf("released (-want +got):\n%s", diff)
+			}
+			passed(coolDown)
+			forget(t, s)
+			var free []netip.Addr
+			for i := 10; ; i++ {
+				as, err := s.Allocate(ranges[:1], owner(i))
+				if errors.As(err, new(*ipam.ExhaustedError)) {
+					break
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				free = append(free, as...)
+			}
+			for _, a := range addresses("10.0.0.2", "10.0.0.3") {
+				if slices.Contains(free, a) != slices.Contains(tt.ends, a) {
+					t.Errorf("%s: leased %v again, where there ended %v", a, free, tt.ends)
+				}
+			}
+		})
+	}
+}
+
 // An address whose holder nobody can tell stays taken while the kernel leads to it, and then cools down.
 func TestAddressWithoutHolder(t *testing.T) {
 	dir := t.TempDir()
