@@ -254,11 +254,15 @@ func (n *node) readAttachments(full bool, o *outcome) (cluster.Attachments, erro
 	return all, nil
 }
 
-// repairLeases moves away what is no lease. An address that nobody can be told to hold stays taken while a route leads to it.
+// repairLeases moves away what is no lease, and completes those that are. An address that nobody can be told to hold stays taken while a
+// route leads to it.
 func (n *node) repairLeases() []cluster.Problem {
-	moved, err := n.leases.Repair(podlink.Routed)
-	for _, path := range moved {
+	done, err := n.leases.Repair(podlink.Routed)
+	for _, path := range done.Aside {
 		n.log.Warn("set aside a file among the leases that is none", "path", path)
+	}
+	for _, a := range done.Restored {
+		n.log.Warn("made the file of a leased address again, which was gone", "address", a)
 	}
 	if err == nil {
 		return nil

@@ -42,17 +42,14 @@ func check(ctx context.Context, args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	addresses, err := leases.Held(owner.ContainerID, owner.Interface)
-	if err != nil {
-		return err
-	}
+	addresses, leaseErr := leases.Check(owner.ContainerID, owner.Interface)
 	if len(addresses) == 0 {
-		return fmt.Errorf("interface %s of container %s has no lease", owner.Interface, owner.ContainerID)
+		return fmt.Errorf("interface %s of container %s has no lease: %w", owner.Interface, owner.ContainerID, leaseErr)
 	}
 	pair := podlink.Plan(podlink.Spec{ContainerID: owner.ContainerID, Interface: owner.Interface, MTU: conf.MTU, Addresses: addresses})
 	pair.MTU = mtuOf(previous, pair)
 	_, daemonErr := conf.ask(ctx, agentapi.Request{Op: agentapi.OpCheck, Pod: request(owner, addresses)})
-	return errors.Join(compare(previous, pair, args.Netns), podlink.Check(args.Netns, pair), daemonErr)
+	return errors.Join(leaseErr, compare(previous, pair, args.Netns), podlink.Check(args.Netns, pair), daemonErr)
 }
 
 // mtuOf returns the MTU that the link got. The one that new links get may have changed since; it stands in where the result tells

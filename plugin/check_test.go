@@ -58,11 +58,20 @@ func corruptions() map[string]corruption {
 		"node's link has another name":   {node: "ip link set $host down; ip link set $host name other", want: "device $host: Link not found"},
 		"the link is gone":               {node: "ip link del $host", want: "device $host: Link not found"},
 
-		"no lease":            {node: "rm $run/ipam/c-web@eth0 $run/ipam/10.* $run/ipam/fd00*", want: "interface eth0 of container c-web has no lease"},
-		"unreadable lease":    {node: "for f in c-web@eth0 10.244.1.2 fd00:10:244:1::2; do rm $run/ipam/$f; echo > $run/ipam/$f; done", want: "interface eth0 of container c-web has no lease"},
-		"lease of another":    {do: func(n *node, p *pod) { n.mustExec(p, "DEL"); n.mustExec(p, "ADD") }, want: "prevResult has no address 10.244.1.3, which is leased to the interface"},
-		"address of no lease": {result: func(r string) string { return strings.ReplaceAll(r, "10.244.1.2/32", "10.244.1.9/32") }, want: "prevResult has no address 10.244.1.2"},
-		"interface unknown":   {result: func(r string) string { return strings.ReplaceAll(r, `"name": "eth0"`, `"name": "eth7"`) }, want: "prevResult has no interface eth0"},
+		"no lease":         {node: "rm $run/ipam/c-web@eth0 $run/ipam/10.* $run/ipam/fd00*", want: "interface eth0 of container c-web has no lease"},
+		"unreadable lease": {node: "for f in c-web@eth0 10.244.1.2 fd00:10:244:1::2; do rm $run/ipam/$f; echo > $run/ipam/$f; done", want: "interface eth0 of container c-web has no lease"},
+		"lease of another": {do: func(n *node, p *pod) { n.mustExec(p, "DEL"); n.mustExec(p, "ADD") }, want: "prevResult has no address 10.244.1.3, which is leased to the interface"},
+		"lease cut off":    {node: ": > $run/ipam/c-web@eth0", want: "reading lease $run/ipam/c-web@eth0: it is no lease"},
+		"lease of others": {
+			node: `cd $run/ipam; text=$(sed 's/"10.244.1.2"/"10.244.1.3"/' c-web@eth0); echo "$text" > c-web@eth0`,
+			want: "lease c-web@eth0: it does not name its address 10.244.1.2",
+		},
+		"address's file":          {node: "rm $run/ipam/10.244.1.2", want: "lease c-web@eth0: its address 10.244.1.2 has no file $run/ipam/10.244.1.2"},
+		"IPv6 address's file":     {node: "rm $run/ipam/fd00:10:244:1::2", want: "its address fd00:10:244:1::2 has no file"},
+		"address's file, another": {node: "rm $run/ipam/10.244.1.2; echo > $run/ipam/10.244.1.2", want: "the file $run/ipam/10.244.1.2 of its address is another's"},
+		"address's file, a copy":  {node: "cd $run/ipam; rm 10.244.1.2; cp c-web@eth0 10.244.1.2", want: "the file $run/ipam/10.244.1.2 of its address is another's"},
+		"address of no lease":     {result: func(r string) string { return strings.ReplaceAll(r, "10.244.1.2/32", "10.244.1.9/32") }, want: "prevResult has no address 10.244.1.2"},
+		"interface unknown":       {result: func(r string) string { return strings.ReplaceAll(r, `"name": "eth0"`, `"name": "eth7"`) }, want: "prevResult has no interface eth0"},
 
 		"the daemon's answer": {
 			do:   func(n *node, _ *pod) { n.daemon.answers(refuse(agentapi.OpCheck, 999, "10.244.1.2 may not pass")) },

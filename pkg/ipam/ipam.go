@@ -8,7 +8,8 @@
 // A file is complete before it has any name and its content never changes, so that readers need no lock.
 //
 // The names alone say what is taken and by whom: whatever becomes of a file's content, its addresses are leased to nobody
-// else, and end with their attachment. What the names do not explain is set aside; see Repair.
+// else, and end with their attachment. What the names do not explain is set aside, and a name that is lost is made again from the content;
+// see Repair.
 //
 // An address that is released cools down before it is leased again: its name moves into the directory ".cooling", and the
 // modification time of its file says since when, as the time since the boot, which no set clock shortens or prolongs. One rename takes
@@ -150,7 +151,7 @@ func (s *Store) free(m memory, r netip.Prefix, now func() (moment, error)) (neti
 		taken, cooled, err = s.taken(a, now)
 		return taken, err
 	}
-	address, err := s.search(m, r, taken)
+	address, err := s.search(m, r, taken, s.completed)
 	if err != nil || !cooled {
 		return address, err
 	}
@@ -158,18 +159,32 @@ func (s *Store) free(m memory, r netip.Prefix, now func() (moment, error)) (neti
 	return address, s.warm(address)
 }
 
-// search picks an address of a range, and looks at the names before it says that there is none: what is remembered may lie.
-func (s *Store) search(m memory, r netip.Prefix, taken func(netip.Addr) (bool, error)) (netip.Addr, error) {
-	address, err := m.pick(r, taken)
-	if err != nil || address.IsValid() {
-		return address, err
+// search picks an address of a range. Where nothing is remembered, and before it says that there is none, it looks at the names: what is
+// remembered may lie. The names may, too; so that what nobody remembers and a lease names without a file is leased to nobody else, nameless
+// returns it.
+func (s *Store) search(m memory, r netip.Prefix, taken func(netip.Addr) (bool, error), nameless func([]netip.Addr) ([]netip.Addr, error)) (
+	netip.Addr, error,
+) {
+	if m.remembers(r.Addr()) {
+		address, err := m.pick(r, taken)
+		if err != nil || address.IsValid() {
+			return address, err
+		}
 	}
 	names, err := s.addressNames()
 	if err != nil {
 		return netip.Addr{}, err
 	}
 	m.mark(r, names)
-	if address, err = m.pick(r, taken); err == nil && !address.IsValid() {
+	address, err := m.pick(r, taken)
+	if err == nil && address.IsValid() {
+		var more []netip.Addr
+		if more, err = nameless(names); err == nil && len(more) > 0 {
+			m.mark(r, append(names, more...))
+			address, err = m.pick(r, taken)
+		}
+	}
+	if err == nil && !address.IsValid() {
 		err = &ExhaustedError{Range: r}
 	}
 	return address, err
@@ -248,7 +263,8 @@ func (s *Store) Release(containerID, ifname string) ([]netip.Addr, error) {
 
 // release does the work of Release under the lock.
 func (s *Store) release(l lock, containerID, ifname string) ([]netip.Addr, error) {
-	addresses, err := s.Held(containerID, ifname)
+	name := attachment(containerID, ifname)
+	addresses, whole, err := s.held(name)
 	if err != nil {
 		return nil, err
 	}
@@ -256,7 +272,12 @@ func (s *Store) release(l lock, containerID, ifname string) ([]netip.Addr, error
 	if err != nil {
 		return addresses, err
 	}
-	if err = s.remove(attachment(containerID, ifname), nil); err != nil {
+	if !whole { // what has no file cannot cool down
+		if _, err = s.complete(name); err != nil {
+			return addresses, err
+		}
+	}
+	if err = s.remove(name, nil); err != nil {
 		return addresses, err
 	}
 	return addresses, s.cool(l, addresses, now)
@@ -283,28 +304,20 @@ func (s *Store) Get(containerID, ifname string) (Lease, error) {
 // Held returns the addresses of an attachment: those whose names are its file's, what a killed process left of a lease, and what its lease
 // names and nobody else holds. The lease's text alone gives no address: it may be another's.
 func (s *Store) Held(containerID, ifname string) ([]netip.Addr, error) {
-	name := attachment(containerID, ifname)
+	addresses, _, err := s.held(attachment(containerID, ifname))
+	return addresses, err
+}
+
+// held does the work of Held, and says whether the lease is as it was made.
+func (s *Store) held(name string) (addresses []netip.Addr, whole bool, err error) {
 	var file unix.Stat_t
 	lease, err := s.readStat(name, &file)
 	if err == nil && s.isWhole(lease, &file) {
-		return lease.Addresses, nil
+		return lease.Addresses, true, nil
 	}
-	return s.addressesOf(name, lease.Addresses)
+	addresses, err = s.addressesOf(name, lease.Addresses)
+	return addresses, false, err
 }
-
-// isWhole says whether the file of a lease has the names that the lease says, and no other.
-func (s *Store) isWhole(lease Lease, file *unix.Stat_t) bool {
-	for i, a := range lease.Addresses {
-		named, err := lstat(s.path(a.String()))
-		if err != nil || !isSame(&named, file) || slices.Contains(lease.Addresses[:i], a) {
-			return false
-		}
-	}
-	return int(file.Nlink) == 1+len(lease.Addresses) //nolint:gosec // as many as a file has names
-}
-
-// isSame says whether two names are one file's.
-func isSame(a, b *unix.Stat_t) bool { return a.Dev == b.Dev && a.Ino == b.Ino }
 
 // addressesOf returns the addresses that belong to the attachment of a name, whose lease names some of them, if it can be read.
 func (s *Store) addressesOf(name string, named []netip.Addr) ([]netip.Addr, error) {

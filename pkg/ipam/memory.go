@@ -57,6 +57,9 @@ func (m memory) last(family netip.Addr) netip.Addr {
 	return netip.AddrFrom16([16]byte(m[lastAt+16*number(family):])).Unmap()
 }
 
+// remembers says whether an address of a family was leased since the memory began.
+func (m memory) remembers(family netip.Addr) bool { return m.last(family) != netip.IPv6Unspecified() }
+
 // leased remembers that an address is leased.
 func (m memory) leased(a netip.Addr) {
 	b := a.As16()

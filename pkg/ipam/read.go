@@ -280,13 +280,17 @@ func (s *Store) addressNames() ([]netip.Addr, error) {
 	if err != nil {
 		return nil, err
 	}
-	var addresses []netip.Addr
+	return addressesNamed(names), nil
+}
+
+// addressesNamed returns the addresses among names.
+func addressesNamed(names []string) (addresses []netip.Addr) {
 	for _, name := range names {
 		if a, ok := addressNamed(name); ok {
 			addresses = append(addresses, a)
 		}
 	}
-	return addresses, nil
+	return addresses
 }
 
 // addressNamed returns the address whose file has the name. ok is false where it is that of no address.

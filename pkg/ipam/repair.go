@@ -15,35 +15,50 @@ import (
 // aside is the directory of what was found in the way, kept for the operator.
 const aside = ".aside"
 
-// Repair sets aside what is in the directory and belongs to no lease, and returns the paths that it has now:
+// Repaired is what Repair did.
+type Repaired struct {
+	// Aside are the paths that it set something aside at.
+	Aside []string
+	// Restored are the addresses that have a file again.
+	Restored []netip.Addr
+}
+
+// Repair gives an address its file again that a lease names and that has none, and sets aside what is in the directory and belongs to no
+// lease:
 //   - a file whose name is that of no lease;
 //   - the file of an attachment that tells none of its addresses, neither by what it says nor by being their file;
 //   - the file of an address that nobody can be told to hold. The address stays taken while stands says that something in the kernel still
 //     leads to it, and cools down then.
 //
 // A lease whose content is lost but whose names are there is left: its addresses end with its attachment.
-func (s *Store) Repair(stands func(netip.Addr) (bool, error)) (moved []string, err error) {
+func (s *Store) Repair(stands func(netip.Addr) (bool, error)) (done Repaired, err error) {
 	leases, _ := s.List() // what is no lease is what is looked for
 	names, err := s.names()
 	if err != nil {
-		return nil, err
+		return Repaired{}, err
 	}
-	if names = unexplained(names, leases); len(names) == 0 {
-		return nil, nil
+	short := incomplete(leases, addressesNamed(names))
+	if names = unexplained(names, leases); len(names)+len(short) == 0 {
+		return Repaired{}, nil
 	}
 	l, err := s.lock()
 	if err != nil {
-		return nil, err
+		return Repaired{}, err
 	}
 	defer l.unlock()
-	if moved, err = s.repair(l, names, stands); err != nil {
-		return moved, fmt.Errorf("setting aside what is no lease: %w", err)
+	var errs []error
+	for _, lease := range short {
+		restored, completeErr := s.complete(attachment(lease.ContainerID, lease.Interface))
+		done.Restored = append(done.Restored, restored...)
+		errs = append(errs, completeErr)
 	}
-	return moved, nil
+	if done.Aside, err = s.repair(l, names, stands); err != nil {
+		errs = append(errs, fmt.Errorf("setting aside what is no lease: %w", err))
+	}
+	return done, errors.Join(errs...)
 }
 
-// repair does the work of Repair under the lock, for files that may be gone by now or be those of a lease. It goes on after an
-// error.
+// repair sets aside under the lock, of files that may be gone by now or be those of a lease, what is none. It goes on after an error.
 func (s *Store) repair(l lock, names []string, stands func(netip.Addr) (bool, error)) (moved []string, err error) {
 	now, err := s.now()
 	if err != nil {

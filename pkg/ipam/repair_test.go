@@ -31,11 +31,11 @@ func write(t *testing.T, dir, name, text string) {
 // repair repairs and returns the names of what was moved.
 func repair(t *testing.T, s *ipam.Store, stands func(netip.Addr) (bool, error)) (moved []string) {
 	t.Helper()
-	paths, err := s.Repair(stands)
+	done, err := s.Repair(stands)
 	if err != nil {
 		t.Error(err)
 	}
-	for _, path := range paths {
+	for _, path := range done.Aside {
 		if _, err = os.Lstat(path); err != nil {
 			t.Error(err)
 		}
@@ -364,8 +364,8 @@ func TestAddressWithoutHolder(t *testing.T) {
 		}
 	}
 	unknown := func(netip.Addr) (bool, error) { return false, unix.EIO }
-	if moved, err := s.Repair(unknown); err == nil || len(moved) > 0 {
-		t.Errorf("moved %v, %v, without knowing what stands", moved, err)
+	if done, err := s.Repair(unknown); err == nil || len(done.Aside) > 0 {
+		t.Errorf("moved %v, %v, without knowing what stands", done.Aside, err)
 	}
 	if moved := repair(t, s, everywhere); len(moved) > 0 {
 		t.Errorf("moved %v, which stands", moved)
@@ -400,6 +400,95 @@ func TestReplacedFile(t *testing.T) {
 	if diff := cmp.Diff(held, release(t, s, owner(1)), equal); diff != "" {
 		t.Errorf("released (-want +got):\n%s", diff)
 	}
+}
+
+// An address whose file is gone is leased to nobody else while its attachment's lease names it, and cools down with that.
+func TestLostNameFreesNothing(t *testing.T) {
+	ranges := prefixes("10.0.0.8/29", "fd00::/64")
+	for name, tt := range map[string]struct {
+		remembered, repaired bool
+	}{"nothing remembered": {}, "repaired": {repaired: true}, "until the range is exhausted": {remembered: true}} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			s := open(t, dir)
+			passed := at(s, 0)
+			held := allocate(t, s, ranges, owner(1))
+			for _, a := range held {
+				if err := os.Remove(filepath.Join(dir, a.String())); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if tt.repaired {
+				done, err := s.Repair(nowhere)
+				if diff := cmp.Diff(ipam.Repaired{Restored: held}, done, equal); diff != "" || err != nil {
+					t.Errorf("repaired (-want +got):\n%s, %v", diff, err)
+				}
+			}
+			if !tt.remembered {
+				if err := os.Truncate(filepath.Join(dir, ".lock"), 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for i := range 4 { // as many as there are beside it
+				for _, a := range allocate(t, s, ranges, owner(2+i)) {
+					if slices.Contains(held, a) {
+						t.Errorf("%s was leased twice", a)
+					}
+				}
+			}
+			// Marks that lie have the names looked at.
+			lie(t, dir)
+			if err := s.Room(ranges[:1]); !errors.As(err, new(*ipam.ExhaustedError)) {
+				t.Errorf("room in the exhausted range, %v", err)
+			}
+			if as, err := s.Allocate(ranges, owner(9)); !errors.As(err, new(*ipam.ExhaustedError)) {
+				t.Errorf("leased %v from the exhausted range, %v", as, err)
+			}
+			if diff := cmp.Diff(held, release(t, s, owner(1)), equal); diff != "" {
+				t.Errorf("released (-want +got):\n%s", diff)
+			}
+			if as, err := s.Allocate(ranges, owner(9)); !errors.As(err, new(*ipam.ExhaustedError)) {
+				t.Errorf("leased %v while it cools down, %v", as, err)
+			}
+			passed(coolDown)
+			forget(t, s)
+			allocate(t, s, ranges, owner(9))
+		})
+	}
+}
+
+// lie has the store remember that all IPv4 addresses are leased.
+func lie(t *testing.T, dir string) {
+	t.Helper()
+	file, err := os.OpenFile(filepath.Join(dir, ".lock"), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = file.WriteAt([]byte(strings.Repeat("\xff", 8<<10)), 4096)
+	if err = errors.Join(err, file.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// What was lost of a lease's names cools down with it, though nobody repaired it.
+func TestLostNameCoolsDown(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	passed := at(s, 0)
+	one := prefixes("10.0.0.0/30")
+	held := allocate(t, s, one, owner(1))
+	if err := os.Remove(filepath.Join(dir, held[0].String())); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(held, release(t, s, owner(1)), equal); diff != "" {
+		t.Errorf("released (-want +got):\n%s", diff)
+	}
+	if as, err := s.Allocate(one, owner(2)); !errors.As(err, new(*ipam.ExhaustedError)) {
+		t.Errorf("leased %v while it cools down, %v", as, err)
+	}
+	passed(coolDown)
+	forget(t, s)
+	allocate(t, s, one, owner(2))
 }
 
 // An ADD that is under way, and what a killed one leaves, is not repaired: who holds it can be told.

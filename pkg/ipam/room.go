@@ -14,7 +14,7 @@ func (s *Store) Room(ranges []netip.Prefix) error {
 		return err
 	}
 	for _, r := range ranges {
-		if _, err = s.search(m, r, s.leased); err != nil {
+		if _, err = s.search(m, r, s.leased, s.nameless); err != nil {
 			return s.explain(err)
 		}
 	}
