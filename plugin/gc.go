@@ -124,7 +124,11 @@ func (c *config) end(ctx context.Context, leases *ipam.Store, retired []ipam.Own
 			errs = append(errs, fmt.Errorf("removing what other plugins have made for the container %s, whose lease stays until then: %w", o.ContainerID, err))
 			continue
 		}
-		errs = append(errs, free(leases, o.ContainerID, o.Interface))
+		err = free(leases, o.ContainerID, o.Interface)
+		errs = append(errs, err)
+		if errors.Is(err, ipam.ErrBusy) { // not once more for each of the others
+			break
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -64,7 +64,7 @@ func codeOf(err error) uint {
 		return named.Code
 	case errors.As(err, &refused):
 		return refused.Code
-	case errors.As(err, &exhausted), errors.Is(err, gate.ErrMissing):
+	case errors.As(err, &exhausted), errors.Is(err, gate.ErrMissing), errors.Is(err, ipam.ErrBusy):
 		return types.ErrTryAgainLater
 	default:
 		return types.ErrInternal

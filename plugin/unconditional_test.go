@@ -4,10 +4,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 	"golang.org/x/sys/unix"
@@ -87,6 +90,48 @@ func TestDelsOfOneContainer(t *testing.T) {
 	}
 	n.atOnce(same, n.del)
 	n.unchanged(before, p, other)
+}
+
+// TestLockOfLeasesIsHeld by somebody who does not give it back: ADD, DEL and GC say so and end, DEL and GC have done all else, and what is
+// tried again when the lock is free succeeds.
+func TestLockOfLeasesIsHeld(t *testing.T) {
+	n := newNode(t)
+	pods := []*pod{n.newPod("new"), n.newPod("deleted"), n.newPod("collected"), n.newPod("collected2")}
+	before := n.state(pods...)
+	for _, p := range pods[1:] {
+		n.mustAdd(p)
+	}
+	lock, err := os.Open(filepath.Join(n.runDir, "ipam", ".lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err = unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	commands := map[*pod]string{pods[0]: "ADD", pods[1]: "DEL", pods[2]: "GC"}
+	n.atOnce(pods[:3], func(p *pod) error {
+		out, stderr, err := n.exec(p, commands[p], nothingValid)
+		refusal := &types.Error{}
+		if jsonErr := json.Unmarshal([]byte(out), refusal); err == nil || jsonErr != nil || stderr != "" {
+			return fmt.Errorf("%s: %w: not one CNI error on stdout: %q, %q", commands[p], err, out, stderr)
+		}
+		wantCode(t, refusal, types.ErrTryAgainLater, "another process holds the lock on "+lock.Name())
+		return nil
+	})
+	if took := time.Since(began); took > 30*time.Second {
+		t.Errorf("they took %s", took)
+	}
+	if open, up := n.open(), run(t, n, "ip -br link show type veth up"); len(open) > 0 || up != "" {
+		t.Errorf("%v may pass, and there stand %s", open, up)
+	}
+	if err = lock.Close(); err != nil {
+		t.Fatal(err)
+	}
+	n.mustExec(pods[1], "DEL")
+	n.mustExec(pods[2], "GC", nothingValid)
+	n.unchanged(before, pods...)
+	n.mustExec(pods[0], "ADD")
 }
 
 // TestKilledAddAtEveryStep kills ADD at each of its system calls that change something, in turn. What it leaves goes with a DEL, or

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -11,10 +12,20 @@ import (
 // lockFile is the file whose lock is the directory's.
 const lockFile = ".lock"
 
+// lockPatience is how long the lock is waited for. Who works with the leases holds it for much less than a second.
+const lockPatience = 10 * time.Second
+
+// lockPause is how long the lock is waited for before it is tried again. The kernel knows no wait for it that ends.
+const lockPause = time.Millisecond
+
+// ErrBusy says that another process holds the lock of the leases for too long.
+var ErrBusy = errors.New("another process holds the lock")
+
 // lock is the directory's lock, held: the descriptor of its file.
 type lock int
 
-// lock takes the directory's lock, which the kernel gives back when the process dies.
+// lock takes the directory's lock, which the kernel gives back when the process dies. The error is ErrBusy where another does not give it
+// back for 10 s.
 func (s *Store) lock() (lock, error) {
 	fd, err := s.openLock()
 	if isForeign(err) {
@@ -24,11 +35,28 @@ func (s *Store) lock() (lock, error) {
 		return 0, fmt.Errorf("locking leases: %w", err)
 	}
 	l := lock(fd)
-	if err = again(func() error { return unix.Flock(fd, unix.LOCK_EX) }); err != nil {
+	if err = s.flock(fd, lockFile); err != nil {
 		l.unlock()
 		return 0, fmt.Errorf("locking leases: %w", err)
 	}
 	return l, nil
+}
+
+// flock locks an open file, or the directory, whose name it is.
+func (s *Store) flock(fd int, name string) error {
+	try := func() error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) }
+	err := again(try)
+	if !errors.Is(err, unix.EWOULDBLOCK) {
+		return err
+	}
+	for end := time.Now().Add(lockPatience); errors.Is(err, unix.EWOULDBLOCK); err = again(try) {
+		if time.Now().After(end) {
+			return fmt.Errorf("%w on %s, and has for %s: the daemon, the plugin for another pod, or none of ours; "+
+				"`lslocks` says which, end it if it hangs", ErrBusy, s.path(name), lockPatience)
+		}
+		time.Sleep(lockPause)
+	}
+	return err
 }
 
 // openLock opens the lock's file, which is made where there is none.
@@ -44,7 +72,7 @@ func (s *Store) replaceLock() (fd int, err error) {
 		return 0, err
 	}
 	defer func() { _ = unix.Close(dir) }()
-	if err = again(func() error { return unix.Flock(dir, unix.LOCK_EX) }); err != nil {
+	if err = s.flock(dir, "."); err != nil {
 		return 0, err
 	}
 	if fd, err = s.openLock(); !isForeign(err) {
