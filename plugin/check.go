@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
@@ -82,6 +83,9 @@ func compare(result *current.Result, pair podlink.Pair, netns string) error {
 	return errors.Join(missing...)
 }
 
+// statusPatience is how long STATUS waits for the daemon, which has the answer ready. A runtime asks every 5 s.
+const statusPatience = 2 * time.Second
+
 // status is STATUS: whether an ADD could succeed now, and whether the pods that run have all that they should.
 func status(ctx context.Context, args *skel.CmdArgs) error {
 	conf, err := parseConfig(args.StdinData)
@@ -92,7 +96,9 @@ func status(ctx context.Context, args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	response, err := conf.ask(ctx, agentapi.Request{Op: agentapi.OpReady})
+	patience, cancel := context.WithTimeout(ctx, statusPatience)
+	defer cancel()
+	response, err := conf.ask(patience, agentapi.Request{Op: agentapi.OpReady})
 	if codeOf(err) == types.ErrLimitedConnectivity {
 		return err
 	}

@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 
@@ -160,6 +161,28 @@ func TestCheckAsksTheDaemonAboutThePod(t *testing.T) {
 	if asked, err := json.Marshal(last.Pod); last.Op != agentapi.OpCheck || err != nil ||
 		string(asked) != `{"containerID":"c-web","interface":"eth0","namespace":"shop","name":"web","uid":"uid-web","addresses":["10.244.1.2","fd00:10:244:1::2"]}` {
 		t.Errorf("the daemon was asked to %s %s, %v", last.Op, asked, err)
+	}
+}
+
+// TestStatusOfDaemonThatHangs comes before a runtime asks again.
+func TestStatusOfDaemonThatHangs(t *testing.T) {
+	n := newNode(t)
+	hung := make(chan struct{})
+	n.daemon.answers(func(agentapi.Request) *agentapi.Error {
+		<-hung
+		return nil
+	})
+	began := time.Now()
+	out, stderr, err := n.exec(&pod{}, "STATUS")
+	took := time.Since(began)
+	close(hung)
+	refusal := &types.Error{}
+	if jsonErr := json.Unmarshal([]byte(out), refusal); err == nil || jsonErr != nil || stderr != "" {
+		t.Fatalf("%v: not one CNI error on stdout: %q, %q", err, out, stderr)
+	}
+	wantCode(t, refusal, types.ErrPluginNotAvailable, "the daemon of this node does not answer")
+	if took > 5*time.Second {
+		t.Errorf("it took %s", took)
 	}
 }
 
