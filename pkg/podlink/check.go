@@ -107,7 +107,7 @@ func (e *End) checkNeighbours(h netlinksafe.Handle, link netlink.Link) error {
 	return errors.Join(missing...)
 }
 
-// checkRoutes looks for the end's routes.
+// checkRoutes looks for the end's routes, and whether what they lead to is reached by them.
 func (e *End) checkRoutes(h netlinksafe.Handle, link netlink.Link) error {
 	list, err := h.RouteList(link, netlink.FAMILY_ALL)
 	if err != nil {
@@ -122,9 +122,31 @@ func (e *End) checkRoutes(h netlinksafe.Handle, link netlink.Link) error {
 	for _, r := range e.Routes {
 		if !there[r] {
 			missing = append(missing, fmt.Errorf("route %s is missing", r.Destination))
+		} else if r.Destination.IsSingleIP() {
+			missing = append(missing, checkEffect(h, link, r.Destination.Addr()))
 		}
 	}
 	return errors.Join(missing...)
+}
+
+// checkEffect asks the kernel whether packets to an address take the link. A better route beside ours, a rule or an address of the node may
+// lead them elsewhere.
+func checkEffect(h netlinksafe.Handle, link netlink.Link, to netip.Addr) error {
+	taken, err := h.RouteGet(to.AsSlice())
+	if err != nil {
+		return fmt.Errorf("packets to %s take no route: %w", to, err)
+	}
+	for _, r := range taken {
+		if r.LinkIndex == link.Attrs().Index {
+			continue
+		}
+		other := fmt.Sprintf("link %d", r.LinkIndex)
+		if l, err := h.LinkByIndex(r.LinkIndex); err == nil {
+			other = l.Attrs().Name
+		}
+		return fmt.Errorf("packets to %s take another route, by %s", to, other)
+	}
+	return nil
 }
 
 // dump lists something, again where the kernel's state changed meanwhile and the list may be short.
