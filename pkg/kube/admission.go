@@ -9,6 +9,7 @@ import (
 
 	admissionv1 "k8s.io/api/admissionregistration/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
 
 	"github.com/warren-cni/warren/pkg/cluster"
@@ -21,15 +22,16 @@ const (
 	lookPatience  = 10 * time.Second
 )
 
-// confinement is an admission policy of the manifests, and what whoever steals a credential can do without it.
-type confinement struct{ name, without string }
+// confinement is an admission policy of the manifests, the resource of the core group that it is about, and what whoever steals a
+// credential can do without it.
+type confinement struct{ name, resource, without string }
 
 // confinements are the policies, each with a binding of the same name.
 func confinements() []confinement {
 	return []confinement{
-		{"warren-kubelet-keeps-podcidrs", "who steals a kubelet's credential can choose pod CIDRs for a Node that has none yet"},
-		{"warren-publishes-own-key", "who steals the credential of one node's warrend can change every Node"},
-		{"warren-writes-own-events", "who steals the credential of one node's warrend can rewrite every Event"},
+		{"warren-kubelet-keeps-podcidrs", "nodes", "who steals a kubelet's credential can choose pod CIDRs for a Node that has none yet"},
+		{"warren-publishes-own-key", "nodes", "who steals the credential of one node's warrend can change every Node"},
+		{"warren-writes-own-events", "events", "who steals the credential of one node's warrend can rewrite every Event"},
 	}
 }
 
@@ -95,7 +97,7 @@ func unconfined(ctx context.Context, client rest.Interface) ([]cluster.Problem, 
 	defer cancel()
 	var found []cluster.Problem
 	for _, c := range confinements() {
-		weak, err := weakness(ctx, client, c.name)
+		weak, err := c.weakness(ctx, client)
 		if err != nil {
 			return nil, err
 		}
@@ -110,12 +112,12 @@ func unconfined(ctx context.Context, client rest.Interface) ([]cluster.Problem, 
 }
 
 // weakness says why a policy denies nothing; it is empty where the policy denies. An error says that the server did not answer.
-func weakness(ctx context.Context, client rest.Interface, name string) (string, error) {
+func (c confinement) weakness(ctx context.Context, client rest.Interface) (string, error) {
 	var policy admissionv1.ValidatingAdmissionPolicy
 	var binding admissionv1.ValidatingAdmissionPolicyBinding
 	// Every node asks, and nothing here is urgent: the server's cache will do.
 	read := func(resource string) *rest.Request {
-		return client.Get().Resource(resource).Name(name).Param("resourceVersion", "0")
+		return client.Get().Resource(resource).Name(c.name).Param("resourceVersion", "0")
 	}
 	for _, err := range []error{
 		read("validatingadmissionpolicies").Do(ctx).Into(&policy),
@@ -130,14 +132,21 @@ func weakness(ctx context.Context, client rest.Interface, name string) (string, 
 			return "", err
 		}
 	}
-	return denies(policy.Spec, binding.Spec), nil
+	return c.missing(policy.Spec, binding.Spec), nil
 }
 
-// denies is empty for a policy and a binding that deny, and says what is missing for others.
-func denies(policy admissionv1.ValidatingAdmissionPolicySpec, binding admissionv1.ValidatingAdmissionPolicyBindingSpec) string {
+// missing is empty for a policy and a binding that deny, and says what is missing for others. What the expressions come to it does not
+// look at.
+func (c confinement) missing(policy admissionv1.ValidatingAdmissionPolicySpec, binding admissionv1.ValidatingAdmissionPolicyBindingSpec) string {
 	switch {
+	case len(policy.Validations) == 0:
+		return "the policy demands nothing (spec.validations)"
+	case !c.covered(policy.MatchConstraints):
+		return "the policy does not cover every creation and update of " + c.resource + " (spec.matchConstraints)"
 	case policy.FailurePolicy != nil && *policy.FailurePolicy != admissionv1.Fail:
 		return "the policy lets pass what it cannot judge (spec.failurePolicy)"
+	case binding.PolicyName != c.name:
+		return "its binding is one of another policy (spec.policyName)"
 	case !slices.Contains(binding.ValidationActions, admissionv1.Deny):
 		return "its binding does not deny (spec.validationActions)"
 	case binding.MatchResources != nil:
@@ -145,6 +154,31 @@ func denies(policy admissionv1.ValidatingAdmissionPolicySpec, binding admissionv
 	default:
 		return ""
 	}
+}
+
+// covered says whether all that the manifest's policy is about is matched.
+func (c confinement) covered(m *admissionv1.MatchResources) bool {
+	if m == nil || len(m.ExcludeResourceRules) > 0 || selective(m.NamespaceSelector) || selective(m.ObjectSelector) {
+		return false
+	}
+	named := func(names []string, name string) bool {
+		return slices.Contains(names, name) || slices.Contains(names, "*")
+	}
+	for _, operation := range []admissionv1.OperationType{admissionv1.Create, admissionv1.Update} {
+		if !slices.ContainsFunc(m.ResourceRules, func(r admissionv1.NamedRuleWithOperations) bool {
+			return (slices.Contains(r.Operations, operation) || slices.Contains(r.Operations, admissionv1.OperationAll)) &&
+				named(r.APIGroups, "") && named(r.APIVersions, "v1") && named(r.Resources, c.resource) &&
+				len(r.ResourceNames) == 0 && (r.Scope == nil || *r.Scope == admissionv1.AllScopes)
+		}) {
+			return false
+		}
+	}
+	return true
+}
+
+// selective says whether a selector leaves anything out.
+func selective(s *metav1.LabelSelector) bool {
+	return s != nil && len(s.MatchLabels)+len(s.MatchExpressions) > 0
 }
 
 // problems returns what was found when it was looked last.

@@ -2,6 +2,7 @@ package kube
 
 import (
 	"log/slog"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -10,6 +11,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/kubernetes/scheme"
 
 	"github.com/warren-cni/warren/pkg/cluster"
 	"github.com/warren-cni/warren/pkg/internal/apiserver"
@@ -35,12 +37,13 @@ func testAPIProtection(t *testing.T, server *apiserver.Server, admin kubernetes.
 	for _, c := range confinements() {
 		meta := metav1.ObjectMeta{Name: c.name}
 		_, err := policies.Create(t.Context(), &admissionv1.ValidatingAdmissionPolicy{ObjectMeta: meta, Spec: admissionv1.ValidatingAdmissionPolicySpec{
-			// Nothing that another test writes.
 			MatchConstraints: &admissionv1.MatchResources{ResourceRules: []admissionv1.NamedRuleWithOperations{{RuleWithOperations: admissionv1.RuleWithOperations{
-				Operations: []admissionv1.OperationType{admissionv1.Create},
-				Rule:       admissionv1.Rule{APIGroups: []string{""}, APIVersions: []string{"v1"}, Resources: []string{"podtemplates"}},
+				Operations: []admissionv1.OperationType{admissionv1.Create, admissionv1.Update},
+				Rule:       admissionv1.Rule{APIGroups: []string{""}, APIVersions: []string{"v1"}, Resources: []string{c.resource}},
 			}}}},
-			Validations: []admissionv1.Validation{{Expression: "false"}},
+			// Nobody that another test is.
+			MatchConditions: []admissionv1.MatchCondition{{Name: "nobody", Expression: "request.userInfo.username == 'nobody'"}},
+			Validations:     []admissionv1.Validation{{Expression: "false"}},
 		}}, metav1.CreateOptions{})
 		if err != nil {
 			t.Fatal(err)
@@ -93,15 +96,110 @@ func testAPIProtection(t *testing.T, server *apiserver.Server, admin kubernetes.
 	}
 	patch("one only warns", `{"spec":{"validationActions":["Warn","Audit"]}}`, name)
 	patch("one covers some", `{"spec":{"validationActions":["Deny"],"matchResources":{"namespaceSelector":{"matchLabels":{"a":"b"}}}}}`, name)
-	patch("it covers all again", `{"spec":{"matchResources":null}}`)
-	for _, to := range []admissionv1.FailurePolicyType{admissionv1.Ignore, admissionv1.Fail} {
-		text := []byte(`{"spec":{"failurePolicy":"` + to + `"}}`)
-		if _, err := policies.Patch(t.Context(), name, types.MergePatchType, text, metav1.PatchOptions{}); err != nil {
+	patch("one is of another policy", `{"spec":{"matchResources":null,"policyName":"another"}}`, name)
+	patch("it covers all again", `{"spec":{"policyName":"`+name+`"}}`)
+	for _, c := range []struct{ what, text string }{
+		{"one lets pass what it cannot judge", `{"spec":{"failurePolicy":"Ignore"}}`},
+		{"one is about something else", `{"spec":{"failurePolicy":"Fail","matchConstraints":{"resourceRules":[
+			{"apiGroups":[""],"apiVersions":["v1"],"operations":["CREATE","UPDATE"],"resources":["podtemplates"]}]}}}`},
+		{"one demands nothing", `{"spec":{"validations":null,"auditAnnotations":[{"key":"a","valueExpression":"'a'"}],"matchConstraints":{"resourceRules":[
+			{"apiGroups":[""],"apiVersions":["v1"],"operations":["*"],"resources":["*"]}]}}}`},
+		{"", `{"spec":{"validations":[{"expression":"false"}]}}`},
+	} {
+		if _, err := policies.Patch(t.Context(), name, types.MergePatchType, []byte(c.text), metav1.PatchOptions{}); err != nil {
 			t.Fatal(err)
 		}
-		if to == admissionv1.Ignore {
-			look("one lets pass what it cannot judge", name)
+		if c.what != "" {
+			look(c.what, name)
 		}
 	}
 	look("all of them stand again")
+}
+
+// The policies of the manifests confine, and no longer do with any of these changes.
+func TestConfinementMissing(t *testing.T) {
+	type change func(*admissionv1.ValidatingAdmissionPolicySpec, *admissionv1.ValidatingAdmissionPolicyBindingSpec)
+	rule := func(edit func(*admissionv1.NamedRuleWithOperations)) change {
+		return func(p *admissionv1.ValidatingAdmissionPolicySpec, _ *admissionv1.ValidatingAdmissionPolicyBindingSpec) {
+			edit(&p.MatchConstraints.ResourceRules[0])
+		}
+	}
+	constraints := func(edit func(*admissionv1.MatchResources)) change {
+		return func(p *admissionv1.ValidatingAdmissionPolicySpec, _ *admissionv1.ValidatingAdmissionPolicyBindingSpec) {
+			edit(p.MatchConstraints)
+		}
+	}
+	some := &metav1.LabelSelector{MatchLabels: map[string]string{"a": "b"}}
+	namespaced := admissionv1.NamespacedScope
+	policies, bindings := shippedPolicies(t)
+	for name, c := range map[string]struct {
+		change change
+		says   string
+	}{
+		"as shipped": {rule(func(*admissionv1.NamedRuleWithOperations) {}), ""},
+		"as the server fills it in": {constraints(func(m *admissionv1.MatchResources) {
+			m.NamespaceSelector, m.ObjectSelector = &metav1.LabelSelector{}, &metav1.LabelSelector{}
+			all := admissionv1.AllScopes
+			m.ResourceRules[0].Scope = &all
+		}), ""},
+		"more than shipped": {rule(func(r *admissionv1.NamedRuleWithOperations) {
+			r.APIGroups, r.APIVersions, r.Resources, r.Operations = []string{"*"}, []string{"*"}, []string{"*"}, []admissionv1.OperationType{"*"}
+		}), ""},
+		"in two rules": {constraints(func(m *admissionv1.MatchResources) {
+			m.ResourceRules = append(m.ResourceRules, m.ResourceRules[0])
+			m.ResourceRules[0].Operations, m.ResourceRules[1].Operations = []admissionv1.OperationType{"CREATE"}, []admissionv1.OperationType{"UPDATE"}
+		}), ""},
+		"no constraints": {func(p *admissionv1.ValidatingAdmissionPolicySpec, _ *admissionv1.ValidatingAdmissionPolicyBindingSpec) {
+			p.MatchConstraints = nil
+		}, "spec.matchConstraints"},
+		"no updates":       {rule(func(r *admissionv1.NamedRuleWithOperations) { r.Operations = r.Operations[:1] }), "spec.matchConstraints"},
+		"another resource": {rule(func(r *admissionv1.NamedRuleWithOperations) { r.Resources = []string{"nodes/status"} }), "spec.matchConstraints"},
+		"another group":    {rule(func(r *admissionv1.NamedRuleWithOperations) { r.APIGroups = []string{"apps"} }), "spec.matchConstraints"},
+		"another version":  {rule(func(r *admissionv1.NamedRuleWithOperations) { r.APIVersions = []string{"v2"} }), "spec.matchConstraints"},
+		"one object":       {rule(func(r *admissionv1.NamedRuleWithOperations) { r.ResourceNames = []string{"a"} }), "spec.matchConstraints"},
+		"a scope":          {rule(func(r *admissionv1.NamedRuleWithOperations) { r.Scope = &namespaced }), "spec.matchConstraints"},
+		"exceptions":       {constraints(func(m *admissionv1.MatchResources) { m.ExcludeResourceRules = m.ResourceRules }), "spec.matchConstraints"},
+		"some objects":     {constraints(func(m *admissionv1.MatchResources) { m.ObjectSelector = some }), "spec.matchConstraints"},
+		"some namespaces":  {constraints(func(m *admissionv1.MatchResources) { m.NamespaceSelector = some }), "spec.matchConstraints"},
+		"nothing demanded": {func(p *admissionv1.ValidatingAdmissionPolicySpec, _ *admissionv1.ValidatingAdmissionPolicyBindingSpec) {
+			p.Validations = nil
+		}, "spec.validations"},
+		"another policy's binding": {func(_ *admissionv1.ValidatingAdmissionPolicySpec, b *admissionv1.ValidatingAdmissionPolicyBindingSpec) {
+			b.PolicyName = "another"
+		}, "spec.policyName"},
+		"a binding that warns": {func(_ *admissionv1.ValidatingAdmissionPolicySpec, b *admissionv1.ValidatingAdmissionPolicyBindingSpec) {
+			b.ValidationActions = []admissionv1.ValidationAction{admissionv1.Warn}
+		}, "spec.validationActions"},
+	} {
+		for _, confines := range confinements() {
+			policy, binding := policies[confines.name].DeepCopy(), bindings[confines.name].DeepCopy()
+			c.change(&policy.Spec, &binding.Spec)
+			if got := confines.missing(policy.Spec, binding.Spec); (got == "") != (c.says == "") || !strings.Contains(got, c.says) {
+				t.Errorf("%s, %s: %q, want %q", confines.name, name, got, c.says)
+			}
+		}
+	}
+}
+
+// shippedPolicies reads the policies and bindings of the manifests, by name.
+func shippedPolicies(t *testing.T) (map[string]*admissionv1.ValidatingAdmissionPolicy, map[string]*admissionv1.ValidatingAdmissionPolicyBinding) {
+	t.Helper()
+	text, err := os.ReadFile("../../manifests/base/admission.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	policies, bindings := map[string]*admissionv1.ValidatingAdmissionPolicy{}, map[string]*admissionv1.ValidatingAdmissionPolicyBinding{}
+	for document := range strings.SplitSeq(string(text), "\n---\n") {
+		object, _, err := scheme.Codecs.UniversalDeserializer().Decode([]byte(document), nil, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch o := object.(type) {
+		case *admissionv1.ValidatingAdmissionPolicy:
+			policies[o.Name] = o
+		case *admissionv1.ValidatingAdmissionPolicyBinding:
+			bindings[o.Name] = o
+		}
+	}
+	return policies, bindings
 }
