@@ -64,7 +64,7 @@ func TestMetricsOfTheMesh(t *testing.T) {
 	if age := s.metric(`warren_peer_handshake_age_seconds{node="node-2"}`); age < 0 || age > 60 {
 		t.Errorf("the handshake's age is %v", age)
 	}
-	for _, reason := range []string{"never in clear", "no connection to judge by", "a pod's address comes by the tunnel only"} {
+	for _, reason := range []string{"never in clear", "no connection to judge by", "a pod's address comes by the tunnel only", "not routed for other nodes"} {
 		above(`warren_dropped_packets_total{reason="`+reason+`"}`, 0)
 	}
 	for _, where := range []string{"node", "world"} {
