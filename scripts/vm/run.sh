@@ -9,9 +9,10 @@ cd "$(dirname "$0")/../.."
 tests=("${@:-./pkg/wgdevice}")
 [ $# -gt 0 ] || tests+=('./pkg/firewall:^TestListBesideALargeSet$'
   './daemon:^Test(RestartIsNotSeen|DeleteWithoutDaemon|NodeLeaves|EncryptionOffAndOnAgain|Cleanup|TunnelGivesWay|TunnelEnds|ClockIsCorrected)$'
-  './daemon:^Test(EncryptNodeTraffic|NodesOwnTraffic|VerifyProvesAMesh|NodeBehindNAT|ProofForeignInnerSource|ProofNoPlaintextWithoutPeer)$'
+  './daemon:^Test(EncryptNodeTraffic|NodesOwnTraffic|VerifyProvesAMesh|NodeBehindNAT|ProofForeignInnerSource|ProofNoRouterForStolenNode|ProofNoPlaintextWithoutPeer)$'
   './daemon:^TestDoctorOnRunningNode$/^as_root_on_the_node$'
-  './daemon:^TestProof(NoPlaintextInCrashLoops|RestartCostsNothing|PeerHeals|KeyRotation|MTU)$/IPv4')
+  './daemon:^TestProof(NoPlaintextInCrashLoops|RestartCostsNothing|PeerHeals|KeyRotation|MTU)$/IPv4'
+  './daemon:^TestProof(NoPlaintextInCrashLoops|MTU)$/IPv6')
 # Kernel modules that the tests need. What they depend on is found, what is built in is left out.
 modules=(wireguard veth bridge tun
   nf_tables nft_compat nft_chain_nat nft_ct nft_fib_ipv4 nft_fib_ipv6 nft_limit nft_log nft_masq nft_nat nft_reject_inet nf_conntrack_netlink nfnetlink_log
