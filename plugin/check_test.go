@@ -172,7 +172,7 @@ func TestStatusOfDaemonThatHangs(t *testing.T) {
 		<-hung
 		return nil
 	})
-	began := time.Now()
+	began := time.Now() //nolint:forbidigo // how long it takes
 	out, stderr, err := n.exec(&pod{}, "STATUS")
 	took := time.Since(began)
 	close(hung)

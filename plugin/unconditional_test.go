@@ -108,7 +108,7 @@ func TestLockOfLeasesIsHeld(t *testing.T) {
 	if err = unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
 		t.Fatal(err)
 	}
-	began := time.Now()
+	began := time.Now() //nolint:forbidigo // how long it takes
 	commands := map[*pod]string{pods[0]: "ADD", pods[1]: "DEL", pods[2]: "GC"}
 	n.atOnce(pods[:3], func(p *pod) error {
 		out, stderr, err := n.exec(p, commands[p], nothingValid)

@@ -42,19 +42,23 @@ func (s *Store) lock() (lock, error) {
 	return l, nil
 }
 
-// flock locks an open file, or the directory, whose name it is.
+// flock locks a file of that name which is open, or the directory. The error is ErrBusy where another holds it for too long.
 func (s *Store) flock(fd int, name string) error {
 	try := func() error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) }
 	err := again(try)
 	if !errors.Is(err, unix.EWOULDBLOCK) {
 		return err
 	}
-	for end := time.Now().Add(lockPatience); errors.Is(err, unix.EWOULDBLOCK); err = again(try) {
-		if time.Now().After(end) {
+	giveUp, retry := time.After(lockPatience), time.NewTicker(lockPause)
+	defer retry.Stop()
+	for errors.Is(err, unix.EWOULDBLOCK) {
+		select {
+		case <-giveUp:
 			return fmt.Errorf("%w on %s, and has for %s: the daemon, the plugin for another pod, or none of ours; "+
 				"`lslocks` says which, end it if it hangs", ErrBusy, s.path(name), lockPatience)
+		case <-retry.C:
+			err = again(try)
 		}
-		time.Sleep(lockPause)
 	}
 	return err
 }

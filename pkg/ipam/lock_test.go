@@ -50,7 +50,7 @@ func TestLockIsNotWaitedForForever(t *testing.T) {
 					"Freeze":   func() error { return s.Freeze(func(func(netip.Addr) (ipam.Owner, bool)) error { return nil }) },
 				}
 				for call, do := range calls {
-					began := time.Now()
+					began := time.Now() //nolint:forbidigo // how long it takes
 					err := do()
 					if !errors.Is(err, ipam.ErrBusy) || !strings.Contains(err.Error(), filepath.Join(dir, name)) {
 						t.Errorf("%s: %v", call, err)
