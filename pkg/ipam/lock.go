@@ -16,7 +16,7 @@ const lockFile = ".lock"
 const lockPatience = 10 * time.Second
 
 // lockPause is how long the lock is waited for before it is tried again. The kernel knows no wait for it that ends.
-const lockPause = time.Millisecond
+const lockPause = 200 * time.Microsecond
 
 // ErrBusy says that another process holds the lock of the leases for too long.
 var ErrBusy = errors.New("another process holds the lock")
