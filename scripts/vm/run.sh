@@ -128,7 +128,7 @@ mkdir -p "$work"/root/{bin,dev,etc,proc,root,run,sys,tmp,var,usr/sbin}
 ln -s /run "$work/root/var/run"
 install "$(command -v busybox)" "$work/root/bin/busybox"
 install scripts/vm/init "$work/root/init"
-cp -r manifests "$work/root/manifests" # where tests look for it, beside their working directory
+install -D -m 644 -t "$work/root/manifests" manifests/*.yaml # where tests look for them, beside their working directory
 add_modules "$kernel" "$work/root"
 add_programs "$work/root"
 add_tests "$work/root"
