@@ -24,7 +24,7 @@ import (
 const (
 	// coolDown is how long nobody gets an address that was released.
 	coolDown = 30 * time.Second
-	// killsWithin is when a plugin is killed at the latest; an ADD takes about as long on a busy machine.
+	// killsWithin is when a plugin is killed at the latest, where no ADD has taken longer yet.
 	killsWithin = 60 * time.Millisecond
 )
 
@@ -68,6 +68,8 @@ type lettings struct {
 	leases *ipam.Store
 	// These count: ADDs that succeeded, those that were killed, those of which something was left then, and DELs that were killed.
 	added, addsKilled, leftovers, delsKilled atomic.Int64
+	// took is how long the last ADD took that was not killed: on a busy machine much longer than on an idle one.
+	took atomic.Int64
 }
 
 // newLettings begins with nobody.
@@ -81,11 +83,11 @@ func newLettings(s *stage) *lettings {
 }
 
 // mortal is a context that ends soon, half the times, and with it the plugin that is run.
-func mortal(ctx context.Context, random *rand.Rand) (context.Context, context.CancelFunc) {
+func (l *lettings) mortal(ctx context.Context, random *rand.Rand) (context.Context, context.CancelFunc) {
 	if random.IntN(2) == 0 {
 		return context.WithCancel(ctx)
 	}
-	return context.WithTimeout(ctx, time.Duration(random.Int64N(int64(killsWithin))))
+	return context.WithTimeout(ctx, time.Duration(random.Int64N(max(int64(killsWithin), l.took.Load()))))
 }
 
 // live adds a pod and deletes it, as often as it takes.
@@ -100,7 +102,7 @@ func (l *lettings) live(name string, random *rand.Rand) error {
 	}
 	l.moveOut(pod)
 	for {
-		short, cancel := mortal(ctx, random)
+		short, cancel := l.mortal(ctx, random)
 		err = pod.Unwire(short)
 		killed := short.Err() != nil
 		cancel()
@@ -117,13 +119,15 @@ func (l *lettings) live(name string, random *rand.Rand) error {
 // add runs ADD until it succeeds or is killed.
 func (l *lettings) add(ctx context.Context, pod *lab.Pod, random *rand.Rand) error {
 	for {
-		short, cancel := mortal(ctx, random)
+		short, cancel := l.mortal(ctx, random)
+		began := now()
 		err := pod.Wire(short)
 		killed := short.Err() != nil
 		cancel()
 		switch {
 		case err == nil:
 			l.added.Add(1)
+			l.took.Store(int64(now().Sub(began)))
 			return l.moveIn(pod)
 		case killed && ctx.Err() == nil:
 			l.addsKilled.Add(1)
