@@ -37,7 +37,7 @@ func (c *cluster) testRace(t *testing.T) {
 		const during = 5 * time.Second
 		pods, neighbours := c.race(t, "e2e-race", 30, during)
 		<-time.After(during) // the last one has then sent all that it will
-		met := c.meetings(t, pods, neighbours)
+		met := c.meetings(t.Context(), t, pods, neighbours)
 		for m := range met {
 			t.Errorf("%s has heard %s over %s", m.pod, m.from, m.network)
 		}
@@ -48,8 +48,8 @@ func (c *cluster) testRace(t *testing.T) {
 		const during = time.Minute
 		pods, neighbours := c.race(t, "e2e-race-open", 6, during)
 		met := map[meeting]bool{}
-		eventually(t, during, "everybody has heard everybody", func(context.Context) error {
-			met = c.meetings(t, pods, neighbours)
+		eventually(t, during, "everybody has heard everybody", func(ctx context.Context) error {
+			met = c.meetings(ctx, t, pods, neighbours)
 			var errs []error
 			for _, pod := range pods {
 				for _, neighbour := range neighbours {
@@ -186,19 +186,19 @@ func leased(t *testing.T, folder string) []string {
 }
 
 // meetings returns who has heard whom.
-func (c *cluster) meetings(t *testing.T, groups ...[]*probePod) map[meeting]bool {
+func (c *cluster) meetings(ctx context.Context, t *testing.T, groups ...[]*probePod) map[meeting]bool {
 	t.Helper()
 	met := map[meeting]bool{}
 	for _, pod := range slices.Concat(groups...) {
-		maps.Copy(met, c.heardBy(t, pod))
+		maps.Copy(met, c.heardBy(ctx, t, pod))
 	}
 	return met
 }
 
 // heardBy reads what a pod that listens for knocks has printed.
-func (c *cluster) heardBy(t *testing.T, pod *probePod) map[meeting]bool {
+func (c *cluster) heardBy(ctx context.Context, t *testing.T, pod *probePod) map[meeting]bool {
 	t.Helper()
-	log, err := c.client.CoreV1().Pods(pod.namespace).GetLogs(pod.name, &corev1.PodLogOptions{}).Stream(t.Context())
+	log, err := c.client.CoreV1().Pods(pod.namespace).GetLogs(pod.name, &corev1.PodLogOptions{}).Stream(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
