@@ -135,7 +135,6 @@ func parsePrefixes(flag string, values []string) ([]netip.Prefix, error) {
 type runOptions struct {
 	paths
 	planning
-
 	tunnelChoice
 
 	kubeconfig     string

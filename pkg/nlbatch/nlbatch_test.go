@@ -83,7 +83,9 @@ func TestDoMany(t *testing.T) {
 func TestDoLong(t *testing.T) {
 	s := open(t)
 	long := add(9999, 1)
-	long.Request.AddData(nl.NewRtAttr(200, make([]byte, 16<<10))) // an attribute that the kernel does not know
+	for range 2 { // attributes that the kernel does not know, each as long as one can be
+		long.Request.AddData(nl.NewRtAttr(200, make([]byte, 60<<10)))
+	}
 	if err := s.Do(long); !errors.Is(err, unix.ENODEV) {
 		t.Errorf("error %v, want %v", err, unix.ENODEV)
 	}

@@ -15,7 +15,7 @@ const (
 )
 
 // networkManagers looks for programs that would take Warren's routes or links for stray ones.
-func networkManagers(f Facts, _ Wanted) ([]Finding, error) {
+func networkManagers(f Facts, w Wanted) ([]Finding, error) {
 	if f.Programs.Err != nil {
 		return nil, f.Programs.Err
 	}
@@ -30,7 +30,7 @@ func networkManagers(f Facts, _ Wanted) ([]Finding, error) {
 	if slices.Contains(f.Programs.Value, networkManagerProcess) {
 		errs = append(errs, f.NetworkManager.Err)
 		if f.NetworkManager.Err == nil {
-			findings = append(findings, networkManager(f)...)
+			findings = append(findings, networkManager(f, w)...)
 		}
 	}
 	return findings, errors.Join(errs...)
@@ -54,7 +54,7 @@ func networkd(texts []string) []Finding {
 }
 
 // networkManager looks whether NetworkManager leaves Warren's links alone, by their names or types.
-func networkManager(f Facts) []Finding {
+func networkManager(f Facts, w Wanted) []Finding {
 	devices := strings.FieldsFunc(last(f.NetworkManager.Value, "keyfile", "unmanaged-devices"), func(r rune) bool { return r == ';' || r == ',' })
 	unmanaged := func(link, kind string) bool {
 		matches := false
@@ -74,7 +74,7 @@ func networkManager(f Facts) []Finding {
 		return matches
 	}
 	tunnel := "wireguard"
-	if !f.WireGuard.Value {
+	if w.UserSpaceOnly || !f.WireGuard.Value {
 		tunnel = "tun"
 	}
 	if unmanaged(ownTunnel, tunnel) && unmanaged(ownPods+"0123456789ab", "veth") {

@@ -263,6 +263,9 @@ func TestFindings(t *testing.T) {
 		"NetworkManager and a tunnel of another type": {func(f *preflight.Facts, _ *preflight.Wanted) {
 			f.WireGuard.Value, f.NetworkManager.Value = false, []string{"[keyfile]\nunmanaged-devices=type:veth;type:wireguard\n"}
 		}, "warning NetworkManagerManagesLinks NetworkManager", "unmanaged-devices+="},
+		"NetworkManager and a tunnel that is to be in user space": {func(f *preflight.Facts, w *preflight.Wanted) {
+			w.UserSpaceOnly, f.NetworkManager.Value = true, []string{"[keyfile]\nunmanaged-devices=type:veth;type:wireguard\n"}
+		}, "warning NetworkManagerManagesLinks NetworkManager", "unmanaged-devices+="},
 		"NetworkManager overridden": {func(f *preflight.Facts, _ *preflight.Wanted) {
 			f.NetworkManager.Value = append(f.NetworkManager.Value, "[keyfile]\nunmanaged-devices=interface-name:wrn*\n")
 		}, "warning NetworkManagerManagesLinks NetworkManager", "conf.d/90-warren.conf"},
