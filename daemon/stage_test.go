@@ -29,9 +29,10 @@ var programs lab.Programs
 
 func TestMain(m *testing.M) { os.Exit(programs.Main(m.Run)) }
 
-// The time that a change may take until it is seen, and that a probe waits when it must not get through.
+// The time that a change may take until it is seen, longer than that between two looks of a busy node at itself, and that a probe waits when it must
+// not get through.
 var (
-	changePatience = soak.Patience(15 * time.Second)
+	changePatience = soak.Patience(45 * time.Second)
 	closedPatience = 700 * time.Millisecond
 )
 
