@@ -174,7 +174,7 @@ func TestReadyTellsWhatPodsLack(t *testing.T) {
 	m.busy.Store(false)
 	step("it can again", "")
 	good := n.follower
-	n.follower = newFollower(brokenTunnel{}, n.clock, n.log)
+	n.follower = newFollower(brokenTunnel{}, n.clock, n.renewMesh, n.log)
 	step("there is no tunnel", "NoTunnel")
 	n.follower = good
 	step("there is one again", "")

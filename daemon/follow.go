@@ -30,17 +30,21 @@ type device interface {
 	Apply(ctx context.Context, config mesh.Config, key wgdevice.Key) (wgdevice.Changes, error)
 	Patch(ctx context.Context, change mesh.Change, key wgdevice.Key) (wgdevice.Changes, error)
 	Follow(ctx context.Context, config mesh.Config) (wgdevice.Awaited, error)
+	Challenge(ctx context.Context, config mesh.Config) (bool, error)
 }
 
 // follower applies the mesh to the tunnel, and while peers change their keys or are new, looks at the tunnel in between: with the first
 // handshake by its next key a peer's prefixes have to move to that at once, because what it sends by the new key is dropped until they
-// have; and handshakes of two nodes with each other may have crossed, and have to begin again.
+// have; and handshakes of two nodes with each other may have crossed, and have to begin again. Beside that it finds out which peers receive
+// at their nodes' addresses, and then has the mesh applied once more.
 type follower struct {
 	device device
 	clock  func() time.Time
 	log    *slog.Logger
-	// applied says that there is another mesh than before.
-	applied chan struct{}
+	// again has the mesh applied as a whole.
+	again func()
+	// applied and claimed say that a mesh was applied, to each of those who wait for that.
+	applied, claimed chan struct{}
 
 	// mu is held while the tunnel is written, so that nobody writes what follows from an older mesh.
 	mu   sync.Mutex
@@ -49,8 +53,8 @@ type follower struct {
 	since time.Time
 }
 
-func newFollower(d device, clock func() time.Time, log *slog.Logger) *follower {
-	return &follower{device: d, clock: clock, log: log, applied: make(chan struct{}, 1)}
+func newFollower(d device, clock func() time.Time, again func(), log *slog.Logger) *follower {
+	return &follower{device: d, clock: clock, again: again, log: log, applied: make(chan struct{}, 1), claimed: make(chan struct{}, 1)}
 }
 
 // apply makes the tunnel agree with a mesh: by the change alone where that is known and so is what stands, else as a whole.
@@ -61,9 +65,11 @@ func (f *follower) apply(ctx context.Context, want mesh.Config, change *mesh.Cha
 		f.since = f.clock()
 	}
 	f.mesh = want
-	select {
-	case f.applied <- struct{}{}:
-	default: // it will look at this one
+	for _, news := range []chan struct{}{f.applied, f.claimed} {
+		select {
+		case news <- struct{}{}:
+		default: // it will look at this one
+		}
 	}
 	if change != nil {
 		changes, err := f.device.Patch(ctx, *change, key)
@@ -122,6 +128,29 @@ func (f *follower) look(ctx context.Context) (time.Duration, error) {
 		return 0, nil
 	}
 	return max(pause, time.Duration(len(f.mesh.Peers))*followPeer), nil
+}
+
+// challenge asks the peers where they receive whenever a mesh was applied, an audit's too, until the context ends.
+func (f *follower) challenge(ctx context.Context) {
+	failed := false
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-f.claimed:
+		}
+		f.mu.Lock()
+		now := f.mesh
+		f.mu.Unlock()
+		found, err := f.device.Challenge(ctx, now)
+		if err != nil && !failed && ctx.Err() == nil {
+			f.log.Warn("asking nodes whether they receive at their InternalIPs; what pods send there stays in clear", "error", err)
+		}
+		failed = err != nil
+		if found {
+			f.again()
+		}
+	}
 }
 
 // nextKeys returns the keys that peers are about to use.

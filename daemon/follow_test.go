@@ -21,13 +21,14 @@ type watched struct {
 	answers
 }
 
-// calls is how often the methods of a watched were called.
-type calls struct{ applies, patches, looks int }
+// calls is how often the methods of a watched were called, and the mesh was wanted again.
+type calls struct{ applies, patches, looks, challenges, renewals int }
 
 // answers is what they answer.
 type answers struct {
 	awaited wgdevice.Awaited
 	unknown bool
+	found   bool
 	err     error
 }
 
@@ -55,6 +56,20 @@ func (w *watched) Follow(context.Context, mesh.Config) (wgdevice.Awaited, error)
 	return w.awaited, w.err
 }
 
+func (w *watched) Challenge(context.Context, mesh.Config) (bool, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.challenges++
+	return w.found, w.err
+}
+
+// again takes in that the mesh is to be applied again.
+func (w *watched) again() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.renewals++
+}
+
 // during sets the answers and returns how often the methods were called in that time.
 func (w *watched) during(d time.Duration, a answers) calls {
 	w.mu.Lock()
@@ -65,13 +80,13 @@ func (w *watched) during(d time.Duration, a answers) calls {
 	synctest.Wait()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return calls{w.applies - before.applies, w.patches - before.patches, w.looks - before.looks}
+	return calls{w.applies - before.applies, w.patches - before.patches, w.looks - before.looks, w.challenges - before.challenges, w.renewals - before.renewals}
 }
 
 func TestFollower(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := &watched{}
-		f := newFollower(w, time.Now, slog.New(slog.DiscardHandler))
+		f := newFollower(w, time.Now, w.again, slog.New(slog.DiscardHandler))
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		go f.run(ctx)
@@ -128,6 +143,37 @@ func TestFollower(t *testing.T) {
 		w.during(2*followRetry, answers{})
 		if n := w.during(time.Minute, answers{}); n.looks > 0 {
 			t.Errorf("%d looks after all have changed", n.looks)
+		}
+	})
+}
+
+// Whenever a mesh was applied the peers are asked, and the mesh is wanted again only where one was found.
+func TestFollowerChallenges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &watched{}
+		f := newFollower(w, time.Now, w.again, slog.New(slog.DiscardHandler))
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go f.challenge(ctx)
+		if n := w.during(time.Minute, answers{}); n != (calls{}) {
+			t.Errorf("%+v before a mesh was applied", n)
+		}
+		for _, test := range []struct {
+			answers
+			want calls
+		}{
+			{answers{}, calls{challenges: 1}},
+			{answers{found: true}, calls{challenges: 1, renewals: 1}},
+			{answers{err: errors.New("no socket")}, calls{challenges: 1}},
+			{answers{found: true}, calls{challenges: 1, renewals: 1}},
+		} {
+			w.during(0, test.answers)
+			if _, err := f.apply(ctx, mesh.Config{}, nil, wgdevice.Key{}); err != nil {
+				t.Fatal(err)
+			}
+			if got := w.during(time.Minute, test.answers); got != test.want {
+				t.Errorf("with %+v: %+v, want %+v", test.answers, got, test.want)
+			}
 		}
 	})
 }

@@ -77,7 +77,7 @@ func newCrowded(b *testing.B, nodes int) (*node, *told) {
 	n, s, _, _ := newStepped(b, "192.0.2.1", netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fd00::/32"))
 	startTunnel(b)
 	n.tunnel = wgdevice.New(wgdevice.Options{Log: n.log, Mode: wgdevice.ModeUserspace})
-	n.follower = newFollower(n.tunnel, n.clock, n.log)
+	n.follower = newFollower(n.tunnel, n.clock, n.renewMesh, n.log)
 	filter, err := firewall.New(b.Context(), firewall.Options{Log: slog.New(slog.DiscardHandler), Admit: n.admit, Now: n.clock})
 	if err != nil {
 		b.Fatal(err)

@@ -221,11 +221,11 @@ func (n *node) serve(ctx context.Context) error {
 	}
 	if n.options.encryptionMode {
 		running.Go(func() { n.follower.run(ctx) })
+		running.Go(func() { n.follower.challenge(ctx) })
 		running.Go(func() { n.keys.run(ctx, n.latestHandshake) })
 		start("following the tunnel", func(ctx context.Context) error {
 			return wgdevice.WatchTunnel(ctx, func() {
-				n.tunnelChanged.Store(true)
-				n.loop.Trigger()
+				n.renewMesh()
 				select {
 				case n.tunnelNews <- struct{}{}:
 				default: // it will look at this one
@@ -240,6 +240,12 @@ func (n *node) serve(ctx context.Context) error {
 	}
 	n.log.Info("stopping; the kernel keeps enforcing what was applied")
 	return nil
+}
+
+// renewMesh has the next step, which follows at once, apply the mesh as a whole.
+func (n *node) renewMesh() {
+	n.tunnelChanged.Store(true)
+	n.loop.Trigger()
 }
 
 // latestHandshake returns the time of the latest handshake with any peer.

@@ -86,13 +86,9 @@ func TestEncryptNodeTraffic(t *testing.T) {
 	}
 }
 
-// encryptsNodes waits until a node sends what its pods send to that many others through the tunnel. A handshake has to be seen first,
-// and after a restart of the daemon that is the next one, two minutes later at most; a new tunnel's is sooner.
+// encryptsNodes waits until a node sends what its pods send to that many others through the tunnel.
 func (s *stage) encryptsNodes(i, nodes int) {
 	s.t.Helper()
-	if _, err := s.Nodes[i].Run(s.t.Context(), "ip", "link", "del", "warren0"); err != nil {
-		s.t.Fatal(err)
-	}
 	s.eventually(func() error {
 		if table := s.nodeTable(i); strings.Count(table, "dev warren0") != nodes {
 			return fmt.Errorf("the table of the nodes' addresses has %q", table)

@@ -46,7 +46,7 @@ func newRecalling(t *testing.T) (*node, *told, *memory, *lostTunnel) {
 	t.Helper()
 	n, s, m, _ := newStepped(t, "192.168.0.9", netip.MustParsePrefix("10.0.0.0/8"))
 	l := &lostTunnel{}
-	n.tunnel, n.follower = l, newFollower(l, n.clock, n.log)
+	n.tunnel, n.follower = l, newFollower(l, n.clock, func() {}, n.log)
 	private, err := wgdevice.OpenKeys(t.TempDir())
 	if err != nil {
 		t.Fatal(err)

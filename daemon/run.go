@@ -80,7 +80,7 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 	n.keys = &rotator{
 		options: o.rotation, encrypted: o.encryptionMode, node: o.nodeName, keys: keys, clock: n.clock, log: log, wake: n.loop.Trigger,
 	}
-	n.follower = newFollower(n.tunnel, n.clock, log)
+	n.follower = newFollower(n.tunnel, n.clock, n.renewMesh, log)
 	if err = n.early(ctx); err != nil {
 		log.Warn("the guards wait for the cluster", "error", err) // the first step tries again, and makes it a problem
 	}

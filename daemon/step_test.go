@@ -159,7 +159,7 @@ func newStepped(tb testing.TB, address string, clusterCIDRs ...netip.Prefix) (*n
 		tb.Fatal(err)
 	}
 	n.keys = &rotator{encrypted: true, node: "node-1", keys: keys, clock: clock, log: n.log, wake: n.loop.Trigger}
-	n.follower = newFollower(n.tunnel, clock, n.log)
+	n.follower = newFollower(n.tunnel, clock, func() {}, n.log)
 	if n.leases, err = ipam.Open(o.leases()); err != nil {
 		tb.Fatal(err)
 	}

@@ -5,16 +5,13 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
-	"fmt"
-	"net"
+	"errors"
 	"net/netip"
 	"slices"
 	"sync"
 	"time"
 
-	"golang.org/x/net/icmp"
-	"golang.org/x/net/ipv4"
-	"golang.org/x/net/ipv6"
+	"github.com/warren-cni/warren/pkg/echo"
 )
 
 // The pace of the probes: this often to each address, unless that were more than maxProbeRate in a second. Each address gets one at
@@ -48,9 +45,8 @@ type probed struct {
 // prober sends ICMP echo requests with a marker from the node's own addresses, and measures the answers.
 type prober struct {
 	marker  []byte
-	id      int
 	clock   func() time.Time
-	sockets map[bool]*icmp.PacketConn // by whether it is IPv4's
+	sockets map[bool]*echo.Socket // by whether it is IPv4's
 
 	mu      sync.Mutex
 	targets []*probed
@@ -61,9 +57,7 @@ type prober struct {
 func newProber(own []netip.Addr, peers []peerFacts, clock func() time.Time) (*prober, error) {
 	marker := make([]byte, markerSize)
 	_, _ = rand.Read(marker) // never fails, as documented
-	p := &prober{
-		marker: marker, id: int(binary.BigEndian.Uint16(marker)), clock: clock, sockets: map[bool]*icmp.PacketConn{},
-	}
+	p := &prober{marker: marker, clock: clock, sockets: map[bool]*echo.Socket{}}
 	for _, peer := range peers {
 		for _, address := range peer.Addresses {
 			p.targets = append(p.targets, &probed{node: peer.Node, address: address, waiting: map[uint32]time.Time{}})
@@ -71,13 +65,9 @@ func newProber(own []netip.Addr, peers []peerFacts, clock func() time.Time) (*pr
 	}
 	var failed error
 	for _, address := range own {
-		network := "ip6:ipv6-icmp"
-		if address.Is4() {
-			network = "ip4:icmp"
-		}
-		socket, err := icmp.ListenPacket(network, address.String())
+		socket, err := echo.Listen(address)
 		if err != nil {
-			failed = fmt.Errorf("sending probes from the node's own address %s: %w", address, err)
+			failed = errors.Join(failed, err)
 			continue
 		}
 		p.sockets[address.Is4()] = socket
@@ -164,16 +154,8 @@ func (p *prober) probe(index int) {
 	if socket == nil {
 		return
 	}
-	message := icmp.Message{Type: ipv4.ICMPTypeEcho, Body: &icmp.Echo{ID: p.id, Seq: int(number & 0xffff), Data: p.payload(index, number)}}
-	if t.address.Is6() {
-		message.Type = ipv6.ICMPTypeEchoRequest
-	}
-	packet, err := message.Marshal(nil) // the kernel fills in the checksum of ICMPv6
-	if err == nil {
-		t.waiting[number] = p.clock()
-		_, err = socket.WriteTo(packet, &net.IPAddr{IP: t.address.AsSlice()})
-	}
-	if err != nil {
+	t.waiting[number] = p.clock()
+	if err := socket.Send(t.address, uint16(number), p.payload(index, number)); err != nil { //nolint:gosec // the payload has all of it
 		delete(t.waiting, number)
 		t.err = err
 	}
@@ -186,35 +168,26 @@ func (p *prober) payload(index int, number uint32) []byte {
 }
 
 // read takes answers until the socket is closed.
-func (p *prober) read(socket *icmp.PacketConn) {
-	packet := make([]byte, 2048)
+func (p *prober) read(socket *echo.Socket) {
 	for {
-		n, from, err := socket.ReadFrom(packet)
+		reply, err := socket.Receive()
 		if err != nil {
 			return
 		}
-		address, ok := from.(*net.IPAddr)
-		if source, valid := netip.AddrFromSlice(address.IP); ok && valid && n == probeSize+8 {
-			p.take(packet[:n], source.Unmap())
-		}
+		p.take(reply)
 	}
 }
 
 // take counts an answer that has what was sent, from the address that it was sent to.
-func (p *prober) take(packet []byte, from netip.Addr) {
+func (p *prober) take(reply echo.Reply) {
 	now := p.clock()
-	body := packet[8:] // behind the header of ICMP
-	isReply := packet[0] == uint8(ipv4.ICMPTypeEchoReply)
-	if from.Is6() {
-		isReply = packet[0] == uint8(ipv6.ICMPTypeEchoReply)
-	}
-	if !isReply || !bytes.HasPrefix(body, p.marker) {
+	if len(reply.Payload) != probeSize || !bytes.HasPrefix(reply.Payload, p.marker) {
 		return
 	}
-	index, number := binary.BigEndian.Uint32(body[markerSize:]), binary.BigEndian.Uint32(body[markerSize+4:])
+	index, number := binary.BigEndian.Uint32(reply.Payload[markerSize:]), binary.BigEndian.Uint32(reply.Payload[markerSize+4:])
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if int(index) >= len(p.targets) || p.targets[index].address != from {
+	if int(index) >= len(p.targets) || p.targets[index].address != reply.From {
 		return
 	}
 	t := p.targets[index]

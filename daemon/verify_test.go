@@ -15,6 +15,7 @@ import (
 	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/capture"
 	"github.com/warren-cni/warren/pkg/golden"
+	"github.com/warren-cni/warren/pkg/echo"
 	"github.com/warren-cni/warren/pkg/mesh"
 	"github.com/warren-cni/warren/pkg/wgdevice"
 )
@@ -204,23 +205,16 @@ func TestProbesCountTheirAnswers(t *testing.T) {
 	}
 	for i, target := range p.targets {
 		target.sent, target.waiting[0] = 1, now
-		reply := byte(0)
-		if target.address.Is6() {
-			reply = 129
-		}
-		packet := func(icmpType byte, payload []byte) []byte {
-			return append([]byte{icmpType, 0, 0, 0, 0, 0, 0, 0}, payload...)
-		}
 		now = now.Add(time.Millisecond)
-		p.take(packet(8, p.payload(i, 0)), target.address)                       // a request
-		p.take(packet(reply, p.payload(i, 7)), target.address)                   // one that was not sent
-		p.take(packet(reply, p.payload(i, 0)), netip.MustParseAddr("192.0.2.9")) // from elsewhere
-		p.take(packet(reply, make([]byte, probeSize)), target.address)           // another program's
+		p.take(echo.Reply{From: target.address, Payload: p.payload(i, 7)})                   // to one that was not sent
+		p.take(echo.Reply{From: netip.MustParseAddr("192.0.2.9"), Payload: p.payload(i, 0)}) // from elsewhere
+		p.take(echo.Reply{From: target.address, Payload: make([]byte, probeSize)})           // another program's
+		p.take(echo.Reply{From: target.address, Payload: p.marker})                          // cut off
 		if len(target.times) > 0 {
 			t.Errorf("%v: counted what is no answer", target.address)
 		}
-		p.take(packet(reply, p.payload(i, 0)), target.address)
-		p.take(packet(reply, p.payload(i, 0)), target.address)
+		p.take(echo.Reply{From: target.address, Payload: p.payload(i, 0)})
+		p.take(echo.Reply{From: target.address, Payload: p.payload(i, 0)})
 		if got := target.proof(); got != (probeProof{Address: target.address, Sent: 1, MinMS: 1, MedianMS: 1, MaxMS: 1}) {
 			t.Errorf("proof %+v", got)
 		}

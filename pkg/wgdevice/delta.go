@@ -18,8 +18,6 @@ const (
 	keepalive = 25 * time.Second
 	// keepaliveNext is that of a key which its node does not use yet: the handshake is to come soon after it does.
 	keepaliveNext = time.Second
-	// sessionLife is for how long a handshake is good (REJECT_AFTER_TIME in WireGuard's paper, section 6.1).
-	sessionLife = 3 * time.Minute
 	// silence is how long a peer that lives is never silent: it sends a keepalive every 25 s.
 	silence = 30 * time.Second
 )
@@ -116,14 +114,11 @@ func (m *memory) step(p *mesh.Peer, key wgtypes.Key, interval time.Duration, now
 	if m.moves(p, before, now) {
 		s.config.Endpoint = net.UDPAddrFromAddrPort(p.Endpoint)
 		s.after.endpoint, s.after.heard = p.Endpoint, now
-		if before.endpoint.Addr() != p.Endpoint.Addr() {
-			s.after.at = now
-		}
 	}
 	if before.keepalive != interval {
 		s.config.PersistentKeepaliveInterval, s.after.keepalive = &interval, interval
 	}
-	s.after.allowed = slices.Concat(p.AllowedIPs, usable(p, s.after, now))
+	s.after.allowed = slices.Concat(p.AllowedIPs, m.usable(p, s.after))
 	slices.SortFunc(s.after.allowed, comparePrefixes)
 	if !slices.Equal(before.allowed, s.after.allowed) {
 		s.config.ReplaceAllowedIPs = true
@@ -155,18 +150,16 @@ func (m *memory) moves(p *mesh.Peer, s peerState, now time.Time) bool {
 	}
 }
 
-// usable returns those of a node's own addresses that its pods' peers may reach through the tunnel. A handshake has to have been
-// seen while the peer was at that very address, because the Node says itself what its address is, and packets for one where
-// nobody answers would be lost; before that they go as they would without the tunnel. An address that is in use stays while
-// the peer is there.
-func usable(p *mesh.Peer, s peerState, now time.Time) []netip.Prefix {
+// usable returns those of a node's own addresses that its pods' peers may reach through the tunnel. The peer has to be at that very
+// address, and known to receive what is sent there (see Challenge): the Node says itself what its address is, and before that packets for
+// it go as they would without the tunnel. An address that is in use stays while the peer is there. A peer that goes over to its next key
+// is the same node.
+func (m *memory) usable(p *mesh.Peer, s peerState) []netip.Prefix {
 	var hosts []netip.Prefix
 	for _, a := range p.NodeAddresses {
-		host := netip.PrefixFrom(a, a.BitLen())
-		age := now.Sub(s.handshake)
-		shaken := s.handshake.After(s.at) && age >= 0 && age < sessionLife
-		if s.endpoint.Addr() == a && (shaken || slices.Contains(s.allowed, host)) {
-			hosts = append(hosts, host)
+		known := slices.ContainsFunc(keysOf(*p), func(key wgtypes.Key) bool { return m.receives[key] == a })
+		if s.endpoint.Addr() == a && known {
+			hosts = append(hosts, netip.PrefixFrom(a, a.BitLen()))
 		}
 	}
 	return hosts

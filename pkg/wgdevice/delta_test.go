@@ -368,50 +368,90 @@ func TestDeltaNodeAddresses(t *testing.T) {
 	address := netip.MustParseAddr("192.0.2.1")
 	peer := testPeer(1, "10.1.0.0/24")
 	peer.NodeAddresses = []netip.Addr{address, netip.MustParseAddr("2001:db8::1")}
+	key, next := wgtypes.Key{1}, wgtypes.Key{9}
 	elsewhere := &net.UDPAddr{IP: net.IPv4(198, 51, 100, 1).To4(), Port: 51820}
 	later := start().Add(time.Minute)
-	for name, test := range map[string]struct {
-		change func(*wgtypes.Peer)
-		want   bool
-	}{
-		"no handshake":                     {func(*wgtypes.Peer) {}, false},
-		"a handshake":                      {func(p *wgtypes.Peer) { p.LastHandshakeTime = later }, true},
-		"a handshake before it was there":  {func(p *wgtypes.Peer) { p.LastHandshakeTime = start().Add(-1) }, false},
-		"an old handshake":                 {func(p *wgtypes.Peer) { p.LastHandshakeTime = later.Add(-sessionLife) }, false},
-		"a handshake in the future":        {func(p *wgtypes.Peer) { p.LastHandshakeTime = later.Add(time.Hour) }, false},
-		"a handshake at another address":   {func(p *wgtypes.Peer) { p.LastHandshakeTime, p.ReceiveBytes, p.Endpoint = later, 9, elsewhere }, false},
-		"from another port of the address": {func(p *wgtypes.Peer) { p.LastHandshakeTime, p.ReceiveBytes, p.Endpoint.Port = later, 9, 4711 }, true},
-	} {
-		t.Run(name, func(t *testing.T) {
-			m, device := &memory{}, &wgtypes.Device{}
-			settle(t, m, device, start(), peer)
-			if len(device.Peers[0].AllowedIPs) != 1 {
-				t.Fatalf("at once: %v", device.Peers[0].AllowedIPs)
-			}
-			test.change(&device.Peers[0])
-			settle(t, m, device, later, peer)
-			if got := (peerState{allowed: allowedOf(&device.Peers[0])}).hosts(); (len(got) == 1 && got[0].Addr() == address) != test.want {
-				t.Errorf("in use: %v, want %t", got, test.want)
-			}
-			if !test.want {
-				return
-			}
-			// It stays when the peer falls silent, and goes with the plan and with the address.
-			settle(t, m, device, later.Add(time.Hour), peer)
-			if got := m.peers[wgtypes.Key{1}].hosts(); len(got) != 1 {
-				t.Errorf("an hour later: %v", got)
-			}
-			without := peer
-			without.NodeAddresses = nil
-			if got := change(m, device, later, without); len(got) != 1 || len(got[0].AllowedIPs) != 1 {
-				t.Errorf("without it in the plan: %+v", got)
-			}
-			device.Peers[0].Endpoint, device.Peers[0].ReceiveBytes = elsewhere, 99
-			if got := change(m, device, later, peer); len(got) != 1 || len(got[0].AllowedIPs) != 1 {
-				t.Errorf("when the peer went elsewhere: %+v", got)
-			}
-		})
+	// begin has a peer that is not known to receive anywhere, and has shaken hands.
+	begin := func(t *testing.T) (*memory, *wgtypes.Device) {
+		t.Helper()
+		m, device := &memory{}, &wgtypes.Device{}
+		settle(t, m, device, start(), peer)
+		device.Peers[0].LastHandshakeTime = later
+		settle(t, m, device, later, peer)
+		if got := m.peers[key].hosts(); len(got) > 0 {
+			t.Fatalf("after a handshake alone: %v", got)
+		}
+		return m, device
 	}
+	uses := func(t *testing.T, m *memory, key wgtypes.Key, want bool, what string) {
+		t.Helper()
+		if got := m.peers[key].hosts(); (len(got) == 1 && got[0].Addr() == address) != want {
+			t.Errorf("%s: in use: %v, want %t", what, got, want)
+		}
+	}
+	t.Run("found there", func(t *testing.T) {
+		m, device := begin(t)
+		m.found(key, address)
+		settle(t, m, device, later, peer)
+		uses(t, m, key, true, "found to receive there")
+		device.Peers[0].Endpoint.Port, device.Peers[0].ReceiveBytes = 4711, 9
+		settle(t, m, device, later, peer)
+		uses(t, m, key, true, "from another port of the address")
+		settle(t, m, device, later.Add(time.Hour), peer)
+		uses(t, m, key, true, "an hour later")
+		without := peer
+		without.NodeAddresses = nil
+		if got := change(m, device, later, without); len(got) != 1 || len(got[0].AllowedIPs) != 1 {
+			t.Errorf("without it in the plan: %+v", got)
+		}
+	})
+	t.Run("found elsewhere", func(t *testing.T) {
+		m, device := begin(t)
+		m.found(key, netip.MustParseAddr("2001:db8::1"))
+		settle(t, m, device, later, peer)
+		uses(t, m, key, false, "found at the other address")
+		m.found(key, address)
+		device.Peers[0].Endpoint, device.Peers[0].ReceiveBytes = elsewhere, 9
+		settle(t, m, device, later, peer)
+		uses(t, m, key, false, "gone elsewhere meanwhile")
+		device.Peers[0].Endpoint, device.Peers[0].ReceiveBytes = net.UDPAddrFromAddrPort(peer.Endpoint), 99
+		settle(t, m, device, later, peer)
+		uses(t, m, key, false, "back, and not asked again")
+	})
+	t.Run("another daemon and another tunnel", func(t *testing.T) {
+		m, device := begin(t)
+		m.found(key, address)
+		settle(t, m, device, later, peer)
+		m = &memory{}
+		settle(t, m, device, later, peer)
+		uses(t, m, key, true, "after a restart of the daemon")
+		*device = wgtypes.Device{}
+		settle(t, m, device, later, peer)
+		uses(t, m, key, true, "after a restart of the tunnel")
+		settle(t, m, device, later)
+		settle(t, m, device, later, peer)
+		uses(t, m, key, false, "after the node was gone")
+	})
+	t.Run("the next key", func(t *testing.T) {
+		m, device := begin(t)
+		m.found(key, address)
+		rotating := peer
+		rotating.Next = next
+		settle(t, m, device, later, rotating)
+		uses(t, m, key, true, "before the next key is used")
+		uses(t, m, next, false, "before the next key is used, by that")
+		for i := range device.Peers {
+			if p := &device.Peers[i]; p.PublicKey == next {
+				p.LastHandshakeTime = later
+			}
+		}
+		settle(t, m, device, later, rotating)
+		uses(t, m, next, true, "with the next key in use")
+		changed := peer
+		changed.PublicKey = next
+		settle(t, m, device, later, changed)
+		uses(t, m, next, true, "with the next key as the only one")
+	})
 }
 
 // TestDeltaWalk goes from one random mesh to the next on a device that, as WireGuard does, moves a prefix to its last claimant, by

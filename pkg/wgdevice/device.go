@@ -238,6 +238,7 @@ func (d *Device) configure(ctx context.Context, mode Mode, want request, changes
 	for _, p := range want.Peers {
 		m.planned[p.Node] = p
 	}
+	maps.DeleteFunc(m.receives, func(key wgtypes.Key, _ netip.Addr) bool { _, exists := m.peers[key]; return !exists })
 	return nil
 }
 

@@ -2,6 +2,7 @@ package wgdevice
 
 import (
 	"net/netip"
+	"slices"
 	"time"
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
@@ -19,7 +20,9 @@ type memory struct {
 	key       Key
 	planned   map[string]mesh.Peer
 	peers     map[wgtypes.Key]peerState
-	routes    map[routeID]route
+	// receives is the address at which a peer is known to receive, of those where it has told that its node is.
+	receives map[wgtypes.Key]netip.Addr
+	routes   map[routeID]route
 }
 
 // peerState is a peer of the device.
@@ -29,9 +32,8 @@ type peerState struct {
 	keepalive time.Duration
 	handshake time.Time
 	received  int64
-	// heard is when something of the peer was last seen to have arrived, at since when it has the address that it has, and since when it
-	// is known.
-	heard, at, since time.Time
+	// heard is when something of the peer was last seen to have arrived, and since when it is known.
+	heard, since time.Time
 	// anew is how often the peer was made anew since then.
 	anew int
 }
@@ -43,18 +45,16 @@ func (m *memory) see(device *wgtypes.Device, now time.Time) {
 		p := &device.Peers[i]
 		s := peerState{
 			endpoint: endpointOf(p), allowed: allowedOf(p), keepalive: p.PersistentKeepaliveInterval,
-			handshake: p.LastHandshakeTime, received: p.ReceiveBytes, heard: now, at: now, since: now,
+			handshake: p.LastHandshakeTime, received: p.ReceiveBytes, heard: now, since: now,
 		}
 		if old, seen := m.peers[p.PublicKey]; seen {
 			s.since, s.anew = old.since, old.anew
 			if old.received == s.received {
 				s.heard = old.heard
 			}
-			if old.endpoint.Addr() == s.endpoint.Addr() {
-				s.at = old.at
-			}
 		}
 		peers[p.PublicKey] = s
+		m.locate(p.PublicKey, s)
 	}
 	m.peers = peers
 }
@@ -64,10 +64,32 @@ func (m *memory) did(steps []step) {
 	for _, s := range steps {
 		if s.config.Remove {
 			delete(m.peers, s.config.PublicKey)
+			delete(m.receives, s.config.PublicKey)
 		} else {
 			m.peers[s.config.PublicKey] = s.after
+			m.locate(s.config.PublicKey, s.after)
 		}
 	}
+}
+
+// locate takes in where a peer is. One that carries its node's address was known to receive there, by this daemon or the one before; one
+// that is elsewhere is not any more. What a tunnel forgets that starts anew stays known.
+func (m *memory) locate(key wgtypes.Key, s peerState) {
+	address := s.endpoint.Addr()
+	switch {
+	case slices.ContainsFunc(s.hosts(), func(host netip.Prefix) bool { return host.Addr() == address }):
+		m.found(key, address)
+	case m.receives[key] != address:
+		delete(m.receives, key)
+	}
+}
+
+// found takes in that a peer receives at an address.
+func (m *memory) found(key wgtypes.Key, address netip.Addr) {
+	if m.receives == nil {
+		m.receives = map[wgtypes.Key]netip.Addr{}
+	}
+	m.receives[key] = address
 }
 
 // hosts returns the nodes' own addresses that a peer carries.

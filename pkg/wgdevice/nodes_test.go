@@ -6,9 +6,11 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containernetworking/plugins/pkg/netlinksafe"
 	"github.com/vishvananda/netlink"
@@ -18,7 +20,7 @@ import (
 	"github.com/warren-cni/warren/pkg/wgdevice"
 )
 
-// TestNodeAddresses sends a pod's packets to other nodes' own addresses, through the tunnel where a handshake has shown that a node
+// TestNodeAddresses sends a pod's packets to other nodes' own addresses, through the tunnel where a challenge has shown that a node
 // is there, and as ever where none has.
 func TestNodeAddresses(t *testing.T) {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
@@ -50,8 +52,14 @@ func TestNodeAddresses(t *testing.T) {
 			a.reach(t, b, marker)
 
 			wire := l.listen(t, marker)
+			if changes := a.apply(t, want); changes.Any() {
+				t.Errorf("after a handshake alone the apply wrote %+v", changes)
+			}
+			if !a.challenge(t, want) || a.challenge(t, want) {
+				t.Error("the node that is there is to be found, once")
+			}
 			if changes := a.apply(t, want); changes != (wgdevice.Changes{Peers: 1, Routes: 1}) {
-				t.Errorf("after the handshake the apply wrote %+v", changes)
+				t.Errorf("after the challenge the apply wrote %+v", changes)
 			}
 			if again := a.apply(t, want); again.Any() {
 				t.Errorf("the second apply wrote %+v", again)
@@ -71,7 +79,7 @@ func TestNodeAddresses(t *testing.T) {
 			}
 			pod.transfer(t, address(c), []byte(marker))
 			if got := wire.count(t); got.Marked == 0 || len(peerOf(t, a, c).NodeAddresses) > 0 {
-				t.Errorf("to a node without a handshake: %v, want packets in clear", got)
+				t.Errorf("to a node without a mesh: %v, want packets in clear", got)
 			}
 
 			// Another change of the peer leaves it alone; with the plan it goes, and so do the rules.
@@ -104,6 +112,100 @@ func TestNodeAddresses(t *testing.T) {
 	}
 }
 
+// TestNodeAddressOfAnother has a node claim another host's address and send with that for a source, at random with every second packet: what
+// WireGuard tells of it is at times what it tells of a node that is there, but it does not get the address.
+func TestNodeAddressOfAnother(t *testing.T) {
+	l := newLab(t, 3) // the third has no mesh
+	a, liar, victim := l.nodes[0], l.nodes[1], l.nodes[2]
+	claimed, _ := uplink(victim.number)
+	want := a.plan(t, a, liar)
+	want.Peers[0].NodeAddresses = []netip.Addr{claimed}
+	a.apply(t, want)
+	liar.apply(t, liar.plan(t, a, liar))
+	liar.do(t, func() error {
+		output, err := exec.Command("nft", "add table ip lie; add chain ip lie sent { type filter hook postrouting priority 0; }; "+
+			"add rule ip lie sent udp sport 51820 numgen random mod 2 0 ip saddr set "+claimed.String()).CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, output)
+		}
+		return nil
+	})
+	flood := liar.flood(t, a)
+	defer flood()
+	there := func() (time.Time, bool) {
+		p := peerOf(t, a, liar)
+		return p.LastHandshake, p.Endpoint.Addr() == claimed
+	}
+	deceived := false
+	for range 200 {
+		before, seen := there()
+		liar.apply(t, liar.plan(t, liar))
+		liar.apply(t, liar.plan(t, a, liar)) // it begins anew, with a handshake
+		_, _ = liar.ask(first(a.addresses()), newMarker(), 1)
+		handshake, still := there()
+		if deceived = seen && still && handshake.After(before); deceived {
+			break
+		}
+	}
+	if !deceived {
+		t.Error("WireGuard never told of a handshake while the node was at the address: it does not lie as it should")
+	}
+	for i := range 15 {
+		if a.challenge(t, want) {
+			t.Fatalf("challenge %d: it is taken for a node that receives at %s", i, claimed)
+		}
+		if changes := a.apply(t, want); changes.Any() && len(peerOf(t, a, liar).NodeAddresses) > 0 {
+			t.Fatalf("challenge %d: it got %s", i, claimed)
+		}
+	}
+	// Where it is, it is found.
+	want.Peers[0].NodeAddresses = []netip.Addr{first(uplink(liar.number))}
+	liar.do(t, func() error { return exec.Command("nft", "delete table ip lie").Run() })
+	for range 20 {
+		if a.challenge(t, want) {
+			return
+		}
+	}
+	t.Error("the node is not found where it is")
+}
+
+// first returns the first of two.
+func first(a, _ netip.Addr) netip.Addr { return a }
+
+// challenge asks the node's peers where they receive.
+func (n *node) challenge(t *testing.T, c mesh.Config) bool {
+	t.Helper()
+	return in(t, n.host, func() (bool, error) { return n.device.Challenge(t.Context(), c) })
+}
+
+// flood has a node send to another's own address through the tunnel without a pause, until the function that it returns is called.
+func (n *node) flood(t *testing.T, to *node) func() {
+	t.Helper()
+	address, _ := to.addresses()
+	socket := in(t, n.host, func() (*net.UDPConn, error) {
+		return net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(address, 9)))
+	})
+	end, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		again := time.NewTicker(200 * time.Microsecond)
+		defer again.Stop()
+		for {
+			select {
+			case <-end:
+				return
+			case <-again.C:
+				_, _ = socket.Write([]byte("x")) // nobody listens, and at times there is no way
+			}
+		}
+	}()
+	return func() {
+		close(end)
+		<-done
+		_ = socket.Close()
+	}
+}
+
 // TestNodeAddressesAreCleanedUp leaves nothing, and what others made stays.
 func TestNodeAddressesAreCleanedUp(t *testing.T) {
 	l := newLab(t, 2)
@@ -114,6 +216,7 @@ func TestNodeAddressesAreCleanedUp(t *testing.T) {
 	a.apply(t, want)
 	b.apply(t, b.plan(t, a, b))
 	a.reach(t, b, newMarker())
+	a.challenge(t, want)
 	a.apply(t, want)
 	const standing = "192.0.2.2/32\nrule 10.244.1.0/24\nrule fd00:0:0:1::/64\n"
 	if got := a.nodeRoutes(t); got != standing {
