@@ -25,11 +25,12 @@ test: build test-vm ## Run all tests: units, network namespaces, a real API serv
 	scripts/tools/build.sh kube-apiserver etcd kubectl
 	go test -timeout 20m ./...
 
-soak: build ## Run the proofs ten times as long as `make test` does (WARREN_SOAK=SEED repeats one of its runs)
-	@scripts/deps.sh test
+soak: build ## Run the proofs ten times as long as `make test` does, also in the guest (WARREN_SOAK=SEED repeats one of its runs)
+	@scripts/deps.sh test vm
 	scripts/tools/build.sh kube-apiserver etcd
 	set -o pipefail; WARREN_SOAK=$${WARREN_SOAK:-1} go test -count=1 -p 1 -timeout 5h -v -run ^TestProof ./daemon ./pkg/internal/proof ./pkg/policy \
 		| tee build/soak.log | grep --line-buffered -E "^(--- |FAIL|ok|panic)|proof: |seed [0-9]|_test.go:"
+	WARREN_SOAK=$${WARREN_SOAK:-1} scripts/vm/run.sh proofs
 
 test-vm: ## Run the mesh's tests on kernel WireGuard in a QEMU guest
 	@scripts/deps.sh test vm

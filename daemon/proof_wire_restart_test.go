@@ -18,9 +18,6 @@ import (
 	"github.com/warren-cni/warren/pkg/lab/tagged"
 )
 
-// lastingFlows is how many connections go on over restarts with endpoints of one family, half of them across nodes.
-const lastingFlows = 100
-
 // lasting is a TCP connection over which a client sends a message and gets it back, again and again.
 type lasting struct {
 	exchanges atomic.Int64
@@ -83,7 +80,7 @@ func (s *stage) restartsCostNothing() {
 	s.reaches(client, near)
 	s.reaches(client, far)
 	var flows []*lasting
-	for i := range lastingFlows {
+	for i := range max(100, soak.Trials(200)) { // half of them across nodes
 		to := []*lab.Pod{near, far}[i%2]
 		flows = append(flows, s.lasts(client.Netns(), to.Addresses[i/2%2]))
 	}
@@ -115,7 +112,7 @@ func (s *stage) restartsCostNothing() {
 	if lost != 0 || broken > 0 {
 		s.t.Errorf("%d of %d packets were lost, %d connections broken", lost, sent, broken)
 	}
-	summary(s.t, "%d kills of both daemons: %d of %d connections broken, %d of %d pings, datagrams and SYNs lost", kills, broken, lastingFlows, lost, sent)
+	summary(s.t, "%d kills of both daemons: %d of %d connections broken, %d of %d pings, datagrams and SYNs lost", kills, broken, len(flows), lost, sent)
 	s.reachedAt()
 	s.restartControl(flows[1], far, client) // over IPv4, across nodes
 }

@@ -19,6 +19,9 @@ var (
 	truly   = netip.MustParseAddr("192.0.2.9")
 )
 
+// bubble tells the time in a test's bubble.
+func bubble() time.Time { return time.Now() } //nolint:forbidigo // it is none of the system's there
+
 // peerAt is the way to one peer.
 type peerAt struct {
 	// shows says whether the peer lets itself be seen at the claimed address, that long after it last had something to answer.
@@ -45,15 +48,15 @@ func (p *peerAt) ask(_ context.Context, addresses []netip.Addr) map[netip.Addr]b
 	if receives {
 		p.answered++
 	}
-	p.last = time.Now()
+	p.last = bubble()
 	return map[netip.Addr]bool{addresses[0]: receives}
 }
 
 func (p *peerAt) interrogate(t *testing.T) []suspect {
 	t.Helper()
-	p.last = time.Now()
+	p.last = bubble()
 	asked := suspect{key: wgtypes.Key{1}, claimed: []netip.Addr{claimed}, asked: netip.MustParseAddr("10.1.0.1")}
-	found, err := interrogate(t.Context(), p, []suspect{asked}, time.Now)
+	found, err := interrogate(t.Context(), p, []suspect{asked}, bubble)
 	if !errors.Is(err, p.err) {
 		t.Errorf("error %v, want %v", err, p.err)
 	}
@@ -111,7 +114,7 @@ func TestInterrogateHonest(t *testing.T) {
 			}
 			p = &peerAt{honest: true, shows: there}
 			silent := &silentAfter{peerAt: p, questions: until}
-			if found, err := interrogate(t.Context(), silent, []suspect{{key: wgtypes.Key{1}, claimed: []netip.Addr{claimed}}}, time.Now); len(found) > 0 || err != nil || p.asked != until {
+			if found, err := interrogate(t.Context(), silent, []suspect{{key: wgtypes.Key{1}, claimed: []netip.Addr{claimed}}}, bubble); len(found) > 0 || err != nil || p.asked != until {
 				t.Errorf("found %+v (error %v), which falls silent after %d questions", found, err, until)
 			}
 		}

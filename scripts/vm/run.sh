@@ -1,28 +1,35 @@
 #!/usr/bin/env bash
 # Runs tests on a stock Debian kernel under QEMU, because that kernel has WireGuard.
-# Usage: scripts/vm/run.sh [PACKAGE[:PATTERN]...]     (PATTERN as of go test -run; no argument: the tests below)
+# Usage: scripts/vm/run.sh [proofs | [userspace=]PACKAGE[:PATTERN]...]     (PATTERN as of go test -run; no argument: all of the tests below)
 # Nothing is installed and no KVM is needed: the kernel is unpacked into build/cache/vm, and stays there for the next run.
-# Tests find WARREN_TEST_WIREGUARD=kernel there, and no API server.
+# Tests find WARREN_TEST_WIREGUARD=kernel there (userspace where that is said), WARREN_SOAK as it is here, and no API server.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-tests=("${@:-./pkg/wgdevice}")
-[ $# -gt 0 ] || tests+=('./pkg/firewall:^TestListBesideALargeSet$'
-  './daemon:^Test(RestartIsNotSeen|DeleteWithoutDaemon|NodeLeaves|EncryptionOffAndOnAgain|Cleanup|TunnelGivesWay|TunnelEnds|ClockIsCorrected)$'
-  './daemon:^Test(EncryptNodeTraffic|NodesOwnTraffic|VerifyProvesAMesh|NodeBehindNAT|ProofForeignInnerSource|ProofNoRouterForStolenNode|ProofNoPlaintextWithoutPeer)$'
-  './daemon:^TestDoctorOnRunningNode$/^as_root_on_the_node$'
+proofs=('./daemon:^TestProof(ForeignInnerSource|NoRouterForStolenNode|NoPlaintextWithoutPeer|ForgedSources|HostileNode|KeyRotationOutlivesCrashes)$'
   './daemon:^TestProof(NoPlaintextInCrashLoops|RestartCostsNothing|PeerHeals|KeyRotation|MTU)$/IPv4'
-  './daemon:^TestProof(NoPlaintextInCrashLoops|MTU)$/IPv6')
+  './daemon:^TestProof(NoPlaintextInCrashLoops|RestartCostsNothing|PeerHeals|MTU)$/IPv6')
+others=('./pkg/wgdevice' './pkg/firewall:^TestListBesideALargeSet$'
+  './daemon:^Test(RestartIsNotSeen|DeleteWithoutDaemon|NodeLeaves|EncryptionOffAndOnAgain|Cleanup|TunnelGivesWay|TunnelEnds|ClockIsCorrected)$'
+  './daemon:^Test(EncryptNodeTraffic|NodesOwnTraffic|VerifyProvesAMesh|NodeBehindNAT)$'
+  './daemon:^TestDoctorOnRunningNode$/^as_root_on_the_node$'
+  'userspace=./daemon:^TestClockIsCorrected$') # this machine's clock is not a test's to set
+case "$*" in
+  '')     tests=("${others[@]}" "${proofs[@]}") ;;
+  proofs) tests=("${proofs[@]}") ;;
+  *)      tests=("$@") ;;
+esac
 # Kernel modules that the tests need. What they depend on is found, what is built in is left out.
 modules=(wireguard veth bridge tun
   nf_tables nft_compat nft_chain_nat nft_ct nft_fib_ipv4 nft_fib_ipv6 nft_limit nft_log nft_masq nft_nat nft_reject_inet nf_conntrack_netlink nfnetlink_log
-  xt_addrtype xt_comment xt_connmark xt_conntrack xt_limit xt_mark xt_MASQUERADE xt_multiport xt_nat xt_NFLOG xt_sctp xt_set xt_statistic xt_tcpudp xt_TCPMSS
+  xt_addrtype xt_comment xt_connmark xt_conntrack xt_limit xt_mark xt_MASQUERADE xt_multiport xt_nat xt_NFLOG xt_sctp xt_set xt_statistic xt_tcpudp xt_TCPMSS nft_numgen
   ipt_REJECT ip6t_REJECT ipt_rpfilter ip6t_rpfilter ip_set_hash_ip ip_set_hash_net ip_set_hash_ipport ip_set_hash_netiface
   ifb sch_ingress sch_tbf cls_u32 act_mirred)
 # Programs that the tests need beside themselves, as names on this machine; busybox has the rest, but its shell would run its
 # own ip rather than that one.
-programs=(sh ip ipset conntrack pgrep tcpdump)
-seconds=1800
+programs=(sh ip ipset conntrack pgrep tcpdump nft)
+minutes=30 # for each run of a test's binary, and for all
+[ -z "${WARREN_SOAK:-}" ] || minutes=150
 
 cache=build/cache/vm
 work=build/vm
@@ -104,15 +111,19 @@ add_programs() {
 
 # add_tests builds the tests, and Warren's programs for those that need them.
 add_tests() {
-  local root=$1 each package binary
+  local root=$1 each mode package binary
   mkdir -p "$root/tests" "$root/programs"
   for each in "${tests[@]}"; do
+    mode=kernel
+    case "$each" in
+      userspace=*) mode=userspace each=${each#userspace=} ;;
+    esac
     package=${each%%:*}
     binary=$(basename "$package")
     [ -e "$root/tests/$binary" ] || CGO_ENABLED=0 go test -c -ldflags '-s -w' -o "$root/tests/$binary" "$package"
     case "$each" in
-      *:*) echo "$binary ${each#*:}" ;;
-      *) echo "$binary ." ;;
+      *:*) echo "$mode $binary ${each#*:}" ;;
+      *) echo "$mode $binary ." ;;
     esac >>"$root/tests/order"
   done
   CGO_ENABLED=0 go build -ldflags '-s -w' -o "$root/programs/warren" ./plugin
@@ -134,11 +145,12 @@ add_programs "$work/root"
 add_tests "$work/root"
 (cd "$work/root" && find . | cpio --quiet --create --format=newc) >"$work/initramfs"
 
+told="console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable TEST_MINUTES=$minutes ${WARREN_SOAK:+WARREN_SOAK=$WARREN_SOAK}"
 status=0
-timeout "$seconds" qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m 3072 -nodefaults -no-reboot -display none -serial stdio \
-  -kernel "$kernel"/boot/vmlinuz-* -initrd "$work/initramfs" -append 'console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable' </dev/null |
+timeout "${minutes}m" qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m 3072 -nodefaults -no-reboot -display none -serial stdio \
+  -kernel "$kernel"/boot/vmlinuz-* -initrd "$work/initramfs" -append "$told" </dev/null |
   sed -u 's/\r//' | tee "$work/log" || status=$?
 if ! grep -qx 'vm: exit status 0' "$work/log"; then
-  echo "vm: the tests failed or did not end within $seconds seconds (status $status); the guest's output is in $work/log" >&2
+  echo "vm: the tests failed or did not end within $minutes minutes (status $status); the guest's output is in $work/log" >&2
   exit 1
 fi

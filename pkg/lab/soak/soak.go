@@ -21,9 +21,12 @@ const (
 	slowness = 10
 )
 
+// Emulated says whether the tests run in a machine of their own, whose processor is emulated.
+func Emulated() bool { return os.Getenv(emulated) != "" }
+
 // Spaced is the time between two packets, or as many times that as an emulated processor needs.
 func Spaced(every time.Duration) time.Duration {
-	if os.Getenv(emulated) != "" {
+	if Emulated() {
 		return slowness * every
 	}
 	return every
@@ -31,7 +34,7 @@ func Spaced(every time.Duration) time.Duration {
 
 // Patience is how long to wait for what takes at most that long, or a few times that on an emulated processor.
 func Patience(limit time.Duration) time.Duration {
-	if os.Getenv(emulated) != "" {
+	if Emulated() {
 		return slowness / 2 * limit
 	}
 	return limit
@@ -48,7 +51,7 @@ func Trials(full int) int {
 // Shared is Trials for each of some variants, which share the trials of a short run. A soak runs all of them of each, and an emulated
 // processor, which has time for one variant alone, all of that one.
 func Shared(full, variants int) int {
-	if os.Getenv(variable) != "" || os.Getenv(emulated) != "" {
+	if os.Getenv(variable) != "" || Emulated() {
 		return Trials(full)
 	}
 	return (Trials(full) + variants - 1) / variants
