@@ -14,8 +14,8 @@ import (
 
 	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/capture"
-	"github.com/warren-cni/warren/pkg/golden"
 	"github.com/warren-cni/warren/pkg/echo"
+	"github.com/warren-cni/warren/pkg/golden"
 	"github.com/warren-cni/warren/pkg/mesh"
 	"github.com/warren-cni/warren/pkg/wgdevice"
 )

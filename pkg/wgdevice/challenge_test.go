@@ -114,8 +114,8 @@ func TestInterrogateHonest(t *testing.T) {
 			}
 			p = &peerAt{honest: true, shows: there}
 			silent := &silentAfter{peerAt: p, questions: until}
-			if found, err := interrogate(t.Context(), silent, []suspect{{key: wgtypes.Key{1}, claimed: []netip.Addr{claimed}}}, bubble); len(found) > 0 || err != nil || p.asked != until {
-				t.Errorf("found %+v (error %v), which falls silent after %d questions", found, err, until)
+			if liars, err := interrogate(t.Context(), silent, []suspect{{key: wgtypes.Key{1}, claimed: []netip.Addr{claimed}}}, bubble); len(liars) > 0 || err != nil || p.asked != until {
+				t.Errorf("found %+v (error %v), which falls silent after %d questions", liars, err, until)
 			}
 		}
 		p = &peerAt{shows: there, honest: true, err: errors.New("the tunnel does not answer")}
