@@ -14,14 +14,14 @@ import (
 	"github.com/containernetworking/plugins/pkg/ns"
 
 	"github.com/warren-cni/warren/pkg/lab"
+	"github.com/warren-cni/warren/pkg/lab/soak"
 )
 
-const (
-	// heldPort is where the servers of held connections listen.
-	heldPort = 8090
-	// heldPause is the longest that nothing may come back on a held connection, on a busy machine.
-	heldPause = 2 * time.Second
-)
+// heldPort is where the servers of held connections listen.
+const heldPort = 8090
+
+// heldPause is the longest that nothing may come back on a held connection, on a busy machine.
+var heldPause = soak.Patience(2 * time.Second)
 
 // held is a connection that a client keeps asking on, over TCP or UDP.
 type held struct {
