@@ -301,15 +301,13 @@ func (p *planner) chainsOf(addresses []netip.Addr) []string {
 	return chains
 }
 
-// endpoints returns the addresses at which the peers are reached.
+// endpoints returns the addresses at which the peers are reached, the zero address for those that come to us.
 func (p *planner) endpoints() []netip.Addr {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var all []netip.Addr
 	for _, peer := range p.config.Peers {
-		if peer.Endpoint.IsValid() {
-			all = append(all, peer.Endpoint.Addr())
-		}
+		all = append(all, peer.Endpoint.Addr())
 	}
 	return all
 }

@@ -48,8 +48,8 @@ type Options struct {
 type Uplink struct {
 	// MTU is that of the link which has the node's address; 0 where it is not known yet, which counts as 1500.
 	MTU int
-	// Less are the endpoints that are reached by a link which carries less, with its MTU. A node says itself where others reach it, so this
-	// concerns the way to that node alone.
+	// Less are the endpoints that are reached by a route which carries less, with its MTU; the zero address stands for nodes whose endpoint
+	// is not known because they come to us. A node says itself where others reach it, so this concerns the way to that node alone.
 	Less map[netip.Addr]int
 }
 

@@ -81,9 +81,10 @@ func options(change ...func(*mesh.Options)) mesh.Options {
 	return o
 }
 
-// less has a smaller link lead to an address.
+// less has a route that carries less lead to an address, or, without one, to those who come from anywhere.
 func less(address string, mtu int) func(*mesh.Options) {
-	return func(o *mesh.Options) { o.Uplink.Less = map[netip.Addr]int{netip.MustParseAddr(address): mtu} }
+	to, _ := netip.ParseAddr(address)
+	return func(o *mesh.Options) { o.Uplink.Less = map[netip.Addr]int{to: mtu} }
 }
 
 func noClusterCIDR(o *mesh.Options) { o.ClusterCIDRs = nil }
@@ -412,6 +413,7 @@ func TestPlanEndpointsAndMTU(t *testing.T) {
 		"smaller link to others": {node(1), node(2), less("192.0.2.3", 1400), "192.0.2.2:51820", 1440, 0},
 		"behind NAT":             {node(1), node(2, behindNAT), nil, "", 1440, 1408},
 		"behind NAT, IPv4 here":  {node(1, addresses("192.0.2.1")), node(2, behindNAT), nil, "", 1440, 0},
+		"behind NAT, less there": {node(1, addresses("192.0.2.1")), node(2, behindNAT), less("", 1400), "", 1440, 1328},
 		"behind NAT, endpoint":   {node(1), node(2, behindNAT, endpoint("203.0.113.7", 0)), nil, "", 1440, 1408},
 		"public address":         {node(1), node(2, endpoint("203.0.113.7", 0)), nil, "203.0.113.7:51820", 1440, 0},
 		"public address, port":   {node(1), node(2, endpoint("203.0.113.7", 4500)), nil, "203.0.113.7:4500", 1440, 0},

@@ -8,14 +8,11 @@ import (
 	"net/netip"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 
 	"github.com/containernetworking/plugins/pkg/netlinksafe"
-	"github.com/google/go-cmp/cmp"
-	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -319,38 +316,21 @@ func TestReadUplink(t *testing.T) {
 			netlink.AddrAdd(lo, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(198, 51, 100, 1), Mask: net.CIDRMask(32, 32)}}),
 			addLink("second", 9000, "203.0.113.1/24"), addLink("third", 1300, "2001:db8:3::1/64"), addLink(mesh.Link, 1280, "192.0.3.1/24"))
 	})
-	// want has what leads to a peer by a smaller link after its address.
-	want := func(mtu int, node netip.Addr, peers ...string) {
-		t.Helper()
-		var addresses []netip.Addr
-		uplink := mesh.Uplink{MTU: mtu, Less: map[netip.Addr]int{}}
-		for _, p := range peers {
-			text, less, smaller := strings.Cut(p, " ")
-			addresses = append(addresses, netip.MustParseAddr(text))
-			if smaller {
-				uplink.Less[addresses[len(addresses)-1]], _ = strconv.Atoi(less)
-			}
-		}
-		got := in(t, n.host, func() (mesh.Uplink, error) { return wgdevice.ReadUplink(node, addresses) })
-		if diff := cmp.Diff(uplink, got, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
-			t.Errorf("ReadUplink(%s, %s) (-want +got):\n%s", node, peers, diff)
-		}
-	}
 	for _, address := range []netip.Addr{v4, v6, netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("192.168.0.1")} {
-		want(1400, address)
+		wantUplink(t, n.host, address, 1400)
 	}
-	want(1400, v4, "203.0.113.9", "192.0.2.7")
-	want(1400, v4, "192.0.2.7", "2001:db8:3::7 1300", "203.0.113.9", "2001:db8:3::8 1300") // no matter to the other ways
-	want(1300, netip.MustParseAddr("2001:db8:3::1"), "192.0.2.7", "2001:db8:3::7")
-	want(9000, netip.MustParseAddr("203.0.113.1"), "192.0.2.7 1400", "198.18.0.1 1400", "203.0.113.9")
-	want(1400, v4, "192.0.3.9") // what leads into the tunnel leads to no node
+	wantUplink(t, n.host, v4, 1400, "203.0.113.9", "192.0.2.7")
+	wantUplink(t, n.host, v4, 1400, "192.0.2.7", "2001:db8:3::7 1300", "203.0.113.9", "2001:db8:3::8 1300") // no matter to the other ways
+	wantUplink(t, n.host, netip.MustParseAddr("2001:db8:3::1"), 1300, "192.0.2.7", "2001:db8:3::7")
+	wantUplink(t, n.host, netip.MustParseAddr("203.0.113.1"), 9000, "192.0.2.7 1400", "198.18.0.1 1400", "203.0.113.9")
+	wantUplink(t, n.host, v4, 1400, "192.0.3.9") // what leads into the tunnel leads to no node
 	n.do(t, func() error {
 		return errors.Join(addLink("half", 1300, "192.0.5.1/25"), addLink("other", 9000, "192.0.5.129/25"))
 	})
-	want(1400, v4, "192.0.5.9 1300", "192.0.5.200") // neighbours, one of which may be hostile
-	want(1400, v4, "192.0.5.200", "192.0.5.9 1300")
+	wantUplink(t, n.host, v4, 1400, "192.0.5.9 1300", "192.0.5.200") // neighbours, one of which may be hostile
+	wantUplink(t, n.host, v4, 1400, "192.0.5.200", "192.0.5.9 1300")
 	n.do(t, func() error { return ipRoute("198.18.0.0/15", 0, unix.RTPROT_STATIC) })
-	want(9000, netip.MustParseAddr("203.0.113.1"), "198.18.0.1") // nowhere
+	wantUplink(t, n.host, netip.MustParseAddr("203.0.113.1"), 9000, "198.18.0.1") // nowhere
 
 	// A default route of several ways, and the node's address on none of their links.
 	n.do(t, func() error {
@@ -367,7 +347,7 @@ func TestReadUplink(t *testing.T) {
 		}
 		return netlink.RouteReplace(&netlink.Route{Dst: &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}, MultiPath: ways})
 	})
-	want(1450, netip.MustParseAddr("198.51.100.1"))
+	wantUplink(t, n.host, netip.MustParseAddr("198.51.100.1"), 1450)
 
 	alone := newHost(t)
 	if _, err := try(alone, func() (mesh.Uplink, error) { return wgdevice.ReadUplink(v4, nil) }); err == nil || !strings.Contains(err.Error(), "no default route") {
@@ -392,14 +372,7 @@ func addLink(name string, mtu int, address string) error {
 	if err != nil {
 		return err
 	}
-	a, err := netlink.ParseAddr(address)
-	if err != nil {
-		return err
-	}
-	if a.IP.To4() == nil {
-		a.Flags = unix.IFA_F_NODAD
-	}
-	return errors.Join(netlink.AddrAdd(link, a), netlink.LinkSetUp(link), netlink.LinkSetUp(peer))
+	return errors.Join(addAddress(name, address), netlink.LinkSetUp(link), netlink.LinkSetUp(peer))
 }
 
 // ipRoute adds a route to the link, or an unreachable one for link 0.
