@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -19,13 +20,23 @@ const (
 	kindNode      = "Node"
 )
 
-// announcer writes Events about problems of policies, Namespaces and Nodes, each by one node. It works beside the loop, because to find
-// out which node reports a policy is to look at all pods.
+// announceAgain is how often what lasts is announced again. An API server forgets an Event an hour after it was written last; with what
+// was said of a Node just before (see refusedEvery) it is never longer than 55 minutes.
+const announceAgain = 40 * time.Minute
+
+// refusedEvery is how often a node says one thing of another Node. It has three owners at most to speak for: itself, the one before it by name,
+// and nobody. That makes as many Events with one reason about an object as are let through for good.
+const refusedEvery = 15 * time.Minute
+
+// announcer writes Events about problems of policies, Namespaces and Nodes, each by as few nodes as will do. It works beside the loop, because
+// to find out which node reports a policy is to look at all pods.
 type announcer struct {
 	self string
-	// reporter is the node that shall report what all nodes see of an object.
-	reporter func(of kube.Reference) string
-	event    func(context.Context, kube.Event)
+	// reporters are the nodes that shall report what all nodes see of an object, which may claim what is an owner's.
+	reporters func(of kube.Reference, owner string) []string
+	event     func(context.Context, kube.Event)
+	// standing are the problems that there are.
+	standing func() []cluster.Problem
 	now      func() time.Time
 	wake     chan struct{}
 	// said is what was said of Nodes. There are only so many Events about an object: a hostile Node must not use them up, by
@@ -36,8 +47,11 @@ type announcer struct {
 	waiting []cluster.Problem
 }
 
-func newAnnouncer(self string, s source, now func() time.Time) *announcer {
-	return &announcer{self: self, reporter: s.Reporter, event: s.Event, now: now, wake: make(chan struct{}, 1)}
+func newAnnouncer(n *node) *announcer {
+	return &announcer{
+		self: n.options.nodeName, reporters: n.source.Reporters, event: n.source.Event, standing: func() []cluster.Problem { return n.outcomeNow().problems },
+		now: n.clock, wake: make(chan struct{}, 1), said: seldom{every: refusedEvery},
+	}
 }
 
 // add has a problem that is new announced.
@@ -51,18 +65,22 @@ func (a *announcer) add(p cluster.Problem) {
 	}
 }
 
-// run announces what is added until the context ends.
+// run announces what is added, and what lasts, until the context ends.
 func (a *announcer) run(ctx context.Context) {
+	again := time.NewTicker(announceAgain)
+	defer again.Stop()
 	for {
+		var problems []cluster.Problem
 		select {
 		case <-ctx.Done():
 			return
+		case <-again.C:
+			problems = a.standing()
 		case <-a.wake:
+			a.mu.Lock()
+			problems, a.waiting = a.waiting, nil
+			a.mu.Unlock()
 		}
-		a.mu.Lock()
-		problems := a.waiting
-		a.waiting = nil
-		a.mu.Unlock()
 		for _, p := range problems {
 			for _, object := range a.objects(p) {
 				a.event(ctx, kube.Event{Object: object, Type: kube.Warning, Reason: p.Code, Message: problemText(p)})
@@ -94,14 +112,12 @@ func (a *announcer) objects(p cluster.Problem) []kube.Reference {
 // reports says whether this node announces a problem of an object.
 func (a *announcer) reports(p cluster.Problem, object kube.Reference) bool {
 	switch {
-	case p.Owner != "": // the Node that was refused may be hostile, and the one whose thing it claims is concerned
-		return p.Owner == a.self
-	case object.Kind == kindNode && (p.Field == "" || strings.HasPrefix(p.Code, codeNodeLacks)):
+	case object.Kind == kindNode && p.Owner == "" && (p.Field == "" || strings.HasPrefix(p.Code, codeNodeLacks)):
 		return object.Name == a.self
 	case p.Code == codeNotApplied: // what this node's kernel refused no other node knows of
 		return true
 	default:
-		return a.reporter(object) == a.self
+		return slices.Contains(a.reporters(object, p.Owner), a.self)
 	}
 }
 
@@ -142,21 +158,19 @@ func (f flow) deniedEvent() (event kube.Event, key string, ok bool) {
 	return event, strings.Join([]string{denied.Pod, f.Direction, peer.String()}, " "), true
 }
 
-// How long what was done counts, and how many keys are remembered.
-const (
-	seldomEvery = 5 * time.Minute
-	seldomKeys  = 4096
-)
+// seldomKeys is how many keys are remembered.
+const seldomKeys = 4096
 
 // seldom tells what was done already in a span of time.
 type seldom struct {
+	every time.Duration
 	since time.Time
 	done  map[string]bool
 }
 
 // due tells whether something was not done yet in this span, and counts it as done. Where too much was done nothing more is due.
 func (s *seldom) due(key string, now time.Time) bool {
-	if s.done == nil || now.Sub(s.since) >= seldomEvery {
+	if s.done == nil || now.Sub(s.since) >= s.every {
 		s.since, s.done = now, map[string]bool{}
 	}
 	if s.done[key] || len(s.done) >= seldomKeys {

@@ -13,18 +13,20 @@ import (
 	"github.com/warren-cni/warren/pkg/kube"
 )
 
-// A problem of an object is announced by one node, once, and again when it has come again.
+// A problem of an object is announced by those nodes that shall, once, again when it has come again, and while it lasts.
 func TestProblemsAreAnnounced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var got []string
+		var standing []cluster.Problem
 		news := &announcer{
 			self: "n1", wake: make(chan struct{}, 1), now: time.Now, //nolint:forbidigo // fake time
-			reporter: func(of kube.Reference) string {
-				return map[string]string{
-					"NetworkPolicy shop/ours": "n1", "NetworkPolicy shop/theirs": "n2", "Namespace /shop": "n1", "Namespace /bar": "n2",
-					"Node /n2": "n1", "Node /n1": "n2",
-				}[of.Kind+" "+of.Namespace+"/"+of.Name]
+			reporters: func(of kube.Reference, owner string) []string {
+				return map[string][]string{
+					"NetworkPolicy shop/ours ": {"n1"}, "NetworkPolicy shop/theirs ": {"n2"}, "Namespace /shop ": {"n1"}, "Namespace /bar ": {"n2"},
+					"Node /n2 ": {"n0", "n1"}, "Node /n1 ": {"n0", "n2"}, "Node /n2 n1": {"n1", "n3"}, "Node /n2 n3": {"n3", "n4"}, "Node /n3 n0": {"n0", "n1"},
+				}[of.Kind+" "+of.Namespace+"/"+of.Name+" "+owner]
 			},
+			standing: func() []cluster.Problem { return standing }, said: seldom{every: refusedEvery},
 			event: func(_ context.Context, e kube.Event) {
 				got = append(got, string(e.Type)+" "+e.Reason+" "+e.Object.Kind+" "+e.Object.Namespace+"/"+e.Object.Name+": "+e.Message)
 			},
@@ -54,6 +56,7 @@ func TestProblemsAreAnnounced(t *testing.T) {
 			claimed("Node n2", "n1"),
 			claimed("Node n2", "n3"),
 			claimed("Node n1", "n2"),
+			claimed("Node n3", "n0"), // whose daemon may be dead
 			problem("NamespaceInvalid", "Namespace shop", "metadata.annotations"),
 			problem("NamespaceInvalid", "Namespace bar", "metadata.annotations"),
 			problem("AdmissionPolicyMissing", "ValidatingAdmissionPolicy warren-publishes-own-key", ""),
@@ -67,6 +70,7 @@ func TestProblemsAreAnnounced(t *testing.T) {
 			"Warning NodeInvalid Node /n2: metadata.annotations: it is wrong; mend it",
 			"Warning NodeWithoutPodCIDR Node /n1: spec.podCIDRs: it is wrong; mend it",
 			"Warning PodCIDROverlap Node /n2: Node n2: spec.podCIDRs[0]: it is wrong; mend it",
+			"Warning PodCIDROverlap Node /n3: Node n3: spec.podCIDRs[0]: it is wrong; mend it",
 			"Warning NamespaceInvalid Namespace /shop: metadata.annotations: it is wrong; mend it",
 		}
 		expect := func(what string, before, now []cluster.Problem, want []string) {
@@ -89,8 +93,23 @@ func TestProblemsAreAnnounced(t *testing.T) {
 			return []cluster.Problem{p}
 		}
 		expect("another claim of the same thing", nil, again("it is wrong, too"), nil)
-		time.Sleep(seldomEvery) //nolint:forbidigo // fake time
+		time.Sleep(refusedEvery) //nolint:forbidigo // fake time
 		expect("the next one, later", nil, again("it is wrong as well"),
 			[]string{"Warning PodCIDROverlap Node /n2: Node n2: spec.podCIDRs[0]: it is wrong as well; mend it"})
+
+		// What lasts is said again before the first Event about it is forgotten, what does not is not.
+		standing = all
+		got = nil
+		time.Sleep(announceAgain) //nolint:forbidigo // fake time
+		synctest.Wait()
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("what lasts (-want +got):\n%s", diff)
+		}
+		standing, got = nil, nil
+		time.Sleep(announceAgain) //nolint:forbidigo // fake time
+		synctest.Wait()
+		if len(got) > 0 {
+			t.Errorf("what is over: %q", got)
+		}
 	})
 }

@@ -41,6 +41,9 @@ const (
 	flowAllowed = "allowed"
 )
 
+// deniedEvery is how often a pod gets an Event about the same peer.
+const deniedEvery = 5 * time.Minute
+
 // flowLog tells of the packets that policies ask to log: a line of JSON for each, and an Event on the pod that was denied
 // something. Whoever reads the lines too slowly misses some, and nothing waits.
 type flowLog struct {
@@ -100,7 +103,7 @@ type flowGap struct {
 func newFlowLog(node string, p flowPlanner, event func(context.Context, kube.Event), out io.Writer, clock func() time.Time) *flowLog {
 	return &flowLog{
 		node: node, planner: p, event: event, out: out, clock: clock,
-		packets: make(chan nflog.Packet, flowQueue), limit: rate.NewLimiter(flowLines, flowBurst),
+		packets: make(chan nflog.Packet, flowQueue), limit: rate.NewLimiter(flowLines, flowBurst), events: seldom{every: deniedEvery},
 	}
 }
 

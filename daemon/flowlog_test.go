@@ -152,7 +152,7 @@ func TestFlowLinesAreBounded(t *testing.T) {
 		if len(wrote.events) != 1 {
 			t.Errorf("%d events", len(wrote.events))
 		}
-		time.Sleep(seldomEvery)
+		time.Sleep(deniedEvery)
 		flood(1)
 		if len(wrote.events) != 2 {
 			t.Errorf("after a while there are %d events", len(wrote.events))
@@ -162,14 +162,14 @@ func TestFlowLinesAreBounded(t *testing.T) {
 
 // What is remembered is bounded, and is forgotten.
 func TestSeldom(t *testing.T) {
-	var s seldom
+	s := seldom{every: time.Minute}
 	now := time.Unix(0, 0)
 	for i := range 2 * seldomKeys {
 		if due := s.due(fmt.Sprint(i), now); due != (i < seldomKeys) {
 			t.Fatalf("key %d is due: %v", i, due)
 		}
 	}
-	if s.due("0", now.Add(seldomEvery-1)) || !s.due("0", now.Add(seldomEvery)) || len(s.done) != 1 {
+	if s.due("0", now.Add(s.every-1)) || !s.due("0", now.Add(s.every)) || len(s.done) != 1 {
 		t.Errorf("it remembers %d keys", len(s.done))
 	}
 }

@@ -33,7 +33,7 @@ type source interface {
 	Refresh(ctx context.Context, namespace, name, uid string) error
 	Publish(ctx context.Context, annotations map[string]string) error
 	Event(ctx context.Context, event kube.Event)
-	Reporter(of kube.Reference) string
+	Reporters(of kube.Reference, owner string) []string
 	Servers(ctx context.Context) ([]netip.Addr, error)
 }
 

@@ -63,7 +63,7 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 	n.cuts = newCutter(n.planner.allows, log)
 	n.trash = newSweeper(leases)
 	n.flows = newFlowLog(o.nodeName, n.planner, objects.Event, os.Stdout, n.clock)
-	n.news = newAnnouncer(o.nodeName, objects, n.clock)
+	n.news = newAnnouncer(n)
 	n.collector = &collector{
 		leases: leases, locks: inflight.In(o.runDir), log: log, clock: n.clock, links: podlink.Links, exists: n.exists,
 		removeChained: func(ctx context.Context, containers ...string) error {

@@ -44,7 +44,7 @@ func (s *told) WaitForSync(context.Context) error                { return nil }
 func (s *told) Problems() []cluster.Problem                      { return nil }
 func (s *told) Publish(context.Context, map[string]string) error { return nil }
 func (s *told) Event(context.Context, kube.Event)                {}
-func (s *told) Reporter(kube.Reference) string                   { return "" }
+func (s *told) Reporters(kube.Reference, string) []string        { return nil }
 func (s *told) Servers(context.Context) ([]netip.Addr, error)    { return s.servers, s.errServers }
 
 func (s *told) Refresh(context.Context, string, string, string) error {
@@ -146,8 +146,9 @@ func newStepped(tb testing.TB, address string, clusterCIDRs ...netip.Prefix) (*n
 	n := &node{
 		options: o, log: slog.New(slog.DiscardHandler), clock: clock, source: s, filter: m, tunnel: noTunnel{}, planner: p,
 		stepped: make(chan struct{}), cuts: newCutter(p.allows, slog.New(slog.DiscardHandler)),
-		flows: newFlowLog(o.nodeName, p, s.Event, io.Discard, clock), news: newAnnouncer(o.nodeName, s, clock),
+		flows: newFlowLog(o.nodeName, p, s.Event, io.Discard, clock),
 	}
+	n.news = newAnnouncer(n)
 	n.loop = reconcile.New(n.step, resync, n.clock)
 	own := netip.MustParsePrefix("10.244.1.0/24")
 	s.delta.Nodes["node-1"] = &cluster.Node{Name: "node-1", PodCIDRs: []netip.Prefix{own}, Addresses: []netip.Addr{netip.MustParseAddr(address)}}

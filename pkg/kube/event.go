@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"log/slog"
+	"strings"
 	"sync"
 
 	corev1 "k8s.io/api/core/v1"
@@ -18,8 +19,8 @@ import (
 // component is what the Events of this program say that they come from.
 const component = "warren"
 
-// eventsOfObject is how many different Events about one object are written at once; later ones follow one in five minutes. Equal
-// ones raise a count.
+// eventsOfObject is how many different Events with one reason about one object are written at once; later ones follow one in five minutes.
+// Equal ones raise a count.
 const eventsOfObject = 10
 
 // Event is something that whoever looks at an object shall see (kubectl describe, kubectl events).
@@ -68,20 +69,20 @@ func (d *Directory) Event(_ context.Context, e Event) {
 	d.events.write(e)
 }
 
-// Reporter returns the node that shall write an Event about an object, so that only one does. Of a policy that is the first by name
-// among the nodes with a pod that the policy selects, or else among all; of a Namespace the same with its pods; of a Node the
-// first that is another, if there is one. It is empty where there is no such object or no node.
-func (a *API) Reporter(of Reference) string {
+// Reporters returns the nodes that shall write an Event about an object. Of a policy that is the first by name among the nodes with a pod
+// that the policy selects, or else among all; of a Namespace the same with its pods. Of a Node they are two, as far as there are: the owner of
+// what the Node claims, where it is somebody's, and one that is neither. There are none where there is no such object or no node.
+func (a *API) Reporters(of Reference, owner string) []string {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.store.reporter(of)
+	return a.store.reporters(of, owner)
 }
 
-// Reporter returns the node that shall write an Event about an object, as that of an API does.
-func (d *Directory) Reporter(of Reference) string {
+// Reporters returns the nodes that shall write an Event about an object, as that of an API does.
+func (d *Directory) Reporters(of Reference, owner string) []string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.store.reporter(of)
+	return d.store.reporters(of, owner)
 }
 
 // events hands Events to a sink, in the background.
@@ -92,12 +93,21 @@ type events struct {
 
 // run begins to write Events as the node, until the context ends.
 func (e *events) run(ctx context.Context, node string, sink record.EventSink) {
-	broadcaster := record.NewBroadcaster(record.WithContext(ctx), record.WithCorrelatorOptions(record.CorrelatorOptions{BurstSize: eventsOfObject}))
+	broadcaster := record.NewBroadcaster(record.WithContext(ctx), record.WithCorrelatorOptions(record.CorrelatorOptions{
+		BurstSize: eventsOfObject, SpamKeyFunc: limitedWith,
+	}))
 	broadcaster.StartRecordingToSink(sink)
 	source := corev1.EventSource{Component: component, Host: node}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.recorder = broadcaster.NewRecorder(runtime.NewScheme(), source).WithLogger(klog.FromContext(ctx))
+}
+
+// limitedWith returns what is equal for Events that are limited together. By default they are for all reasons, and who is wrong in one way
+// again and again would be told of no other.
+func limitedWith(e *corev1.Event) string {
+	o := e.InvolvedObject
+	return strings.Join([]string{o.Kind, o.Namespace, o.Name, string(o.UID), e.Reason}, " ")
 }
 
 func (e *events) write(event Event) {

@@ -86,8 +86,15 @@ func TestDirectoryLogsEvents(t *testing.T) {
 	}
 	d.Event(ctx, denied("api-1", "again"))
 	d.Event(ctx, denied("api-1", "again"))
-	d.Event(ctx, denied("api-1", "other"))
-	for _, want := range []string{"message=again", "message=other"} {
+	for i := range 2 * eventsOfObject { // as many as nobody shall keep from being told of another kind
+		d.Event(ctx, denied("api-1", fmt.Sprint("different-", i)))
+	}
+	d.Event(ctx, Event{Reference{Kind: "Pod", Namespace: "shop", Name: "api-1"}, Warning, "Other", "other"})
+	wanted := []string{"message=again"}
+	for i := range eventsOfObject - 2 { // the same one counted twice
+		wanted = append(wanted, fmt.Sprint("message=different-", i))
+	}
+	for _, want := range append(wanted, "message=other") {
 		select {
 		case line := <-lines:
 			if !strings.Contains(line, want) || !strings.Contains(line, "level=INFO") || !strings.Contains(line, "namespace=shop name=api-1") {
@@ -112,11 +119,12 @@ func (l logLines) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-func TestReporter(t *testing.T) {
+func TestReporters(t *testing.T) {
 	pod := func(name, node, more string) string {
 		return strings.NewReplacer("api-1", name, "nodeName: n1", "nodeName: "+node+more).Replace(podYAML) + "---\n"
 	}
 	nodes := nodeYAML + "---\n" + strings.Replace(nodeYAML, "n1", "n0", 1) + "---\n"
+	more := nodes + strings.Replace(nodeYAML, "n1", "n3", 1) + "---\n" + strings.Replace(nodeYAML, "n1", "n2", 1) + "---\n"
 	deny := Reference{Kind: "NetworkPolicy", Namespace: "shop", Name: "deny"}
 	ofNode := func(name string) Reference { return Reference{Kind: "Node", Name: name} }
 	const shopYAML = "{apiVersion: v1, kind: Namespace, metadata: {name: shop}}\n---\n"
@@ -135,8 +143,9 @@ func TestReporter(t *testing.T) {
 		"a pod without a node":  {nodes + strings.Replace(pod("a", "n3", ""), "nodeName: n3, ", "", 1) + policyYAML, deny, "n0"},
 		"a policy that is gone": {nodes + pod("a", "n3", ""), deny, ""},
 		"no node":               {policyYAML, deny, ""},
-		"a node":                {nodes, ofNode("n1"), "n0"},
-		"the first node":        {nodes + pod("a", "n0", ""), ofNode("n0"), "n1"},
+		"a node":                {more, ofNode("n1"), "n0 n2"},
+		"the first node":        {more + pod("a", "n0", ""), ofNode("n0"), "n1 n2"},
+		"one of two nodes":      {nodes, ofNode("n0"), "n1 n0"},
 		"the only node":         {nodeYAML, ofNode("n1"), "n1"},
 		"a node that is gone":   {nodes, ofNode("n9"), ""},
 		"a namespace":           {nodes + shopYAML + pod("a", "n3", "") + pod("b", "n2", ""), shop, "n2"},
@@ -148,9 +157,23 @@ func TestReporter(t *testing.T) {
 			if problems := d.Problems(); len(problems) > 0 {
 				t.Fatal(problems)
 			}
-			if got := d.Reporter(test.object); got != test.want {
+			if got := strings.Join(d.Reporters(test.object, ""), " "); got != test.want {
 				t.Errorf("got %q, want %q", got, test.want)
 			}
 		})
+	}
+
+	// What a Node claims of another's they both write that are neither hostile nor dead, if one of all nodes is.
+	d := newDirectory(t, map[string]string{"a.yaml": more})
+	for _, test := range []struct{ refused, owner, want string }{
+		{"n1", "n2", "n2 n3"}, {"n1", "n3", "n3 n0"}, {"n1", "n0", "n0 n2"}, {"n0", "n3", "n3 n1"}, {"n3", "n2", "n2 n0"}, {"n1", "n2-is-gone", "n3 n0"},
+	} {
+		if got := strings.Join(d.Reporters(ofNode(test.refused), test.owner), " "); got != test.want {
+			t.Errorf("of %s that claims what is %s's: got %q, want %q", test.refused, test.owner, got, test.want)
+		}
+	}
+	d = newDirectory(t, map[string]string{"a.yaml": nodes})
+	if got := strings.Join(d.Reporters(ofNode("n0"), "n1"), " "); got != "n1 n0" {
+		t.Errorf("of one of two nodes: got %q", got)
 	}
 }

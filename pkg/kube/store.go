@@ -87,38 +87,50 @@ func (s *store) uid(r Reference) string {
 	return ""
 }
 
-// reporter returns the first node by name among those with a pod that the object concerns, or else among all but the object.
-func (s *store) reporter(of Reference) string {
+// reporters returns the nodes that write an Event about an object: two about a Node that is refused for an owner's sake, where there is one,
+// and of another object the first by name among those with a pod that it concerns, or else among all.
+func (s *store) reporters(of Reference, owner string) []string {
 	concerns, ok := s.concerned(of)
 	if !ok {
-		return ""
+		return nil
 	}
-	first := ""
-	consider := func(node string) {
-		if first == "" || (node != "" && node < first) {
-			first = node
-		}
+	if of.Kind == kindNode {
+		return s.witnesses(of.Name, owner)
 	}
+	var with, all []string
 	for _, pod := range s.pods.objects {
-		if concerns(pod) && !pod.HostNetwork && !pod.Finished {
-			consider(pod.Node)
+		if concerns(pod) && !pod.HostNetwork && !pod.Finished && pod.Node != "" {
+			with = append(with, pod.Node)
 		}
-	}
-	if first != "" {
-		return first
 	}
 	for _, node := range s.nodes.objects {
-		if of.Kind != kindNode || of.Name != node.Name {
-			consider(node.Name)
+		all = append(all, node.Name)
+	}
+	for _, nodes := range [][]string{with, all} {
+		if len(nodes) > 0 {
+			return []string{slices.Min(nodes)}
 		}
 	}
-	if first == "" && of.Kind == kindNode {
-		return of.Name // it is alone
-	}
-	return first
+	return nil
 }
 
-// concerned returns what tells the pods that an object concerns; it is false where there is no such object.
+// witnesses returns the owner of what a Node claims and the next one by name, in a circle that begins at the first where there is no owner.
+// One of them may be a liar, or have no daemon that runs. The Node itself, which may be hostile, is one only where there are not two others.
+// No witness has more than two owners to speak for, so that who claims what is everybody's does not keep him from speaking for one.
+func (s *store) witnesses(refused, owner string) []string {
+	var others []string
+	for _, node := range s.nodes.objects {
+		if node.Name != refused {
+			others = append(others, node.Name)
+		}
+	}
+	slices.Sort(others)
+	at, _ := slices.BinarySearch(others, owner)
+	circle := slices.Concat(others[at:], others[:at], []string{refused})
+	return circle[:min(2, len(circle))]
+}
+
+// concerned returns what tells the pods that an object concerns, nil for a Node; it is false where there is no such object.
 func (s *store) concerned(of Reference) (concerns func(*cluster.Pod) bool, ok bool) {
 	k := cluster.Key{Namespace: of.Namespace, Name: of.Name}
 	switch of.Kind {
@@ -130,7 +142,7 @@ func (s *store) concerned(of Reference) (concerns func(*cluster.Pod) bool, ok bo
 		return func(p *cluster.Pod) bool { return p.Namespace == of.Name }, ok
 	case kindNode:
 		_, ok = s.nodes.objects[k]
-		return func(*cluster.Pod) bool { return false }, ok
+		return nil, ok
 	default:
 		return nil, false
 	}
