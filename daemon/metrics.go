@@ -47,7 +47,7 @@ func newMetrics(n *node) *metrics {
 		denied: desc("denied_packets_total",
 			"Packets that no policy of an isolated pod allows, by each policy that isolates it and the direction.", "policy", "direction"),
 		dropped:        desc("dropped_packets_total", "Packets that the rules drop which stand whatever the policies, by reason.", "reason"),
-		clear:          desc("clear_packets_total", "Packets of pods that left the node unencrypted as they are meant to, by where they went.", "destination"),
+		clear:          desc("clear_packets_total", "Packets of pods, and without encryption all to pods of other nodes, that left the node unencrypted as they are meant to, by where they went.", "destination"),
 		flowLines:      desc("flow_log_lines_total", "Packets that got a line in the log because a policy asks for it."),
 		flowSuppressed: desc("flow_log_suppressed_total", "Packets that got none because there were too many."),
 		handshake:      desc("peer_handshake_age_seconds", "Time since the last handshake with a node, +Inf before the first.", "node"),

@@ -9,8 +9,8 @@ import (
 	"github.com/warren-cni/warren/pkg/netfilter"
 )
 
-// What a pod sends that no tunnel carries counts once, as what it is; what is encrypted, stays on the node, is dropped or is not a
-// pod's does not count.
+// What a pod sends that no tunnel carries counts once, as what it is, and so does without encryption what others send to a remote pod; what is
+// encrypted, stays on the node, is dropped or is neither from nor to a pod does not count.
 func TestInClear(t *testing.T) {
 	const toPod, toNode, outside = "in clear: to a pod of another node", "in clear: to a node", "in clear: out of the cluster"
 	on, off := dual(), changed(func(c *guard.Config) { c.Encrypted = false })
@@ -30,6 +30,10 @@ func TestInClear(t *testing.T) {
 		{"to a local pod", on, route("wrn1", "wrn2", "10.244.1.7", "10.244.1.3"), ""},
 		{"the node's own", on, route("", "eth0", "192.168.0.1", "192.168.0.2"), ""},
 		{"to a remote pod, encryption off", off, route("wrn1", "eth0", "10.244.1.7", "10.244.2.9"), toPod},
+		{"the node's own to a remote pod, encryption off", off, route("", "eth0", "192.168.0.1", "10.244.2.9"), toPod},
+		{"the node's own to a remote pod, encryption off, IPv6", off, route("", "eth0", "fc00::1", "fd00:10:244:2::9"), toPod},
+		{"a NodePort's remote pod, encryption off", off, route("eth0", "eth0", "192.0.2.7", "10.244.2.9"), toPod},
+		{"the node's own to another node, encryption off", off, route("", "eth0", "192.168.0.1", "192.168.0.2"), ""},
 		{"to another node, encryption off", off, route("wrn1", "eth0", "10.244.1.7", "192.168.0.2"), toNode},
 	} {
 		filter := load(t, guard.Compile(c.config))[netfilter.FamilyOf(c.packet.Src)]

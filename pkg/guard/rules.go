@@ -124,14 +124,10 @@ func (p plan) guard() []netfilter.Rule {
 	if p.encrypted {
 		rules = append(rules, rule("encrypted", "-o "+link+" "+goesOn()+" -j RETURN"))
 	}
-	fences := p.fence
-	if !p.encrypted {
-		fences = literal(p.own) // remote pods are behind the uplink then, addresses that no local pod has are not
-	}
 	rules = append(rules, rule("to a pod of this node", "-o wrn+ "+goesOn()+" -j RETURN"))
-	if len(fences) == 1 && fences[0].prefix.Bits() > 0 { // one rule cannot name more, and iptables-nft not the opposite of everything
+	if len(p.fence) == 1 && p.fence[0].prefix.Bits() > 0 { // one rule cannot name more, and iptables-nft not the opposite of everything
 		// By UDP alone, as the tunnel: an error of ICMP may be about a connection that was cut.
-		rules = append(rules, rule("no pod's, as what the tunnel sends", "! -i wrn+ ! -o wrn+ -p udp ! -d "+fences[0].prefix.String()+" -j RETURN"))
+		rules = append(rules, rule("no pod's, as what the tunnel sends", "! -i wrn+ ! -o wrn+ -p udp ! -d "+p.fence[0].prefix.String()+" -j RETURN"))
 	}
 	rules = append(rules, cut(), rule("new connections", "-m conntrack ! --ctstate ESTABLISHED,RELATED -j "+judgedChain))
 	if p.encrypted {
@@ -140,13 +136,18 @@ func (p plan) guard() []netfilter.Rule {
 	rules = append(rules,
 		rule("to a pod of this node", "-o wrn+ -j RETURN"),
 		rule("to the node itself", "-o lo -j RETURN"))
+	fences := p.fence
+	if !p.encrypted {
+		fences = literal(p.own) // remote pods are behind the uplink then, addresses that no local pod has are not
+	}
 	for _, f := range fences {
 		rules = append(rules, matching("never in clear", f.match("dst"), "-j DROP"))
 	}
 	return append(rules, p.count()...)
 }
 
-// count counts what a pod sends that no tunnel carries. What is meant to leave with the pod's own address, and what is translated, no rule
+// count counts what a pod sends that no tunnel carries, and without encryption what the node itself and others send to a remote pod, which
+// the tunnel would carry. What is meant to leave with the pod's own address, and what is translated, no rule
 // here decides about. Anything else would show the pod's address on the wire: a connection that the tunnel carried until its way there
 // went, to a node that pods reach through it, or one that began while another program had taken our translation away. Conntrack
 // translates no connection but with its first packet.
@@ -154,7 +155,7 @@ func (p plan) count() []netfilter.Rule {
 	var rules []netfilter.Rule
 	if !p.encrypted {
 		for _, f := range p.fence {
-			rules = append(rules, matching("in clear: to a pod of another node", append([]string{"-i", "wrn+"}, f.match("dst")...), "-j RETURN"))
+			rules = append(rules, matching("in clear: to a pod of another node", f.match("dst"), "-j RETURN"))
 		}
 		return append(rules, p.countTo("")...)
 	}
