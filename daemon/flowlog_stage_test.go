@@ -149,7 +149,7 @@ func TestFloodOfDeniedPackets(t *testing.T) {
 
 	began, spent := time.Now(), cpuTime(t, s.daemons[0].PID())
 	for _, address := range asked.Addresses {
-		datagrams(t, stranger, netip.AddrPortFrom(address, port), flood/2)
+		datagrams(t, stranger.Netns(), netip.AddrPortFrom(address, port), flood/2)
 	}
 	s.eventually(func() error {
 		if got := s.metric(denied) - before; got < flood {
@@ -209,10 +209,10 @@ func (s *stage) metric(name string) float64 {
 	return -1
 }
 
-// datagrams sends datagrams from a pod.
-func datagrams(t *testing.T, from *lab.Pod, to netip.AddrPort, count int) {
+// datagrams sends datagrams from a pod or a node.
+func datagrams(t *testing.T, from ns.NetNS, to netip.AddrPort, count int) {
 	t.Helper()
-	err := from.Netns().Do(func(ns.NetNS) error {
+	err := from.Do(func(ns.NetNS) error {
 		socket, err := new(net.Dialer).DialContext(t.Context(), "udp", to.String())
 		if err != nil {
 			return err

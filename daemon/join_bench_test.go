@@ -137,17 +137,17 @@ func startTunnel(b *testing.B) {
 }
 
 // crowdNode returns the node of that number, with the key of a number.
-func crowdNode(b *testing.B, number, key int) *cluster.Node {
-	b.Helper()
+func crowdNode(tb testing.TB, number, key int) *cluster.Node {
+	tb.Helper()
 	name, high, low := fmt.Sprintf("crowd-%05d", number), byte((number+1)>>8), byte(number+1)
 	private := [32]byte{31: 0x40, 1: byte((key + 1) >> 8), 2: byte(key + 1)}
 	public, err := ecdh.X25519().NewPrivateKey(private[:])
 	if err != nil {
-		b.Fatal(err)
+		tb.Fatal(err)
 	}
 	proof, err := keyproof.Sign(private, name, name)
 	if err != nil {
-		b.Fatal(err)
+		tb.Fatal(err)
 	}
 	return &cluster.Node{
 		Name: name, UID: name, Created: time.Unix(int64(number), 0),

@@ -2,12 +2,17 @@ package main
 
 import (
 	"fmt"
+	"net"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/warren-cni/warren/pkg/lab"
+	"github.com/warren-cni/warren/pkg/lab/tagged"
 	"github.com/warren-cni/warren/pkg/mesh"
 	"github.com/warren-cni/warren/pkg/wgdevice"
 )
@@ -32,7 +37,7 @@ func TestPeersByNode(t *testing.T) {
 	}
 }
 
-// A node's metrics tell of its peers, of each guard, and of what its pods send in clear.
+// A node's metrics tell of its peers, of each guard that stops something, and of what its pods send in clear.
 func TestMetricsOfTheMesh(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, "wdmetrics", 2)
@@ -47,38 +52,114 @@ func TestMetricsOfTheMesh(t *testing.T) {
 	for i := range s.Nodes {
 		s.ready(i)
 	}
-	client := s.pod(0, "client")
-	s.reaches(client, s.pod(1, "server"))
-	above := func(series string, least float64) {
-		t.Helper()
-		s.eventually(func() error {
-			if value := s.metric(series); value < least {
-				return fmt.Errorf("%s is %v, want %v", series, value, least)
-			}
-			return nil
-		})
-	}
-	above("warren_encryption_enabled", 1)
-	above(`warren_peer_received_bytes_total{node="node-2"}`, 200)
-	above(`warren_peer_sent_bytes_total{node="node-2"}`, 200)
+	client, server := s.pod(0, "client"), s.pod(1, "server")
+	s.reaches(client, server)
+	s.grows("warren_encryption_enabled", 0, 1)
+	s.grows(`warren_peer_received_bytes_total{node="node-2"}`, 0, 200)
+	s.grows(`warren_peer_sent_bytes_total{node="node-2"}`, 0, 200)
 	if age := s.metric(`warren_peer_handshake_age_seconds{node="node-2"}`); age < 0 || age > 60 {
 		t.Errorf("the handshake's age is %v", age)
 	}
-	for _, reason := range []string{"never in clear", "no connection to judge by", "a pod's address comes by the tunnel only", "not routed for other nodes"} {
-		above(`warren_dropped_packets_total{reason="`+reason+`"}`, 0)
+	for where, to := range map[string][]netip.Addr{"node": s.Nodes[1].Addresses, "world": outside()} {
+		s.counts(`warren_clear_packets_total{destination="`+where+`"}`, 2, func() { each(t, client.Netns(), to) })
 	}
-	for _, where := range []string{"node", "world"} {
-		above(`warren_clear_packets_total{destination="`+where+`"}`, 0)
-	}
-	const each = 7
-	for _, to := range [][]netip.Addr{s.Nodes[1].Addresses, outside()} {
-		for _, address := range to {
-			for range each { // each by its own socket, which meets no error for another
-				datagrams(t, client, netip.AddrPortFrom(address, 9), 1)
+
+	fromPod := newLiar(t, client).sender
+	fromWire, fromPeer := s.senderBy(s.Wire(), lab.WireLink, s.Nodes[0].MAC), s.senderBy(s.Nodes[1].Netns(), "warren0", net.HardwareAddr{})
+	send := func(by *tagged.Sender, stray bool, from, to []netip.Addr) {
+		t.Helper()
+		for family := range from {
+			shot := tagged.Shot{Tag: tagForbidden, Protocol: tagged.ICMP, Src: from[family], Dst: to[family], Port: port, Stray: stray}
+			if err := by.Send(shot); err != nil {
+				t.Fatal(err)
 			}
 		}
 	}
-	for _, where := range []string{"node", "world"} {
-		above(`warren_clear_packets_total{destination="`+where+`"}`, 2*each)
+	// Ways past the tunnel to addresses of the other node's pods.
+	past := parsed("10.244.2.200", "fd00:10:244:2::c8")
+	for family, command := range []string{"ip -4", "ip -6"} {
+		way := fmt.Sprintf("%s route add %s via %s dev eth0", command, past[family], s.Nodes[1].Addresses[family])
+		if _, err := s.Nodes[0].Run(t.Context(), strings.Fields(way)...); err != nil {
+			t.Fatal(err)
+		}
 	}
+	hosts := []string{outside()[0].String() + "/32", outside()[1].String() + "/128"}
+	for reason, stopped := range map[string]func(){
+		"never in clear":                           func() { each(t, client.Netns(), past) },
+		"no connection to judge by":                func() { send(fromPod, true, client.Addresses, outside()) },
+		"a pod sends from its own address only":    func() { send(fromPod, false, outside(), server.Addresses) },
+		"a pod's address comes by the tunnel only": func() { send(fromWire, false, server.Addresses, client.Addresses) },
+		"not routed for other nodes": func() {
+			s.allowKey(1, s.status(1).Peers[0].PublicKey, hosts...) // until its own daemon takes it back
+			send(fromPeer, false, server.Addresses, outside())
+		},
+	} {
+		s.counts(`warren_dropped_packets_total{reason="`+reason+`"}`, 2, stopped)
+	}
+}
+
+// Without encryption what goes to a pod of another node counts as clear, whether a pod or the node itself sends it.
+func TestMetricsWithoutEncryption(t *testing.T) {
+	t.Parallel()
+	s := newStage(t, "wdmetoff", 2)
+	for i, node := range s.Nodes {
+		var err error
+		s.daemons[i], err = node.StartDaemon(t.Context(), nil, "--encryption", "off", "--metrics-address", "127.0.0.1:9476")
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i, node := range s.Nodes {
+		if err := node.Ready(t.Context(), s.daemons[i], 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	client, server := s.pod(0, "client"), s.pod(1, "server")
+	s.reaches(client, server)
+	for _, from := range []ns.NetNS{client.Netns(), s.Nodes[0].Netns()} {
+		s.counts(`warren_clear_packets_total{destination="pod"}`, 2, func() { each(t, from, server.Addresses) })
+	}
+}
+
+// each sends a datagram to each address, by a socket of its own, which meets no error for another.
+func each(t *testing.T, from ns.NetNS, to []netip.Addr) {
+	t.Helper()
+	for _, address := range to {
+		datagrams(t, from, netip.AddrPortFrom(address, 9), 1)
+	}
+}
+
+// senderBy sends by a link of a namespace.
+func (s *stage) senderBy(space ns.NetNS, link string, to net.HardwareAddr) *tagged.Sender {
+	s.t.Helper()
+	sender, err := tagged.NewSenderBy(space, link, to)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { _ = sender.Close() })
+	return sender
+}
+
+// counts demands that a series of the first node's counts what is sent, in both families, several times.
+func (s *stage) counts(series string, atLeast float64, send func()) {
+	s.t.Helper()
+	before := s.metric(series)
+	if before < 0 {
+		s.t.Errorf("there is no %s", series)
+	}
+	for range 7 {
+		send()
+	}
+	s.grows(series, before, 7*atLeast)
+}
+
+// grows waits until a series of the first node's is by so much more than before.
+func (s *stage) grows(series string, before, by float64) {
+	s.t.Helper()
+	s.eventually(func() error {
+		if value := s.metric(series); value < before+by {
+			return fmt.Errorf("%s is %v, want %v", series, value, before+by)
+		}
+		return nil
+	})
 }

@@ -150,3 +150,18 @@ func TestGuardsFollowPodCIDRs(t *testing.T) {
 		}
 	}
 }
+
+// The uplink is asked for the ways to all peers, also to those that come to us from an endpoint which is not known.
+func TestEndpointsOfPeers(t *testing.T) {
+	p := newPlanner(planning{nodeName: "self", encryptionMode: true, port: 51820})
+	other, behindNAT := crowdNode(t, 1, 1), crowdNode(t, 2, 2)
+	behindNAT.WireGuard.BehindNAT = true
+	delta := cluster.NewDelta()
+	for _, node := range []*cluster.Node{other, behindNAT, {Name: "self", PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.255.0.0/24")}}} {
+		delta.Nodes[node.Name] = node
+	}
+	p.plan(p.learn(delta, cluster.Attachments{}), mesh.Uplink{MTU: 1500})
+	if got, want := p.endpoints(), []netip.Addr{other.Addresses[0], {}}; !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+}

@@ -166,19 +166,25 @@ func (v *villainy) breaksLoose() *tagged.Sender {
 // allow adds to what a node takes from a peer and sends to it.
 func (v *villainy) allow(at, peer int, prefixes ...string) {
 	v.t.Helper()
-	key, err := wgtypes.ParseKey(v.nodes[peer].Annotations[kube.AnnotationPublicKey])
+	v.allowKey(at, v.nodes[peer].Annotations[kube.AnnotationPublicKey], prefixes...)
+}
+
+// allowKey adds to what a node takes from a peer of its tunnel and sends to it.
+func (s *stage) allowKey(at int, publicKey string, prefixes ...string) {
+	s.t.Helper()
+	key, err := wgtypes.ParseKey(publicKey)
 	if err != nil {
-		v.t.Fatal(err)
+		s.t.Fatal(err)
 	}
 	var allowed []net.IPNet
 	for _, text := range prefixes {
 		_, prefix, _ := net.ParseCIDR(text)
 		allowed = append(allowed, *prefix)
 	}
-	err = v.Nodes[at].WireGuard(func(c *wgctrl.Client) error {
+	err = s.Nodes[at].WireGuard(func(c *wgctrl.Client) error {
 		return c.ConfigureDevice("warren0", wgtypes.Config{Peers: []wgtypes.PeerConfig{{PublicKey: key, UpdateOnly: true, AllowedIPs: allowed}}})
 	})
 	if err != nil {
-		v.t.Fatal(err)
+		s.t.Fatal(err)
 	}
 }
