@@ -35,7 +35,7 @@ const (
 It sends probes of its own, which carry a random marker, to every other node through the tunnel: from the first address of this
 node's podCIDRs to the first address of the other's, which its kernel answers. Meanwhile it captures all links that lead out of the
 node, in both directions and both families, and counts packets that carry the marker or a pod's address in clear (there must be
-none) and WireGuard's own. Before and after it asks the daemon whether guards, rules, sets and peers stand as planned.
+none) and WireGuard's own. Before and after it asks the daemon whether guards, rules, sets, peers and routes stand as planned.
 
 A packet in clear that was received was let out by another node, or forged by somebody on the way; the guards drop it.
 

@@ -82,7 +82,11 @@ func (n *node) verify(ctx context.Context) agentapi.Response {
 	if err != nil {
 		return refuse(types.ErrTryAgainLater, fmt.Errorf("comparing the kernel with the plan: %w", err))
 	}
-	f.Drift = append(f.Drift, n.tunnelDrift(ctx)...)
+	tunnel, err := n.tunnelDrift(ctx)
+	if err != nil {
+		return refuse(types.ErrTryAgainLater, fmt.Errorf("comparing the routes with the plan: %w", err))
+	}
+	f.Drift = append(f.Drift, tunnel...)
 	text, err := json.Marshal(f)
 	if err != nil {
 		return refuse(types.ErrInternal, fmt.Errorf("writing the facts: %w", err))
@@ -134,27 +138,30 @@ func ofRules(d firewall.Difference, rules *netfilter.Rules) bool {
 		slices.ContainsFunc(rules.Sets, func(s netfilter.Set) bool { return s.Name == d.Set })
 }
 
-// tunnelDrift compares the device with the plan. What a step changes meanwhile is no difference.
-func (n *node) tunnelDrift(ctx context.Context) []string {
+// tunnelDrift compares the device and the routes with the plan. What a step changes meanwhile is no difference.
+func (n *node) tunnelDrift(ctx context.Context) ([]string, error) {
 	if !n.options.encryptionMode {
-		return nil
+		return nil, nil
 	}
-	look := func() []string {
+	look := func() ([]string, error) {
 		device, err := n.tunnel.Status(ctx)
 		if err != nil {
-			return nil // it is a problem of the status already, and nothing is proven
+			return nil, nil //nolint:nilerr // it is a problem of the status already, and nothing is proven
 		}
-		return peerDrift(n.outcomeNow().mesh.Peers, device.Peers)
+		planned := n.outcomeNow().mesh
+		routes, err := n.tunnel.RouteDrift(planned, device.Peers)
+		return slices.Concat(peerDrift(planned.Peers, device.Peers), routes), err
 	}
-	before := look()
-	if len(before) == 0 {
-		return nil
+	before, err := look()
+	if err != nil || len(before) == 0 {
+		return nil, err
 	}
 	select {
 	case <-ctx.Done():
 	case <-time.After(settleFor):
 	}
-	return slices.DeleteFunc(look(), func(text string) bool { return !slices.Contains(before, text) })
+	after, err := look()
+	return slices.DeleteFunc(after, func(text string) bool { return !slices.Contains(before, text) }), err
 }
 
 // peerDrift tells where the peers of a device are not as planned. A node that changes its key is two peers, of which either may hold

@@ -131,6 +131,7 @@ for family in -4 -6; do ip $family route flush proto 87; done`
 			"fd00:10:244:1::1 -> fd00:10:244:2::1, protocol 58, with the marker",
 			fmt.Sprintf("%s -> %s, protocol 6", client.Addresses[0], server.Addresses[0]),
 			"a guard does not stand as planned: chain WARREN-GUARD in mangle table (ipv4)",
+			"the kernel is not as planned: the route to 10.244.2.0/24 is missing", "the kernel is not as planned: the unreachable route to fd00:10:244::/48 is missing",
 		} {
 			if status != 1 || !strings.Contains(out, want) {
 				return fmt.Errorf("status %d, no %q:\n%s", status, want, out)
@@ -138,6 +139,45 @@ for family in -4 -6; do ip $family route flush proto 87; done`
 		}
 		return nil
 	})
+	s.eventually(func() error {
+		if v, status := s.verified(); status != 0 {
+			return fmt.Errorf("not repaired: %d %+v", status, v)
+		}
+		return nil
+	})
+}
+
+// Routes that lead pods' packets past the tunnel are found although the guard stands, which drops them: those of Warren that somebody
+// redirects, until the audit, and those of others that go before them.
+func TestVerifyFindsRedirectedRoutes(t *testing.T) {
+	t.Parallel()
+	s := running(t, "wdvroute", 2)
+	s.reaches(s.pod(0, "client"), s.pod(1, "server"))
+	s.healthy(0)
+	if v, status := s.verified(); status != 0 {
+		t.Fatalf("at first: status %d: %+v", status, v)
+	}
+	s.eventually(func() error { // an audit may mend it before it is looked at
+		if _, err := s.Nodes[0].Run(t.Context(), "ip", "route", "replace", "10.244.2.0/24", "dev", "eth0", "proto", "87"); err != nil {
+			t.Fatal(err)
+		}
+		v, status := s.verified()
+		if told := strings.Join(v.Violations, "\n"); status != 1 || !strings.Contains(told, "the route to 10.244.2.0/24 leads elsewhere") {
+			return fmt.Errorf("status %d: %+v", status, v)
+		}
+		return nil
+	})
+	foreign := []string{"fd00:10:244:2::/64", "dev", "eth0", "metric", "1"}
+	if _, err := s.Nodes[0].Run(t.Context(), append([]string{"ip", "-6", "route", "add"}, foreign...)...); err != nil {
+		t.Fatal(err)
+	}
+	v, status := s.verified()
+	if told := strings.Join(v.Violations, "\n"); status != 1 || !strings.Contains(told, "packets to fd00:10:244:2::/64 do not go to warren0") {
+		t.Errorf("another's route: status %d: %+v", status, v)
+	}
+	if _, err := s.Nodes[0].Run(t.Context(), append([]string{"ip", "-6", "route", "del"}, foreign...)...); err != nil {
+		t.Fatal(err)
+	}
 	s.eventually(func() error {
 		if v, status := s.verified(); status != 0 {
 			return fmt.Errorf("not repaired: %d %+v", status, v)

@@ -2,8 +2,12 @@ package wgdevice_test
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
+	"os/exec"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -157,4 +161,74 @@ func (n *node) linkIndex(t *testing.T) int {
 		}
 		return link.Attrs().Index, nil
 	})
+}
+
+// TestRouteDrift takes away, redirects and adds routes and rules by hand: each is told by its name, and what others have for their own is none.
+func TestRouteDrift(t *testing.T) {
+	l := newLab(t, 2)
+	a, b := l.nodes[0], l.nodes[1]
+	v4, v6 := uplink(b.number)
+	want := a.plan(t, a, b)
+	want.Peers[0].NodeAddresses, want.Peers[0].Endpoint = []netip.Addr{v4, v6}, netip.AddrPortFrom(v4, wireGuardPort)
+	b.apply(t, b.plan(t, a, b))
+	a.apply(t, want)
+	a.reach(t, b, newMarker())
+	a.apply(t, want)
+	drift := func() []string {
+		t.Helper()
+		peers := a.status(t).Peers
+		return in(t, a.host, func() ([]string, error) { return a.device.RouteDrift(want, peers) })
+	}
+	run := func(command string) {
+		t.Helper()
+		a.do(t, func() error {
+			if out, err := exec.Command("sh", "-ec", command).CombinedOutput(); err != nil {
+				return fmt.Errorf("%s: %w: %s", command, err, out)
+			}
+			return nil
+		})
+	}
+	to4, to6 := b.podCIDRs()
+	from4, _ := a.podCIDRs()
+	all4 := want.Unreachable[0]
+	names := strings.NewReplacer("TO4", to4.String(), "TO6", to6.String(), "FROM4", from4.String(), "ALL4", all4.String(), "NODE4", v4.String())
+	if got := drift(); len(got) > 0 {
+		t.Fatalf("as applied: %q", got)
+	}
+	for _, test := range []struct {
+		do, undo string
+		want     []string
+	}{
+		{"ip route del TO4", "", []string{"the route to TO4 is missing"}},
+		{"ip -6 route del TO6", "", []string{"the route to TO6 is missing"}},
+		{"ip route replace TO4 dev eth0", "ip route del TO4", []string{"the route to TO4 is missing", "packets to TO4 do not go to warren0"}},
+		{"ip route replace TO4 dev eth0 proto 87", "", []string{"the route to TO4 leads elsewhere", "packets to TO4 do not go to warren0"}},
+		{"ip -6 route add TO6 dev eth0 metric 1", "ip -6 route del TO6 dev eth0 metric 1", []string{"packets to TO6 do not go to warren0"}},
+		{"ip rule add to TO4 lookup 99; ip route add TO4 dev eth0 table 99", "ip rule del to TO4 lookup 99; ip route flush table 99", []string{"packets to TO4 do not go to warren0"}},
+		{"ip route del unreachable ALL4", "", []string{"the unreachable route to ALL4 is missing"}},
+		{"ip route add 198.51.100.0/24 dev eth0 proto 87", "", []string{"the route to 198.51.100.0/24 is not planned"}},
+		{"ip route del NODE4 table 87", "", []string{"the route to NODE4/32 in table 87 is missing"}},
+		{"ip rule del from FROM4 table 87", "", []string{"the rule from FROM4 to table 87 is missing"}},
+		{"ip rule add from FROM4 lookup 98 priority 9 proto 87", "", []string{"the rule from FROM4 to table 98 is not planned"}},
+		{"ip route add 198.51.100.0/24 dev eth0; ip rule add from 198.51.100.1 lookup 99", "", nil},
+	} {
+		what := names.Replace(test.do)
+		run(what)
+		got := drift()
+		if len(got) != len(test.want) {
+			t.Errorf("%s: %q", what, got)
+		}
+		for _, text := range test.want {
+			if !slices.ContainsFunc(got, func(d string) bool { return strings.HasPrefix(d, names.Replace(text)) }) {
+				t.Errorf("%s: no %q in %q", what, names.Replace(text), got)
+			}
+		}
+		if test.undo != "" {
+			run(names.Replace(test.undo))
+		}
+		a.apply(t, want)
+		if got = drift(); len(got) > 0 {
+			t.Fatalf("repaired after %s: %q", what, got)
+		}
+	}
 }

@@ -24,31 +24,42 @@ func nodeRules(want mesh.Config) []netip.Prefix {
 	return want.PodCIDRs
 }
 
+// ruleDelta compares the sources from which rules are to lead to the table of the nodes' own addresses with our rules that stand: which lack
+// theirs, and which rules are to go.
+func ruleDelta(wanted []netip.Prefix, actual []netlink.Rule) (add []netip.Prefix, remove []netlink.Rule) {
+	var have []netip.Prefix
+	for _, r := range actual {
+		source := prefixOf(r.Src)
+		if r.Table == nodeTable && r.Priority == rulePriority && slices.Contains(wanted, source) && !slices.Contains(have, source) {
+			have = append(have, source)
+			continue
+		}
+		remove = append(remove, r)
+	}
+	for _, source := range wanted {
+		if !slices.Contains(have, source) {
+			add = append(add, source)
+		}
+	}
+	return add, remove
+}
+
 // syncRules makes our rules lead from the wanted sources to the table of the nodes' own addresses.
 func (k *kernel) syncRules(wanted []netip.Prefix, changes *Changes) error {
 	actual, err := k.rules()
 	if err != nil {
 		return err
 	}
-	var have []netip.Prefix
 	var errs []error
-	for i := range actual {
-		r := &actual[i]
-		source := prefixOf(r.Src)
-		if r.Table == nodeTable && r.Priority == rulePriority && slices.Contains(wanted, source) && !slices.Contains(have, source) {
-			have = append(have, source)
-			continue
-		}
-		if err = k.RuleDel(r); err != nil {
-			errs = append(errs, fmt.Errorf("deleting the rule from %s to table %d: %w", source, r.Table, err))
+	add, remove := ruleDelta(wanted, actual)
+	for i := range remove {
+		if err = k.RuleDel(&remove[i]); err != nil {
+			errs = append(errs, fmt.Errorf("deleting the rule from %s to table %d: %w", prefixOf(remove[i].Src), remove[i].Table, err))
 			continue
 		}
 		changes.Routes++
 	}
-	for _, source := range wanted {
-		if slices.Contains(have, source) {
-			continue
-		}
+	for _, source := range add {
 		r := netlink.NewRule()
 		r.Src, r.Table, r.Priority, r.Protocol = ipNet(source), nodeTable, rulePriority, RouteProtocol
 		if err = k.RuleAdd(r); err != nil {

@@ -1,0 +1,93 @@
+package wgdevice
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/warren-cni/warren/pkg/mesh"
+	"github.com/warren-cni/warren/pkg/podcidr"
+)
+
+// RouteDrift tells where the routes and rules are not as an encrypted mesh wants them, given the device's peers as they are, and which ways to
+// pods another program's route or rule leads past the tunnel. It changes nothing. Of a node without the link it tells nothing.
+func (d *Device) RouteDrift(want mesh.Config, peers []PeerStatus) ([]string, error) {
+	k, err := openKernel()
+	if err != nil {
+		return nil, err
+	}
+	defer k.Close()
+	link, err := k.link()
+	if err != nil || link == nil {
+		return nil, err
+	}
+	m := memory{encrypted: true, link: link.Attrs().Index}
+	wanted := slices.Concat(unreachableRoutes(want.Unreachable), m.meshRoutes(want.Routes))
+	for _, p := range peers {
+		for _, a := range p.NodeAddresses {
+			wanted = append(wanted, m.hostRoute(netip.PrefixFrom(a, a.BitLen())))
+		}
+	}
+	actual, err := k.routes()
+	if err != nil {
+		return nil, err
+	}
+	rules, err := k.rules()
+	if err != nil {
+		return nil, err
+	}
+	return slices.Concat(describeRoutes(wanted, actual), describeRules(nodeRules(want), rules), k.astray(want.Routes, m.link)), nil
+}
+
+// describeRoutes tells how our routes differ from those that are wanted.
+func describeRoutes(wanted, actual []route) (drift []string) {
+	add, replace, remove := routeDelta(wanted, actual)
+	for _, r := range add {
+		drift = append(drift, r.String()+" is missing")
+	}
+	for _, r := range replace {
+		drift = append(drift, r.String()+" leads elsewhere, or has another source or MTU")
+	}
+	for _, r := range remove {
+		drift = append(drift, r.String()+" is not planned")
+	}
+	return drift
+}
+
+// describeRules tells how our rules differ from those that are wanted.
+func describeRules(wanted []netip.Prefix, actual []netlink.Rule) (drift []string) {
+	add, remove := ruleDelta(wanted, actual)
+	for _, source := range add {
+		drift = append(drift, fmt.Sprintf("the rule from %s to table %d is missing", source, nodeTable))
+	}
+	for _, r := range remove {
+		drift = append(drift, fmt.Sprintf("the rule from %s to table %d is not planned", prefixOf(r.Src), r.Table))
+	}
+	return drift
+}
+
+// astray tells which routes do not count although they stand, because others go before them. One address stands for all of a range.
+func (k *kernel) astray(planned []mesh.Route, link int) (drift []string) {
+	for _, p := range planned {
+		routes, err := k.RouteGetWithOptions(podcidr.NodeAddress(p.Destination).AsSlice(), &netlink.RouteGetOptions{FIBMatch: true})
+		if err == nil && len(routes) > 0 && routes[0].LinkIndex != link {
+			drift = append(drift, fmt.Sprintf("packets to %s do not go to %s: another route or rule goes before Warren's, see `ip route get %s`",
+				p.Destination, mesh.Link, podcidr.NodeAddress(p.Destination)))
+		}
+	}
+	return drift
+}
+
+// String names the route for an operator.
+func (r route) String() string {
+	switch {
+	case r.metric == metricUnreachable:
+		return fmt.Sprintf("the unreachable route to %s", r.destination)
+	case r.table == nodeTable:
+		return fmt.Sprintf("the route to %s in table %d", r.destination, nodeTable)
+	default:
+		return fmt.Sprintf("the route to %s", r.destination)
+	}
+}
