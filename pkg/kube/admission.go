@@ -1,17 +1,23 @@
 package kube
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	admissionv1 "k8s.io/api/admissionregistration/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
 	"k8s.io/client-go/rest"
 
+	"github.com/warren-cni/warren/manifests"
 	"github.com/warren-cni/warren/pkg/cluster"
 )
 
@@ -95,9 +101,13 @@ func Unconfined(ctx context.Context, config *rest.Config) ([]cluster.Problem, er
 func unconfined(ctx context.Context, client rest.Interface) ([]cluster.Problem, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookPatience)
 	defer cancel()
+	shipped, err := ownPolicies()
+	if err != nil {
+		return nil, err
+	}
 	var found []cluster.Problem
 	for _, c := range confinements() {
-		weak, err := c.weakness(ctx, client)
+		weak, err := c.weakness(ctx, client, shipped[c.name])
 		if err != nil {
 			return nil, err
 		}
@@ -112,7 +122,7 @@ func unconfined(ctx context.Context, client rest.Interface) ([]cluster.Problem, 
 }
 
 // weakness says why a policy denies nothing; it is empty where the policy denies. An error says that the server did not answer.
-func (c confinement) weakness(ctx context.Context, client rest.Interface) (string, error) {
+func (c confinement) weakness(ctx context.Context, client rest.Interface, shipped admissionv1.ValidatingAdmissionPolicySpec) (string, error) {
 	var policy admissionv1.ValidatingAdmissionPolicy
 	var binding admissionv1.ValidatingAdmissionPolicyBinding
 	// Every node asks, and nothing here is urgent: the server's cache will do.
@@ -132,15 +142,18 @@ func (c confinement) weakness(ctx context.Context, client rest.Interface) (strin
 			return "", err
 		}
 	}
-	return c.missing(policy.Spec, binding.Spec), nil
+	return c.missing(shipped, policy.Spec, binding.Spec), nil
 }
 
-// missing is empty for a policy and a binding that deny, and says what is missing for others. What the expressions come to it does not
-// look at.
-func (c confinement) missing(policy admissionv1.ValidatingAdmissionPolicySpec, binding admissionv1.ValidatingAdmissionPolicyBindingSpec) string {
+// missing is empty for a policy and a binding that deny what those deny that were shipped with this version, and says what is missing for others.
+// What an expression comes to it cannot tell, so each has to be the one that was shipped.
+func (c confinement) missing(
+	shipped, policy admissionv1.ValidatingAdmissionPolicySpec, binding admissionv1.ValidatingAdmissionPolicyBindingSpec,
+) string {
+	if field := otherExpressions(shipped, policy); field != "" {
+		return "the policy is not the one of this version of warrend (" + field + "), as while an upgrade goes on, and may not keep from this"
+	}
 	switch {
-	case len(policy.Validations) == 0:
-		return "the policy demands nothing (spec.validations)"
 	case !c.covered(policy.MatchConstraints):
 		return "the policy does not cover every creation and update of " + c.resource + " (spec.matchConstraints)"
 	case policy.FailurePolicy != nil && *policy.FailurePolicy != admissionv1.Fail:
@@ -153,6 +166,46 @@ func (c confinement) missing(policy admissionv1.ValidatingAdmissionPolicySpec, b
 		return "its binding covers only some objects (spec.matchResources)"
 	default:
 		return ""
+	}
+}
+
+// otherExpressions returns the field whose expressions are not those that were shipped, "" where all are.
+func otherExpressions(shipped, policy admissionv1.ValidatingAdmissionPolicySpec) string {
+	conditions := func(m admissionv1.MatchCondition) string { return m.Expression }
+	validations := func(v admissionv1.Validation) string { return v.Expression }
+	variables := func(v admissionv1.Variable) string { return v.Name + " " + v.Expression }
+	switch {
+	case !sameTexts(shipped.MatchConditions, policy.MatchConditions, conditions):
+		return "spec.matchConditions"
+	case !sameTexts(shipped.Validations, policy.Validations, validations):
+		return "spec.validations"
+	case !sameTexts(shipped.Variables, policy.Variables, variables):
+		return "spec.variables"
+	default:
+		return ""
+	}
+}
+
+// sameTexts says whether two lists have the same texts in the same order, but for blanks around them.
+func sameTexts[T any](a, b []T, text func(T) string) bool {
+	return slices.EqualFunc(a, b, func(x, y T) bool { return strings.TrimSpace(text(x)) == strings.TrimSpace(text(y)) })
+}
+
+// ownPolicies returns the policies that were shipped with this version, by name.
+func ownPolicies() (map[string]admissionv1.ValidatingAdmissionPolicySpec, error) {
+	own := map[string]admissionv1.ValidatingAdmissionPolicySpec{}
+	for documents := utilyaml.NewYAMLOrJSONDecoder(bytes.NewReader(manifests.Admission()), bytes.MinRead); ; {
+		var policy admissionv1.ValidatingAdmissionPolicy
+		err := documents.Decode(&policy)
+		if errors.Is(err, io.EOF) {
+			return own, nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("reading the admission policies of this version: %w", err)
+		}
+		if policy.Kind == "ValidatingAdmissionPolicy" { // else a binding
+			own[policy.Name] = policy.Spec
+		}
 	}
 }
 

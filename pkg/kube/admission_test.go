@@ -1,6 +1,8 @@
 package kube
 
 import (
+	"context"
+	"errors"
 	"log/slog"
 	"os"
 	"slices"
@@ -34,27 +36,23 @@ func testAPIProtection(t *testing.T, server *apiserver.Server, admin kubernetes.
 	})
 
 	policies, bindings := admin.AdmissionregistrationV1().ValidatingAdmissionPolicies(), admin.AdmissionregistrationV1().ValidatingAdmissionPolicyBindings()
+	shipped, shippedBindings := shippedPolicies(t)
 	for _, c := range confinements() {
-		meta := metav1.ObjectMeta{Name: c.name}
-		_, err := policies.Create(t.Context(), &admissionv1.ValidatingAdmissionPolicy{ObjectMeta: meta, Spec: admissionv1.ValidatingAdmissionPolicySpec{
-			MatchConstraints: &admissionv1.MatchResources{ResourceRules: []admissionv1.NamedRuleWithOperations{{RuleWithOperations: admissionv1.RuleWithOperations{
-				Operations: []admissionv1.OperationType{admissionv1.Create, admissionv1.Update},
-				Rule:       admissionv1.Rule{APIGroups: []string{""}, APIVersions: []string{"v1"}, Resources: []string{c.resource}},
-			}}}},
-			// Nobody that another test is.
-			MatchConditions: []admissionv1.MatchCondition{{Name: "nobody", Expression: "request.userInfo.username == 'nobody'"}},
-			Validations:     []admissionv1.Validation{{Expression: "false"}},
-		}}, metav1.CreateOptions{})
-		if err != nil {
+		if _, err := policies.Create(t.Context(), shipped[c.name], metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
-		_, err = bindings.Create(t.Context(), &admissionv1.ValidatingAdmissionPolicyBinding{ObjectMeta: meta, Spec: admissionv1.ValidatingAdmissionPolicyBindingSpec{
-			PolicyName: c.name, ValidationActions: []admissionv1.ValidationAction{admissionv1.Deny},
-		}}, metav1.CreateOptions{})
-		if err != nil {
+		if _, err := bindings.Create(t.Context(), shippedBindings[c.name], metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
 	}
+	t.Cleanup(func() { // other tests do what they forbid
+		ctx := context.WithoutCancel(t.Context())
+		for _, c := range confinements() {
+			if err := errors.Join(bindings.Delete(ctx, c.name, metav1.DeleteOptions{}), policies.Delete(ctx, c.name, metav1.DeleteOptions{})); err != nil {
+				t.Error(err)
+			}
+		}
+	})
 	// look looks, again while the server's cache is behind, until that is missing.
 	look := func(what string, want ...string) {
 		t.Helper()
@@ -104,14 +102,20 @@ func testAPIProtection(t *testing.T, server *apiserver.Server, admin kubernetes.
 			{"apiGroups":[""],"apiVersions":["v1"],"operations":["CREATE","UPDATE"],"resources":["podtemplates"]}]}}}`},
 		{"one demands nothing", `{"spec":{"validations":null,"auditAnnotations":[{"key":"a","valueExpression":"'a'"}],"matchConstraints":{"resourceRules":[
 			{"apiGroups":[""],"apiVersions":["v1"],"operations":["*"],"resources":["*"]}]}}}`},
-		{"", `{"spec":{"validations":[{"expression":"false"}]}}`},
+		{"one demands what is always so", `{"spec":{"validations":[{"expression":"true"}]}}`},
 	} {
 		if _, err := policies.Patch(t.Context(), name, types.MergePatchType, []byte(c.text), metav1.PatchOptions{}); err != nil {
 			t.Fatal(err)
 		}
-		if c.what != "" {
-			look(c.what, name)
-		}
+		look(c.what, name)
+	}
+	again, err := policies.Get(t.Context(), name, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	again.Spec = shipped[name].Spec
+	if _, err = policies.Update(t.Context(), again, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
 	}
 	look("all of them stand again")
 }
@@ -129,9 +133,18 @@ func TestConfinementMissing(t *testing.T) {
 			edit(p.MatchConstraints)
 		}
 	}
+	expressions := func(edit func(*admissionv1.ValidatingAdmissionPolicySpec)) change {
+		return func(p *admissionv1.ValidatingAdmissionPolicySpec, _ *admissionv1.ValidatingAdmissionPolicyBindingSpec) {
+			edit(p)
+		}
+	}
 	some := &metav1.LabelSelector{MatchLabels: map[string]string{"a": "b"}}
 	namespaced := admissionv1.NamespacedScope
 	policies, bindings := shippedPolicies(t)
+	own, err := ownPolicies()
+	if err != nil {
+		t.Fatal(err)
+	}
 	for name, c := range map[string]struct {
 		change change
 		says   string
@@ -164,6 +177,20 @@ func TestConfinementMissing(t *testing.T) {
 		"nothing demanded": {func(p *admissionv1.ValidatingAdmissionPolicySpec, _ *admissionv1.ValidatingAdmissionPolicyBindingSpec) {
 			p.Validations = nil
 		}, "spec.validations"},
+		"everything allowed": {expressions(func(p *admissionv1.ValidatingAdmissionPolicySpec) { p.Validations[0].Expression = "true" }), "spec.validations"},
+		"one demand less": {expressions(func(p *admissionv1.ValidatingAdmissionPolicySpec) {
+			p.Validations = p.Validations[:len(p.Validations)-1]
+		}), "spec.validations"},
+		"nobody concerned": {expressions(func(p *admissionv1.ValidatingAdmissionPolicySpec) {
+			p.MatchConditions = append(p.MatchConditions, admissionv1.MatchCondition{Name: "nobody", Expression: "false"})
+		}), "spec.matchConditions"},
+		"another condition": {expressions(func(p *admissionv1.ValidatingAdmissionPolicySpec) { p.MatchConditions[0].Expression = "true" }), "spec.matchConditions"},
+		"another variable": {expressions(func(p *admissionv1.ValidatingAdmissionPolicySpec) {
+			p.Variables = append(p.Variables, admissionv1.Variable{Name: "a", Expression: "1"})
+		}), "spec.variables"},
+		"blanks around, other words": {expressions(func(p *admissionv1.ValidatingAdmissionPolicySpec) {
+			p.Validations[0].Expression, p.Validations[0].Message = "\n "+p.Validations[0].Expression+"\n", "no"
+		}), ""},
 		"another policy's binding": {func(_ *admissionv1.ValidatingAdmissionPolicySpec, b *admissionv1.ValidatingAdmissionPolicyBindingSpec) {
 			b.PolicyName = "another"
 		}, "spec.policyName"},
@@ -174,7 +201,7 @@ func TestConfinementMissing(t *testing.T) {
 		for _, confines := range confinements() {
 			policy, binding := policies[confines.name].DeepCopy(), bindings[confines.name].DeepCopy()
 			c.change(&policy.Spec, &binding.Spec)
-			if got := confines.missing(policy.Spec, binding.Spec); (got == "") != (c.says == "") || !strings.Contains(got, c.says) {
+			if got := confines.missing(own[confines.name], policy.Spec, binding.Spec); (got == "") != (c.says == "") || !strings.Contains(got, c.says) {
 				t.Errorf("%s, %s: %q, want %q", confines.name, name, got, c.says)
 			}
 		}
