@@ -1,8 +1,6 @@
 package kube
 
 import (
-	"context"
-	"errors"
 	"log/slog"
 	"os"
 	"slices"
@@ -45,14 +43,6 @@ func testAPIProtection(t *testing.T, server *apiserver.Server, admin kubernetes.
 			t.Fatal(err)
 		}
 	}
-	t.Cleanup(func() { // other tests do what they forbid
-		ctx := context.WithoutCancel(t.Context())
-		for _, c := range confinements() {
-			if err := errors.Join(bindings.Delete(ctx, c.name, metav1.DeleteOptions{}), policies.Delete(ctx, c.name, metav1.DeleteOptions{})); err != nil {
-				t.Error(err)
-			}
-		}
-	})
 	// look looks, again while the server's cache is behind, until that is missing.
 	look := func(what string, want ...string) {
 		t.Helper()
