@@ -185,6 +185,7 @@ func TestLimits(t *testing.T) {
 	for code, want := range map[string]bool{
 		"FirewallApplyFailed": true, "MeshApplyFailed": true, "NoTunnel": true, "ForwardingOff": true, "ClusterCIDRHoldsNode": true, "ClusterCIDRHoldsServer": true,
 		codeNotApplied: false, "LeaseUnreadable": false, "PublishFailed": false, "PolicyInvalid": false, "PodCIDRConflict": false,
+		"PodsNotSwept": false, // STATUS sees by the leases when no pod can be attached any more for it
 	} {
 		got := limited([]cluster.Problem{{Code: "Other"}, {Code: code, Object: "x", Message: "m", Remedy: "r"}})
 		if (got != "") != want || want && got != code+": x: m: r" {

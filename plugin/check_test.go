@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -186,6 +187,14 @@ func TestStatusOfDaemonThatHangs(t *testing.T) {
 	}
 }
 
+// endCoolDown has an address been released for as long as the machine is up.
+func (n *node) endCoolDown(address string) {
+	n.t.Helper()
+	if err := os.Chtimes(filepath.Join(n.runDir, "ipam", ".cooling", address), time.Time{}, time.Unix(0, 1)); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
 // TestStatus has a cause for each answer.
 func TestStatus(t *testing.T) {
 	small := func(c map[string]any) { c["ranges"] = []string{"10.244.1.0/30"} }
@@ -214,6 +223,23 @@ func TestStatus(t *testing.T) {
 			p := n.newPod("other")
 			n.mustExec(p, "ADD", small)
 			n.mustExec(p, "DEL", small)
+		}, config: small},
+		"the last address is not swept": {prepare: func(n *node) {
+			p := n.newPod("other")
+			n.mustExec(p, "ADD", small)
+			n.mustExec(p, "DEL", small) // the stand-in for the daemon ends no connection
+			n.endCoolDown("10.244.1.2")
+			out, _, err := n.exec(n.newPod("next"), "ADD", small)
+			if err == nil || !strings.Contains(out, "1 stay taken until the connections") || !strings.Contains(out, `"code": 11`) {
+				n.t.Errorf("ADD: %v: %s", err, out)
+			}
+		}, config: small, code: 50, want: "range 10.244.1.0/30 is exhausted: 0 addresses are leased and 1 stay taken until the connections"},
+		"the last address is swept": {prepare: func(n *node) {
+			p := n.newPod("other")
+			n.mustExec(p, "ADD", small)
+			n.daemon.answers(refuse(agentapi.OpReleased, 11, "no")) // so that DEL does it
+			n.mustExec(p, "DEL", small)
+			n.endCoolDown("10.244.1.2")
 		}, config: small},
 		"range without address": {config: func(c map[string]any) { c["ranges"] = []string{"10.244.1.0/31"} }, code: 50, want: "has no address to lease"},
 		"leases unreadable": {prepare: func(n *node) {

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -23,9 +24,6 @@ const cooling = ".cooling"
 // forgotten is the file whose modification time says that what was released before has no connections any more.
 const forgotten = ".forgotten"
 
-// soon is what is said of an address that only waits for Forget.
-const soon = time.Second
-
 // ExhaustedError says that no address of a range can be leased now.
 type ExhaustedError struct {
 	Range netip.Prefix
@@ -38,20 +36,30 @@ type ExhaustedError struct {
 	Cooling int
 	// Wait is how long the first of those still cools down, zero where there is none.
 	Wait time.Duration
+	// Unswept is how many addresses of the range have cooled down and wait for Forget, which does not get through.
+	Unswept int
 }
 
 // Error names the range, what became of its addresses and what to do.
 func (e *ExhaustedError) Error() string {
-	var most string
+	leased, remedy := fmt.Sprintf("%d addresses are leased", e.Leased), "delete pods or give the node a larger podCIDR"
+	if e.Cooling+e.Unswept == 0 {
+		leased = "all " + leased
+	}
 	if e.MostLeased > 0 {
-		most = fmt.Sprintf(" (%d of them to namespace %s)", e.MostLeased, e.Most)
+		leased += fmt.Sprintf(" (%d of them to namespace %s)", e.MostLeased, e.Most)
 	}
-	if e.Cooling == 0 {
-		return fmt.Sprintf("range %s is exhausted: all %d addresses are leased%s; delete pods or give the node a larger podCIDR", e.Range, e.Leased, most)
+	parts := []string{leased}
+	if e.Cooling > 0 {
+		seconds := (e.Wait + time.Second - 1).Truncate(time.Second) // no sooner than is true
+		parts = append(parts, fmt.Sprintf("%d cool down after their release, the first of them for another %s", e.Cooling, seconds))
+		remedy = "try again then, or give the node a larger podCIDR"
 	}
-	seconds := (e.Wait + time.Second - 1).Truncate(time.Second) // no sooner than is true
-	return fmt.Sprintf("range %s is exhausted: %d addresses are leased%s and %d cool down after their release, the first of them for another %s; "+
-		"try again then, or give the node a larger podCIDR", e.Range, e.Leased, most, e.Cooling, seconds)
+	if e.Unswept > 0 {
+		parts = append(parts, fmt.Sprintf("%d stay taken until the connections of the pods that had them are ended, in which the daemon does not succeed", e.Unswept))
+		remedy = "mend what \"warrend status\" names as PodsNotSwept"
+	}
+	return fmt.Sprintf("range %s is exhausted: %s; %s", e.Range, strings.Join(parts, " and "), remedy)
 }
 
 // boottime returns the time since the boot. It is the same for every process, counts on while the machine is suspended, and
@@ -104,16 +112,22 @@ func (m moment) unforgotten(released time.Duration) bool {
 	return m.forgotten <= released && released <= m.now
 }
 
-// wait returns how long an address still cools down that was released then, zero or less where it is free.
+// wait returns how long an address still cools down that was released then, zero where it has.
 func (m moment) wait(released time.Duration) time.Duration {
 	if released > m.now { // of another boot
 		return 0
 	}
-	left := released + coolDown - m.now
-	if m.unforgotten(released) {
-		left = max(left, soon)
-	}
-	return left
+	return max(released+coolDown-m.now, 0)
+}
+
+// unswept says whether an address that was released then has cooled down and only waits for Forget.
+func (m moment) unswept(released time.Duration) bool {
+	return m.wait(released) == 0 && m.unforgotten(released)
+}
+
+// free says whether an address that was released then can be leased.
+func (m moment) free(released time.Duration) bool {
+	return m.wait(released) == 0 && !m.unforgotten(released)
 }
 
 // Forget calls end with the addresses whose connections were not ended since their release, if there are any. Where that succeeds they
@@ -153,7 +167,7 @@ func (s *Store) remembered() (time.Duration, []netip.Addr, error) {
 		a, isAddress := addressNamed(file.name)
 		switch {
 		case !isAddress: // foreign, and does no harm
-		case now.wait(file.released) <= 0:
+		case now.free(file.released):
 			_ = unlink(s.coolingPath(file.name)) // it is leased as well with that name
 		case now.unforgotten(file.released):
 			addresses = append(addresses, a)
@@ -237,16 +251,22 @@ func (s *Store) taken(a netip.Addr, now func() (moment, error)) (taken, cooled b
 	if taken, err = s.leased(a); err != nil || taken {
 		return taken, false, err
 	}
-	file, err := lstat(s.coolingPath(a.String()))
-	if nothingCools(err) {
-		return false, false, nil
-	}
-	if err != nil {
+	released, is, err := s.released(a)
+	if err != nil || !is {
 		return false, false, err
 	}
 	m, err := now()
-	taken = m.wait(modified(&file)) > 0
+	taken = !m.free(released)
 	return taken, !taken, err
+}
+
+// released returns when an address was released that has the name of one that cools down. is says whether it has.
+func (s *Store) released(a netip.Addr) (since time.Duration, is bool, err error) {
+	file, err := lstat(s.coolingPath(a.String()))
+	if nothingCools(err) {
+		return 0, false, nil
+	}
+	return modified(&file), err == nil, err
 }
 
 // nothingCools says whether an error is one because nothing cools down there, or because there is no directory of ours yet.
@@ -294,7 +314,7 @@ func (s *Store) countLeased(e *ExhaustedError) error {
 	return nil
 }
 
-// countCooling counts the addresses of the range that cool down, and finds out when the first of them is free.
+// countCooling counts the addresses of the range that cool down, finds out when the first of them has, and counts those that wait for Forget.
 func (s *Store) countCooling(e *ExhaustedError, now moment) error {
 	files, err := s.cooled()
 	if err != nil {
@@ -302,14 +322,19 @@ func (s *Store) countCooling(e *ExhaustedError, now moment) error {
 	}
 	for _, file := range files {
 		a, parseErr := netip.ParseAddr(file.name)
-		left := now.wait(file.released)
-		if parseErr != nil || !e.Range.Contains(a) || left <= 0 {
+		if parseErr != nil || !e.Range.Contains(a) {
 			continue
 		}
-		if e.Cooling == 0 || left < e.Wait {
-			e.Wait = left
+		left := now.wait(file.released)
+		switch {
+		case left > 0:
+			if e.Cooling == 0 || left < e.Wait {
+				e.Wait = left
+			}
+			e.Cooling++
+		case now.unswept(file.released):
+			e.Unswept++
 		}
-		e.Cooling++
 	}
 	return nil
 }
