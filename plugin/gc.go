@@ -32,17 +32,11 @@ func collect(ctx context.Context, args *skel.CmdArgs) error {
 		valid[podlink.HostName(a.ContainerID, a.IfName)] = true
 		kept[a.ContainerID] = true
 	}
-	locks := inflight.In(conf.RunDir)
-	remains, err := findRemains(ctx, locks, leases, valid)
+	remains, err := findRemains(ctx, inflight.In(conf.RunDir), leases, valid)
 	errs := []error{err}
 	var retired []ipam.Owner
 	for _, r := range remains {
-		end, ok, lockErr := locks.Try(r.link)
-		if lockErr != nil || !ok { // somebody has begun to work on it meanwhile
-			errs = append(errs, lockErr)
-			continue
-		}
-		defer end()
+		defer r.end()
 		if r.owner == nil {
 			errs = append(errs, podlink.Detach(r.link))
 		} else if err = retire(leases, r.owner.ContainerID, r.owner.Interface); err != nil {
@@ -56,37 +50,39 @@ func collect(ctx context.Context, args *skel.CmdArgs) error {
 }
 
 // remain is what an attachment has that is not valid: a lease or a part of one, and perhaps a link; or a link alone, of which
-// nobody knows whose it was.
+// nobody knows whose it was. Until its end nobody else works on the attachment.
 type remain struct {
 	link  string
 	owner *ipam.Owner
+	end   func()
 }
 
-// findRemains returns what there is of attachments that are not valid, at one moment, without those that somebody works on. What cannot
-// be read is in the error, and does not hide the rest.
+// findRemains returns what there is of attachments that are not valid, at one moment, without those that somebody works on. It takes their
+// locks at that moment, so that none of them can be deleted and added anew before it is taken away. What cannot be read is in the error, and
+// does not hide the rest.
 func findRemains(ctx context.Context, locks inflight.Locks, leases *ipam.Store, valid map[string]bool) ([]remain, error) {
 	var found []remain
-	err := locks.Pause(ctx, func(busy func(string) (bool, error)) error {
+	err := locks.Pause(ctx, func() error {
 		owners, ownersErr := leases.Owners()
 		names, linksErr := podlink.Links()
 		errs := []error{ownersErr, linksErr}
 		seen := make(map[string]bool, len(owners))
-		add := func(r remain) {
-			if valid[r.link] || seen[r.link] {
+		add := func(link string, owner *ipam.Owner) {
+			if valid[link] || seen[link] {
 				return
 			}
-			seen[r.link] = true
-			working, busyErr := busy(r.link)
-			errs = append(errs, busyErr)
-			if busyErr == nil && !working {
-				found = append(found, r)
+			seen[link] = true
+			end, ok, lockErr := locks.Try(link)
+			errs = append(errs, lockErr)
+			if ok {
+				found = append(found, remain{link, owner, end})
 			}
 		}
 		for i, o := range owners {
-			add(remain{podlink.HostName(o.ContainerID, o.Interface), &owners[i]})
+			add(podlink.HostName(o.ContainerID, o.Interface), &owners[i])
 		}
 		for _, name := range names {
-			add(remain{link: name})
+			add(name, nil)
 		}
 		return errors.Join(errs...)
 	})

@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/containernetworking/cni/libcni"
@@ -22,6 +23,7 @@ import (
 	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/inflight"
 	"github.com/warren-cni/warren/pkg/ipam"
+	"github.com/warren-cni/warren/pkg/podlink"
 )
 
 // nothingValid makes a GC's configuration that names no attachment as valid.
@@ -58,6 +60,130 @@ func TestGCBesideADD(t *testing.T) {
 	}
 	// The control: once the ADD is over the same GC takes everything.
 	n.mustExec(p, "GC", nothingValid)
+	if left := run(t, n, "ip -br link show type veth; ls "+n.runDir+"/ipam"); left != "" || len(n.open()) > 0 {
+		t.Errorf("GC of all left %q and %v", left, n.open())
+	}
+}
+
+// TestGCLocksWhatItFinds: between the moment in which a GC sees an attachment and that in which it takes it away nobody can delete it and add
+// it anew. What somebody works on it does not find.
+func TestGCLocksWhatItFinds(t *testing.T) {
+	n := newNode(t)
+	gone, worked, kept := n.newPod("gone"), n.newPod("worked"), n.newPod("kept")
+	for _, p := range []*pod{gone, worked, kept} {
+		n.mustAdd(p)
+	}
+	link := func(p *pod) string { return podlink.HostName(p.rt.ContainerID, p.rt.IfName) }
+	locks := inflight.In(n.runDir)
+	end, err := locks.Begin(t.Context(), link(worked))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer end()
+	leases, err := ipam.Open(filepath.Join(n.runDir, "ipam"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	free := func() bool {
+		t.Helper()
+		done, ok, err := locks.Try(link(gone))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ok {
+			done()
+		}
+		return ok
+	}
+	if !free() {
+		t.Fatal("somebody works on it before")
+	}
+	remains, err := findRemains(t.Context(), locks, leases, map[string]bool{link(kept): true})
+	if err != nil || len(remains) != 1 || remains[0].link != link(gone) {
+		t.Fatalf("found %+v, %v; want what is gone alone", remains, err)
+	}
+	if free() {
+		t.Error("others may work on what is found")
+	}
+	remains[0].end()
+	if !free() {
+		t.Error("its lock is not given back")
+	}
+}
+
+// TestGCBesideAll: a GC beside ADDs that are at work when it begins, ADDs that begin meanwhile, and DELs, removes exactly what the runtime
+// does not name and none of these has added, and nobody fails.
+func TestGCBesideAll(t *testing.T) {
+	n := newNode(t)
+	group := func(name string) (pods []*pod) {
+		for i := range 5 {
+			pods = append(pods, n.newPod(fmt.Sprintf("%s-%d", name, i)))
+		}
+		return pods
+	}
+	kept, gone, ended, begun, later := group("kept"), group("gone"), group("ended"), group("begun"), group("later")
+	var results sync.Map
+	add := func(p *pod) error {
+		out, stderr, err := n.exec(p, "ADD")
+		if err != nil || stderr != "" {
+			return fmt.Errorf("ADD: %w: %s%s", err, out, stderr)
+		}
+		results.Store(p, out)
+		return nil
+	}
+	n.atOnce(slices.Concat(kept, gone, ended), add)
+	var valid []any
+	for _, p := range kept {
+		valid = append(valid, map[string]any{"containerID": p.rt.ContainerID, "ifname": p.rt.IfName})
+	}
+	work := make(chan struct{}, len(begun)+len(later))
+	collects, added := make(chan struct{}), make(chan struct{})
+	n.daemon.answers(func(req agentapi.Request) *agentapi.Error {
+		switch req.Op {
+		case agentapi.OpAttach:
+			work <- struct{}{}
+			<-collects
+		case agentapi.OpRemoveChained:
+			close(collects) // the GC has seen what there is
+			<-added
+		}
+		return nil
+	})
+	var adds, rest sync.WaitGroup
+	adds.Go(func() { n.atOnce(begun, add) })
+	for range begun {
+		<-work
+	}
+	adds.Go(func() { <-collects; n.atOnce(later, add) })
+	rest.Go(func() { n.atOnce(ended, n.del) })
+	rest.Go(func() {
+		n.atOnce([]*pod{{}}, func(p *pod) error {
+			out, stderr, err := n.exec(p, "GC", func(c map[string]any) { c["cni.dev/valid-attachments"] = valid })
+			if err != nil || out+stderr != "" {
+				return fmt.Errorf("GC: %w: %s%s", err, out, stderr)
+			}
+			return nil
+		})
+	})
+	adds.Wait()
+	close(added)
+	rest.Wait()
+	n.daemon.answers(nil)
+
+	stand := slices.Concat(kept, begun, later)
+	for _, p := range stand {
+		if result, ok := results.Load(p); !ok {
+			t.Errorf("%s was not added", p.rt.ContainerID)
+		} else if err := n.check(p, result.(string)); err != nil {
+			t.Errorf("%s: %v", p.rt.ContainerID, err)
+		}
+	}
+	left := strings.Fields(run(t, n, "ls "+n.runDir+"/ipam | grep @"))
+	if links := strings.Fields(run(t, n, "ip -o link show type veth | grep -o 'wrn[^@]*'")); len(left) != len(stand) || len(links) != len(stand) || len(n.open()) != 2*len(stand) {
+		t.Errorf("there stand %v with links %v and addresses %v, want %d of each", left, links, n.open(), len(stand))
+	}
+	// The control: the same GC takes all of them when nothing is valid.
+	n.mustExec(&pod{}, "GC", nothingValid)
 	if left := run(t, n, "ip -br link show type veth; ls "+n.runDir+"/ipam"); left != "" || len(n.open()) > 0 {
 		t.Errorf("GC of all left %q and %v", left, n.open())
 	}

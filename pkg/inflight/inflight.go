@@ -3,9 +3,9 @@
 //
 // Everybody who changes an attachment holds its lock meanwhile. Locks of different attachments have nothing to do with each other, so
 // that pods come and go at once. A garbage collection must take away nothing of an ADD that runs beside it, and such an ADD may end
-// before the collection comes to its attachment; so it finds out who is at work, and what there is, while nobody begins, and then takes
-// the lock of one attachment after the other. Nobody ever waits for more than that moment, or for the collection of the one attachment
-// that is meant.
+// before the collection comes to its attachment; so it finds out what there is while nobody begins, and takes the locks of what it collects at
+// that moment, but for those of others who are at work. Nobody ever waits for more than that moment, or for the collection of the one
+// attachment that is meant.
 //
 // The locks are open file description locks on bytes of one file: the kernel gives them back when a process dies, however it dies, and
 // nothing has to be tidied up. An attachment is known by the name of its host link.
@@ -75,8 +75,8 @@ func (l Locks) Try(link string) (end func(), ok bool, err error) {
 	}
 }
 
-// Pause calls do while nobody begins. The function that do gets says whether somebody works on an attachment; who does goes on.
-func (l Locks) Pause(ctx context.Context, do func(busy func(link string) (bool, error)) error) error {
+// Pause calls do while nobody begins; who works already goes on.
+func (l Locks) Pause(ctx context.Context, do func() error) error {
 	f, err := l.open()
 	if err != nil {
 		return err
@@ -84,7 +84,7 @@ func (l Locks) Pause(ctx context.Context, do func(busy func(link string) (bool, 
 	if err = f.wait(ctx, unix.F_WRLCK, door); err != nil {
 		return errors.Join(fmt.Errorf("waiting for those who begin with an attachment: %w", err), f.Close())
 	}
-	return errors.Join(do(f.busy), f.Close())
+	return errors.Join(do(), f.Close())
 }
 
 // file is the file of the locks, opened once for each who locks: the locks belong to the opening.
@@ -130,15 +130,6 @@ func (f file) set(command int, kind int16, offset int64) error {
 			return err
 		}
 	}
-}
-
-// busy says whether somebody else has locked the byte of an attachment.
-func (f file) busy(link string) (bool, error) {
-	lock := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: byteOf(link), Len: 1}
-	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &lock); err != nil {
-		return false, fmt.Errorf("looking who works on the attachment of %s: %w", link, err)
-	}
-	return lock.Type != unix.F_UNLCK, nil
 }
 
 // byteOf is the byte of an attachment.

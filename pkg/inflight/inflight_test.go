@@ -101,10 +101,10 @@ func TestPause(t *testing.T) {
 	l := inflight.In(t.TempDir())
 	end := begin(t, l, "wrna")
 	began := make(chan func(), 1)
-	err := l.Pause(t.Context(), func(busy func(string) (bool, error)) error {
-		for link, want := range map[string]bool{"wrna": true, "wrnb": false} {
-			if is, err := busy(link); err != nil || is != want {
-				t.Errorf("somebody works on %s: %v, %v; want %v", link, is, err, want)
+	err := l.Pause(t.Context(), func() error {
+		for link, want := range map[string]bool{"wrna": false, "wrnb": true} {
+			if is := free(t, l, link); is != want {
+				t.Errorf("%s is free: %v, want %v", link, is, want)
 			}
 		}
 		go func() {
