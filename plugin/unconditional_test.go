@@ -253,10 +253,10 @@ func strace(inject string) []string {
 }
 
 // killedAt runs a command of the plugin, kills it at its n-th system call of a kind, and says whether there was one.
-func (n *node) killedAt(p *pod, command, kind string, at int) bool {
+func (n *node) killedAt(p *pod, command, kind string, at int, change ...func(map[string]any)) bool {
 	n.t.Helper()
 	n.under = strace(fmt.Sprintf("%s:signal=KILL:when=%d", kind, at))
-	out, stderr, err := n.exec(p, command)
+	out, stderr, err := n.exec(p, command, change...)
 	n.under = nil
 	var exit *exec.ExitError
 	if killed := errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL; err == nil || killed {
