@@ -182,7 +182,7 @@ func (n *node) installConflist(o *outcome) error {
 	}
 	if err != nil {
 		o.problems = append(o.problems, applyProblem("ConflistFailed", n.options.cniConfDir, err,
-			"mend or remove the file named, then the daemon writes the conflist"))
+			"mend what it names; the daemon tries again until the conflist is written"))
 		if !changed {
 			return err
 		}

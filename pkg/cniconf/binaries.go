@@ -38,7 +38,7 @@ func InstallBinaries(source, target string) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading the plugin binaries: %w", err)
 	}
-	if err = os.MkdirAll(target, 0o755); err != nil { //nolint:gosec // the directory is shared with other CNIs and runtimes
+	if err = advised(target, os.MkdirAll(target, 0o755)); err != nil { //nolint:gosec // the directory is shared with other CNIs and runtimes
 		return nil, fmt.Errorf("making the plugin directory: %w", err)
 	}
 	ours, err := readRecord(target)

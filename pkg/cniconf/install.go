@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 )
 
 // aside is where RemoveStale keeps a conflist of an earlier boot: its name ends in nothing that a runtime loads.
@@ -62,7 +63,7 @@ func mark(runDir string) error {
 	if _, err := os.Stat(path); err == nil {
 		return nil
 	}
-	if err := os.WriteFile(path, nil, 0o600); err != nil {
+	if err := advised(path, os.WriteFile(path, nil, 0o600)); err != nil {
 		return fmt.Errorf("noting that the conflist is of this boot: %w", err)
 	}
 	return nil
@@ -79,7 +80,7 @@ func RemoveStale(dir, runDir string) (bool, error) {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return false, fmt.Errorf("looking whether the conflist is of this boot: %w", err)
 	}
-	err = os.Rename(filepath.Join(dir, FileName), filepath.Join(dir, aside))
+	err = advised(filepath.Join(dir, aside), os.Rename(filepath.Join(dir, FileName), filepath.Join(dir, aside)))
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
@@ -127,6 +128,24 @@ func readEither(paths ...string) ([]byte, error) {
 // writeFile replaces path atomically: whoever reads it sees the old content or the whole new one, also after a crash. What a
 // writer that was killed has left goes.
 func writeFile(path string, data []byte, mode fs.FileMode) error {
+	return advised(path, replace(path, data, mode))
+}
+
+// advised says what to do where an error is that a file system takes no changes.
+func advised(path string, err error) error {
+	dir := filepath.Dir(path)
+	switch {
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		return fmt.Errorf("%w: make room for bytes and files (df, df -i) on the file system of %s", err, dir)
+	case errors.Is(err, syscall.EROFS):
+		return fmt.Errorf("%w: make the file system of %s writable", err, dir)
+	default:
+		return err
+	}
+}
+
+// replace does the work of writeFile.
+func replace(path string, data []byte, mode fs.FileMode) error {
 	if err := removeUnfinished(path); err != nil {
 		return err
 	}
@@ -172,10 +191,14 @@ func removeUnfinished(path string) error {
 
 // removeFile deletes a file that may be gone already.
 func removeFile(path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+	err := os.Remove(path)
+	if err == nil {
+		return nil
 	}
-	return nil
+	if _, statErr := os.Lstat(path); errors.Is(statErr, fs.ErrNotExist) { // a read-only file system refuses that, too
+		return nil
+	}
+	return advised(path, err)
 }
 
 // fill writes a temporary file to the disk and closes it.

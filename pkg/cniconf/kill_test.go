@@ -74,7 +74,7 @@ func TestKilledAtEveryCall(t *testing.T) {
 		} {
 			t.Run(kind+"/"+what, func(t *testing.T) {
 				killed := 0
-				for killedAt(t, kind, killed+1, survives) {
+				for hitAt(t, kind, "signal=KILL", killed+1, survives) {
 					killed++
 				}
 				if killed < calls {
@@ -85,8 +85,49 @@ func TestKilledAtEveryCall(t *testing.T) {
 	}
 }
 
-// killedAt kills a victim at its n-th call of a kind, and says whether there was one.
-func killedAt(t *testing.T, kind string, n int, survives func(place, *testing.T, map[string]map[string]string)) bool {
+// Whoever is refused any call while it installs, because a file system is full or read-only, says what to do, leaves nothing half-written, and
+// every file as it was or as it shall be. What comes next makes it what it shall be.
+func TestRefusedAtEveryCall(t *testing.T) {
+	for kind, calls := range map[string]int{"write": 6, "fsync": 12, "renameat": 8, "fchmod": 6, "unlinkat": 1} {
+		for fault, advice := range map[string]string{"ENOSPC": "make room", "EROFS": "writable"} {
+			t.Run(kind+"/"+fault, func(t *testing.T) {
+				refused := 0
+				for hitAt(t, kind, "error="+fault, refused+1, func(p place, t *testing.T, before map[string]map[string]string) {
+					said := p.said(t)
+					if !strings.Contains(said, advice) {
+						t.Errorf("it did not say what to do: %q", said)
+					}
+					for _, folder := range []string{"bin", "conf"} {
+						for name := range read(t, p.folder(folder)) {
+							if strings.Contains(name, ".tmp") {
+								t.Errorf("it left %s", name)
+							}
+						}
+					}
+					p.survives(t, before)
+				}) {
+					refused++
+				}
+				if refused < calls {
+					t.Errorf("refused %d times, want at least %d", refused, calls)
+				}
+			})
+		}
+	}
+}
+
+// said returns what the victim has said.
+func (p place) said(t *testing.T) string {
+	t.Helper()
+	text, err := os.ReadFile(p.folder("said"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// hitAt has the n-th call of a kind that a victim makes hit by a fault, and says whether there was one.
+func hitAt(t *testing.T, kind, fault string, n int, survives func(place, *testing.T, map[string]map[string]string)) bool {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
@@ -94,17 +135,28 @@ func killedAt(t *testing.T, kind string, n int, survives func(place, *testing.T,
 	}
 	p := place(t.TempDir())
 	before := p.prepare(t)
-	cmd := exec.Command("strace", "-f", "-qq", "-o", "/dev/null", "-e", fmt.Sprintf("inject=%s:signal=KILL:when=%d", kind, n), self)
+	cmd := exec.Command("strace", "-f", "-qq", "-o", p.folder("calls"), "-e", "trace="+kind, "-e", fmt.Sprintf("inject=%s:%s:when=%d", kind, fault, n), self)
 	cmd.Env = append(os.Environ(), victimDir+"="+string(p))
-	cmd.Stderr = os.Stderr
-	err = cmd.Run()
+	said, err := cmd.CombinedOutput()
 	var exit *exec.ExitError
 	killed := errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL
-	if err != nil && !killed {
+	if err != nil && exit == nil {
 		t.Fatal(err)
 	}
-	t.Run(fmt.Sprint(n), func(t *testing.T) { survives(p, t, before) })
-	return killed
+	calls, err := os.ReadFile(p.folder("calls"))
+	if err = errors.Join(err, os.WriteFile(p.folder("said"), said, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	hit := killed || strings.Contains(string(calls), "(INJECTED)")
+	if !hit && len(said) > 0 {
+		t.Fatalf("without a fault: %s", said)
+	}
+	t.Run(fmt.Sprint(n), func(t *testing.T) {
+		if hit {
+			survives(p, t, before)
+		}
+	})
+	return hit
 }
 
 // Entries of another program in a conflist of ours, and of one that an earlier boot left.
