@@ -169,8 +169,28 @@ func (s *stage) empty() {
 	})
 }
 
-// wholePool demands that each address of the node can be leased, once the cool-down is over.
-func (s *stage) wholePool() int {
+// withPool makes a node with these ranges and starts it. The /64 that nodes have in the lab cannot be leased to its end.
+func withPool(t *testing.T, name, v4, v6 string) *stage {
+	t.Helper()
+	s := newStage(t, name, 1)
+	text, err := s.ReadText("node-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	words := string(text)
+	for i, small := range []string{v4, v6} {
+		pool := &s.Nodes[0].PodCIDRs[i]
+		words = strings.ReplaceAll(words, pool.String(), small)
+		*pool = netip.MustParsePrefix(small)
+	}
+	s.writeText("node-1", words)
+	s.startTunnel(0)
+	s.startDaemons()
+	return s
+}
+
+// wholePool demands that each address of the node can be leased, of both families, once the cool-down is over. It returns how many these are.
+func (s *stage) wholePool() (all int) {
 	s.t.Helper()
 	node := s.Nodes[0]
 	if err := node.EndCoolDown(s.t.Context()); err != nil {
@@ -180,28 +200,35 @@ func (s *stage) wholePool() int {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	owner := func(i int) ipam.Owner { return ipam.Owner{ContainerID: fmt.Sprintf("whole-%d", i), Interface: "eth0"} }
-	leased := 0
-	for ; err == nil; leased++ {
-		_, err = leases.Allocate(node.PodCIDRs[:1], owner(leased))
-	}
-	leased--
-	if want := 1<<(32-node.PodCIDRs[0].Bits()) - 3; !errors.As(err, new(*ipam.ExhaustedError)) || leased != want {
-		s.t.Errorf("%d addresses of %d could be leased (%v)", leased, want, err)
-	}
-	for i := range leased {
-		if _, err = leases.Release(owner(i).ContainerID, owner(i).Interface); err != nil {
-			s.t.Error(err)
+	for _, pool := range node.PodCIDRs {
+		owner := func(i int) ipam.Owner { return ipam.Owner{ContainerID: fmt.Sprintf("whole-%d", i), Interface: "eth0"} }
+		leased := 0
+		for err = nil; err == nil; leased++ {
+			_, err = leases.Allocate([]netip.Prefix{pool}, owner(leased))
 		}
+		leased--
+		want := 1<<(pool.Addr().BitLen()-pool.Bits()) - 2 // without the network's and the node's
+		if pool.Addr().Is4() {
+			want-- // and that of broadcasts
+		}
+		if !errors.As(err, new(*ipam.ExhaustedError)) || leased != want {
+			s.t.Errorf("%d addresses of %d of %s could be leased (%v)", leased, want, pool, err)
+		}
+		for i := range leased {
+			if _, err = leases.Release(owner(i).ContainerID, owner(i).Interface); err != nil {
+				s.t.Error(err)
+			}
+		}
+		all += leased
 	}
-	return leased
+	return all
 }
 
 // Pods come and go, twenty at a time, while plugin and daemon are killed at any instant. No address is ever a second pod's, and in the
 // end none is lost.
 func TestProofNoAddressTwiceNorLost(t *testing.T) {
 	t.Parallel()
-	s := running(t, "wplease", 1)
+	s := withPool(t, "wplease", "10.244.1.0/24", "fd00:10:244:1::/120")
 	l := newLettings(s)
 	random := soak.Random(t)
 	cycles, kills := soak.Trials(5000), 0
@@ -261,7 +288,7 @@ func inBatches[T any](s *stage, all []T, do func(int, T) error) {
 // what it had come before the daemon, after it, or never.
 func TestProofRebootLeaksNothing(t *testing.T) {
 	t.Parallel()
-	s := running(t, "wpboot", 1)
+	s := withPool(t, "wpboot", "10.244.1.0/24", "fd00:10:244:1::/120")
 	const pods = 100
 	node, reboots := s.Nodes[0], soak.Trials(20)
 	for round := range reboots {
@@ -318,17 +345,10 @@ func (s *stage) reboot(pods []*lab.Pod, disk bool) {
 func TestProofRollingOverAFullNode(t *testing.T) {
 	t.Parallel()
 	pods, v4, v6 := soak.Trials(250), "10.244.1.0/24", "fd00:10:244:1::/64"
-	s := newStage(t, "wproll", 1)
 	if pods < 250 {
-		small := strings.NewReplacer(v4, "10.244.1.0/27", v6, "fd00:10:244:1::/123")
-		text, err := s.ReadText("node-1")
-		if err != nil {
-			t.Fatal(err)
-		}
-		s.writeText("node-1", small.Replace(string(text)))
+		v4, v6 = "10.244.1.0/27", "fd00:10:244:1::/123"
 	}
-	s.startTunnel(0)
-	s.startDaemons()
+	s := withPool(t, "wproll", v4, v6)
 	var refused atomic.Int64
 	all := make([]*lab.Pod, pods)
 	start := func(name string, i int) error {
