@@ -35,9 +35,14 @@ type reader struct {
 	options doctorOptions
 	// proc is /proc outside of tests, tun the device of TUN links.
 	proc, tun string
+	// connections and packetLog try whether the kernel answers about connections, and gives packets that are logged.
+	connections func(context.Context) error
+	packetLog   func() error
 }
 
-func newReader(o doctorOptions) reader { return reader{options: o, proc: "/proc", tun: "/dev/net/tun"} }
+func newReader(o doctorOptions) reader {
+	return reader{options: o, proc: "/proc", tun: "/dev/net/tun", connections: tryConnections, packetLog: tryPacketLog}
+}
 
 // read reads everything. What cannot be read is so noted.
 func (r reader) read(ctx context.Context) preflight.Facts {
@@ -55,6 +60,8 @@ func (r reader) read(ctx context.Context) preflight.Facts {
 		Programs:       preflight.Read(r.programs()),
 		Networkd:       preflight.Read(r.networkd()),
 		NetworkManager: preflight.Read(r.networkManager()),
+		UFW:            preflight.Read(r.ufw()),
+		Firewalld:      preflight.Read(r.firewalld()),
 		Directories:    preflight.Read(r.directories()),
 		Admission:      preflight.Read(r.admission(ctx)),
 	}
@@ -64,7 +71,7 @@ func (r reader) read(ctx context.Context) preflight.Facts {
 		facts.Lacks.Err = err
 		return facts
 	}
-	facts.Lacks = preflight.Read(tryOut(ctx, backend))
+	facts.Lacks = preflight.Read(r.tryOut(ctx, backend))
 	return facts
 }
 
@@ -96,23 +103,36 @@ func (r reader) hasTUN() (bool, error) {
 }
 
 // tryOut tries rules, sets and the kernel's answers about connections and logged packets, apart from the node's own.
-func tryOut(ctx context.Context, backend string) ([]preflight.Lack, error) {
+func (r reader) tryOut(ctx context.Context, backend string) ([]preflight.Lack, error) {
 	var found []preflight.Lack
 	err := nodenet.Apart(func() error {
 		var err error
 		found, err = firewall.Try(ctx, backend)
-		if _, sweepErr := conntrack.SweepAll(ctx, func(conntrack.Flow) bool { return true }); sweepErr != nil {
-			found = append(found, preflight.Lack{Feature: "connection tracking over netlink", Module: "nf_conntrack_netlink", Err: sweepErr})
+		if connErr := r.connections(ctx); connErr != nil {
+			found = append(found, preflight.Lack{Feature: "connection tracking over netlink", Module: "nf_conntrack_netlink", Err: connErr})
 		}
-		log, openErr := nflog.Open(netfilter.LogGroup)
-		if openErr != nil {
-			found = append(found, preflight.Lack{Feature: "packet log over netlink", Module: "nfnetlink_log", Err: openErr})
-		} else {
-			log.Close()
+		if logErr := r.packetLog(); logErr != nil {
+			found = append(found, preflight.Lack{Feature: "packet log over netlink", Module: "nfnetlink_log", Err: logErr})
 		}
 		return err
 	})
 	return found, err
+}
+
+// tryConnections lists connections.
+func tryConnections(ctx context.Context) error {
+	_, err := conntrack.SweepAll(ctx, func(conntrack.Flow) bool { return true })
+	return err
+}
+
+// tryPacketLog takes part in the packet log.
+func tryPacketLog() error {
+	log, err := nflog.Open(netfilter.LogGroup)
+	if err != nil {
+		return err
+	}
+	log.Close()
+	return nil
 }
 
 // sockets are those on the tunnel's port that are not Warren's own.
@@ -234,6 +254,47 @@ func (r reader) networkManager() ([]string, error) {
 		}
 	}
 	return r.texts(slices.Concat(before, []string{r.host("etc/NetworkManager", "NetworkManager.conf")}, after))
+}
+
+// errNoFiles says what cannot be told without the node's files.
+var errNoFiles = errors.New("a container does not see what the node's firewall was told to let pass: run warrend doctor on the node itself")
+
+// seesFiles is an error where the files that are seen are not the node's.
+func (r reader) seesFiles() error {
+	inside, err := r.inContainer()
+	if inside {
+		return errNoFiles
+	}
+	return err
+}
+
+// ufw reads the defaults of ufw and the rules that its user has added (ufw-framework(8)).
+func (r reader) ufw() ([]string, error) {
+	if err := r.seesFiles(); err != nil {
+		return nil, err
+	}
+	return r.texts([]string{r.host("etc/default", "ufw"), r.host("etc/ufw", "user.rules"), r.host("etc/ufw", "user6.rules")})
+}
+
+// firewalld reads the zones of firewalld that a remedy changes; what the administrator has changed of them is in /etc (firewalld.dirs(5)).
+func (r reader) firewalld() (preflight.Zones, error) {
+	if err := r.seesFiles(); err != nil {
+		return preflight.Zones{}, err
+	}
+	text := func(name string) (string, error) {
+		texts, err := r.texts([]string{r.host("etc/firewalld", name)})
+		return strings.Join(texts, ""), err
+	}
+	standard := "public"
+	config, err := text("firewalld.conf")
+	for line := range strings.Lines(config) {
+		if name, is := strings.CutPrefix(strings.TrimSpace(line), "DefaultZone="); is {
+			standard = name
+		}
+	}
+	trusted, trustedErr := text("zones/trusted.xml")
+	other, otherErr := text(filepath.Join("zones", filepath.Base(standard)+".xml"))
+	return preflight.Zones{Trusted: trusted, Default: other}, errors.Join(err, trustedErr, otherErr)
 }
 
 // host is the path of a file of the node's, which a container sees by the node's first process if it sees that.

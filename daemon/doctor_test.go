@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -37,7 +38,7 @@ func newPatient(t *testing.T) *patient {
 	t.Helper()
 	testnode.Enter(t)
 	root := t.TempDir()
-	p := &patient{t: t, wireGuard: true, reader: reader{proc: filepath.Join(root, "proc"), tun: "/dev/net/tun", options: doctorOptions{
+	p := &patient{t: t, wireGuard: true, reader: newReader(doctorOptions{
 		tunnelChoice: tunnelChoice{wireguard: "auto"},
 		paths: paths{
 			cniConfDir: filepath.Join(root, "cni-conf"), cniBinDir: filepath.Join(root, "cni-bin"),
@@ -48,7 +49,8 @@ func newPatient(t *testing.T) *patient {
 			clusterCIDRs: []string{"10.244.0.0/16", "fd00:10:244::/56"}, serviceCIDRs: []string{"10.96.0.0/12"},
 		},
 		sysctlDir: "/proc/sys",
-	}}}
+	})}
+	p.proc = filepath.Join(root, "proc")
 	for _, dir := range []string{"cni-conf", "run", "proc/1/root/etc"} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
 			t.Fatal(err)
@@ -146,6 +148,28 @@ func (p *patient) refuseRules(words string) {
 	p.t.Setenv("PATH", tools+":"+os.Getenv("PATH"))
 }
 
+// What firewalls write when they are told to let Warren pass.
+const (
+	ufwDefaults = "IPV6=yes\nDEFAULT_INPUT_POLICY=\"DROP\"\nDEFAULT_FORWARD_POLICY=\"ACCEPT\"\n"
+	ufwRules    = "*filter\n### RULES ###\n\n### tuple ### allow any any 0.0.0.0/0 any 10.244.0.0/16 in\n-A ufw-user-input -s 10.244.0.0/16 -j ACCEPT\n\n" +
+		"### tuple ### allow udp 51820 0.0.0.0/0 any 0.0.0.0/0 in\n-A ufw-user-input -p udp --dport 51820 -j ACCEPT\n\n### END RULES ###\n"
+	ufwRules6 = "*filter\n### RULES ###\n\n### tuple ### allow any any ::/0 any fd00:10:244::/56 in\n-A ufw6-user-input -s fd00:10:244::/56 -j ACCEPT\n"
+
+	trustedZone = `<?xml version="1.0" encoding="utf-8"?>
+<zone target="ACCEPT">
+  <short>Trusted</short>
+  <source address="10.244.0.0/16"/>
+  <source address="fd00:10:244::/56"/>
+</zone>
+`
+	portZone = `<?xml version="1.0" encoding="utf-8"?>
+<zone>
+  <service name="ssh"/>
+  <port port="51820" protocol="udp"/>
+</zone>
+`
+)
+
 // sabotages are things done to a node, each with what the doctor must say, and nothing else.
 var sabotages = map[string]struct {
 	do   func(*patient)
@@ -161,6 +185,10 @@ var sabotages = map[string]struct {
 	}, []string{"error NoWireGuard"}},
 	"another link has the name":  {func(p *patient) { p.run("ip link add warren0 type bridge") }, []string{"error LinkTaken"}},
 	"iptables without set match": {func(p *patient) { p.refuseRules("-m set") }, []string{"error PacketFilterLacks", "error PacketFilterLacks"}},
+	"kernel without connection tracking over netlink": {func(p *patient) {
+		p.connections = func(context.Context) error { return unix.EOPNOTSUPP }
+	}, []string{"error PacketFilterLacks"}},
+	"kernel without a packet log": {func(p *patient) { p.packetLog = func() error { return unix.EOPNOTSUPP } }, []string{"error PacketFilterLacks"}},
 	"both backends of iptables": {func(p *patient) {
 		p.run("iptables-nft -N DOCKER-USER")
 		p.run("iptables-legacy -t nat -N KUBE-SERVICES")
@@ -198,7 +226,18 @@ var sabotages = map[string]struct {
 	"kube-router's rules":    {func(p *patient) { p.run("ip6tables-nft -N KUBE-ROUTER-FORWARD") }, []string{"warning OtherCNIRules"}},
 	"ufw":                    {func(p *patient) { p.run("iptables-nft -N ufw-before-forward") }, []string{"warning UFW"}},
 	"firewalld":              {func(p *patient) { p.runs("firewalld") }, []string{"warning Firewalld"}},
-	"networkd":               {func(p *patient) { p.runs("systemd-network") }, []string{"warning NetworkdManagesRoutes"}},
+	"ufw, told half": {func(p *patient) {
+		p.run("iptables-nft -N ufw-before-forward")
+		p.file("1/root/etc/default/ufw", ufwDefaults)
+		p.file("1/root/etc/ufw/user.rules", ufwRules)
+	}, []string{"warning UFW"}},
+	"firewalld, told half": {func(p *patient) {
+		p.runs("firewalld")
+		p.file("1/root/etc/firewalld/firewalld.conf", "DefaultZone=home\n")
+		p.file("1/root/etc/firewalld/zones/trusted.xml", trustedZone)
+		p.file("1/root/etc/firewalld/zones/public.xml", portZone)
+	}, []string{"warning Firewalld"}},
+	"networkd": {func(p *patient) { p.runs("systemd-network") }, []string{"warning NetworkdManagesRoutes"}},
 	"networkd, main file": {func(p *patient) {
 		p.runs("systemd-network")
 		p.file("1/root/usr/lib/systemd/networkd.conf", "[Network]\nManageForeignRoutes=no\nManageForeignRoutingPolicyRules=no\n")
@@ -275,6 +314,18 @@ func TestDoctorHealthy(t *testing.T) {
 			p.runs("NetworkManager")
 			p.file("1/root/usr/lib/NetworkManager/conf.d/x.conf", "[keyfile]\nunmanaged-devices=none\n")
 			p.file("1/root/etc/NetworkManager/conf.d/90-warren.conf", "[keyfile]\nunmanaged-devices+=interface-name:wrn*;interface-name:warren0\n")
+		},
+		"ufw told to let Warren pass": func(p *patient) {
+			p.run("iptables-nft -N ufw-before-forward")
+			p.file("1/root/etc/default/ufw", ufwDefaults)
+			p.file("1/root/etc/ufw/user.rules", ufwRules)
+			p.file("1/root/etc/ufw/user6.rules", ufwRules6)
+		},
+		"firewalld told to let Warren pass": func(p *patient) {
+			p.runs("firewalld")
+			p.file("1/root/etc/firewalld/firewalld.conf", "# comment\nDefaultZone=home\n")
+			p.file("1/root/etc/firewalld/zones/trusted.xml", trustedZone)
+			p.file("1/root/etc/firewalld/zones/home.xml", portZone)
 		},
 		"networkd keeps the advertised route": func(p *patient) {
 			p.run("sysctl -qw net.ipv6.conf.eth0.accept_ra=0")

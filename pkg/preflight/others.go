@@ -111,51 +111,6 @@ func some(what string, names []string) string {
 	return what + " " + strings.Join(names, ", ")
 }
 
-// firewalls looks for programs that drop what pods send and receive.
-func firewalls(f Facts, w Wanted) ([]Finding, error) {
-	var findings []Finding
-	open := ""
-	if w.Encrypted {
-		open = fmt.Sprintf("%d", w.Port)
-	}
-	pods := "CLUSTER-CIDR"
-	if len(w.ClusterCIDRs) > 0 {
-		pods = w.ClusterCIDRs[0].String()
-	}
-	if standsIn(f, "firewalld", "firewalld", "") {
-		allow := []string{"firewall-cmd --permanent --zone=trusted --add-source=" + pods}
-		if open != "" {
-			allow = append(allow, "firewall-cmd --permanent --add-port="+open+"/udp")
-		}
-		findings = append(findings, Finding{
-			Severity: Warning, Code: "Firewalld", Object: "firewalld",
-			Message: "it rejects what it does not know: the tunnel's packets, and what pods send and receive",
-			Remedy:  "systemctl disable --now firewalld, or let Warren pass: " + strings.Join(append(allow, "firewall-cmd --reload"), "; "),
-		})
-	}
-	if standsIn(f, "", "", "ufw") {
-		allow := []string{"ufw default allow routed", "ufw allow from " + pods}
-		if open != "" {
-			allow = append(allow, "ufw allow "+open+"/udp")
-		}
-		findings = append(findings, Finding{
-			Severity: Warning, Code: "UFW", Object: "ufw",
-			Message: "its chains stand in iptables; it drops what it does not know: the tunnel's packets, and what pods send and receive",
-			Remedy:  "ufw disable, or let Warren pass: " + strings.Join(allow, "; "),
-		})
-	}
-	return findings, errors.Join(f.Filter.Err, f.Programs.Err)
-}
-
-// standsIn says whether a program of that name runs, or a table or chains of that name (chains: the beginning) stand; "" is no name.
-func standsIn(f Facts, program, table, chains string) bool {
-	return program != "" && slices.Contains(f.Programs.Value, program) ||
-		table != "" && slices.Contains(f.Filter.Value.Tables, table) ||
-		chains != "" && slices.ContainsFunc(f.Filter.Value.Chains, func(name string) bool {
-			return name == chains || strings.HasPrefix(name, chains+"-") || strings.HasPrefix(name, chains+"6-")
-		})
-}
-
 // kubeProxy looks at the mode of kube-proxy.
 func kubeProxy(f Facts, _ Wanted) ([]Finding, error) {
 	if f.IPVS.Err != nil || !f.IPVS.Value {

@@ -96,6 +96,9 @@ type Facts struct {
 	Programs Reading[[]string]
 	// Networkd and NetworkManager are the texts of their configuration in the order in which they are read: a later one overrides.
 	Networkd, NetworkManager Reading[[]string]
+	// UFW are the texts of ufw's files: its defaults and the rules that its user has added. Firewalld are zones of firewalld.
+	UFW       Reading[[]string]
+	Firewalld Reading[Zones]
 	// Directories are those that Warren writes to.
 	Directories Reading[[]Directory]
 	// Admission are the problems that were found with the admission policies.

@@ -252,6 +252,21 @@ func TestFindings(t *testing.T) {
 		"firewalld's table": {func(f *preflight.Facts, _ *preflight.Wanted) { f.Filter.Value.Tables = []string{"firewalld"} }, "warning Firewalld firewalld", "--add-source=10.244.0.0/16"},
 		"ufw":               {func(f *preflight.Facts, _ *preflight.Wanted) { addChain(f, "ufw-before-input") }, "warning UFW ufw", "ufw allow 51820/udp"},
 		"ufw in IPv6 alone": {func(f *preflight.Facts, _ *preflight.Wanted) { addChain(f, "ufw6-before-input") }, "warning UFW ufw", "ufw disable"},
+		"firewalld, told half": {func(f *preflight.Facts, _ *preflight.Wanted) {
+			f.Programs.Value = []string{"firewalld"}
+			f.Firewalld.Value = preflight.Zones{
+				Trusted: `<zone target="ACCEPT"><source address="10.244.0.0/16"/><rule><source address="fd00:10:244::/56"/></rule></zone>`,
+				Default: `<zone><port protocol="udp" port="51820"/></zone>`,
+			}
+		}, "warning Firewalld firewalld", "or let Warren pass: firewall-cmd --permanent --zone=trusted --add-source=fd00:10:244::/56; firewall-cmd --reload"},
+		"ufw, told half": {func(f *preflight.Facts, _ *preflight.Wanted) {
+			addChain(f, "ufw-before-input")
+			f.UFW.Value = []string{"DEFAULT_FORWARD_POLICY=\"ACCEPT\"\n", "# -A ufw-user-input -s 10.244.0.0/16 -j ACCEPT\n-A ufw-user-input -p udp --dport 51820 -j ACCEPT\n"}
+		}, "warning UFW ufw", "or let Warren pass: ufw allow from 10.244.0.0/16; ufw allow from fd00:10:244::/56"},
+		"ufw, nothing to encrypt": {func(f *preflight.Facts, w *preflight.Wanted) {
+			addChain(f, "ufw-before-input")
+			w.Encrypted = false
+		}, "warning UFW ufw", "ufw disable, or let Warren pass: ufw default allow routed; ufw allow from 10.244.0.0/16; ufw allow from fd00:10:244::/56"},
 		"networkd": {
 			func(f *preflight.Facts, _ *preflight.Wanted) { f.Networkd.Value = nil }, "warning NetworkdManagesRoutes systemd-networkd",
 			`[Network]\nManageForeignRoutes=no\nManageForeignRoutingPolicyRules=no\n`,
@@ -359,6 +374,7 @@ func TestNotChecked(t *testing.T) {
 		"programs":    {func(f *preflight.Facts) { f.Programs.Err = denied }, []string{"firewalls", "network managers"}},
 		"networkd":    {func(f *preflight.Facts) { f.Networkd.Err = denied }, []string{"network managers"}},
 		"NM":          {func(f *preflight.Facts) { f.NetworkManager.Err = denied }, []string{"network managers"}},
+		"no ufw":      {func(f *preflight.Facts) { f.UFW.Err, f.Firewalld.Err = denied, denied }, nil}, // nobody asks it
 		"ipvs":        {func(f *preflight.Facts) { f.IPVS.Err = denied }, []string{"kube-proxy"}},
 		"directories": {func(f *preflight.Facts) { f.Directories.Err = denied }, []string{"directories"}},
 		"admission":   {func(f *preflight.Facts) { f.Admission.Err = denied }, []string{"admission policies"}},
