@@ -27,16 +27,19 @@ type parsed struct {
 	lease Lease
 }
 
-// identity tells a file and its content from others. A tmpfs never gives an inode number twice, so that another file is never taken for it.
+// identity tells a file, its content and its names from others. A tmpfs never gives an inode number twice, so that another file is never
+// taken for it, and a file that gets or loses a name is changed.
 type identity struct {
-	device, inode uint64
-	modified      unix.Timespec
+	device, inode, names uint64
+	modified, changed    unix.Timespec
 }
 
-func identityOf(file *unix.Stat_t) identity { return identity{file.Dev, file.Ino, file.Mtim} }
+func identityOf(file *unix.Stat_t) identity {
+	return identity{file.Dev, file.Ino, uint64(file.Nlink), file.Mtim, file.Ctim}
+}
 
 // List returns all leases, ordered by attachment, as they are at this moment. Only files that it has not seen before are
-// read.
+// read. The addresses are those that Held returns: a text that differs from the names of its file gives nobody another's address.
 //
 // A lease that cannot be read is named in the error, and does not keep the others from being returned. The leases are nil where
 // the directory itself cannot be read.
@@ -104,6 +107,11 @@ func (s *Store) parse(dir int, name string) (parsed, error) {
 	var buffer [1024]byte
 	text, err := readFile(dir, name, buffer[:], &file)
 	lease, err := s.decode(name, string(text), err)
+	if err == nil && !s.isWhole(lease, &file) {
+		if lease.Addresses, err = s.addressesOf(name, lease.Addresses); err == nil && len(lease.Addresses) == 0 {
+			err = fmt.Errorf("reading lease %s: %w: no address that it names is its own", s.path(name), errNoLease)
+		}
+	}
 	return parsed{identityOf(&file), lease}, err
 }
 

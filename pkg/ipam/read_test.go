@@ -93,3 +93,59 @@ func TestFilesThatAreNoLease(t *testing.T) {
 		t.Error("the address is left")
 	}
 }
+
+// TestListGoesByTheNames: what a lease's text says of its addresses counts no more than what CHECK and DEL make of it, also where it is
+// written anew, or names come and go, after it was read.
+func TestListGoesByTheNames(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	ranges := prefixes("10.0.0.0/24", "fd00::/64")
+	for i := range 3 {
+		allocate(t, s, ranges, owner(i))
+	}
+	lists := func(want ...[]netip.Addr) {
+		t.Helper()
+		leases, err := s.List()
+		if err != nil {
+			t.Error(err)
+		}
+		var got [][]netip.Addr
+		for _, l := range leases {
+			got = append(got, l.Addresses)
+			held, err := s.Held(l.ContainerID, l.Interface)
+			if diff := cmp.Diff(held, l.Addresses, equal); diff != "" || err != nil {
+				t.Errorf("%s (-Held +List):\n%s%v", l.ContainerID, diff, err)
+			}
+		}
+		if diff := cmp.Diff(want, got, equal); diff != "" {
+			t.Errorf("addresses (-want +got):\n%s", diff)
+		}
+	}
+	first, second, third := addresses("10.0.0.2", "fd00::2"), addresses("10.0.0.3", "fd00::3"), addresses("10.0.0.4", "fd00::4")
+	lists(first, second, third)
+	text, err := os.ReadFile(filepath.Join(dir, "c0@eth0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// In place, so that all names have it: another's address instead of one of its own.
+	write(t, dir, "c0@eth0", strings.Replace(string(text), "10.0.0.2", "10.0.0.3", 1))
+	lists(first, second, third)
+	if err = os.Remove(filepath.Join(dir, "10.0.0.2")); err != nil {
+		t.Fatal(err)
+	}
+	lists(addresses("fd00::2"), second, third)
+	if err = os.Link(filepath.Join(dir, "c0@eth0"), filepath.Join(dir, "10.0.0.9")); err != nil {
+		t.Fatal(err)
+	}
+	lists(addresses("10.0.0.9", "fd00::2"), second, third)
+	// Nothing of its own: it is no lease, and says so.
+	for _, name := range []string{"10.0.0.9", "fd00::2"} {
+		if err = os.Remove(filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(t, dir, "c0@eth0", strings.NewReplacer("10.0.0.2", "10.0.0.3", "fd00::2", "fd00::3").Replace(string(text)))
+	if leases, err := s.List(); len(leases) != 2 || err == nil || !strings.Contains(err.Error(), "c0@eth0: it is no lease: no address that it names is its own") {
+		t.Errorf("leases %v, %v", leases, err)
+	}
+}
