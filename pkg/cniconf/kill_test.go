@@ -92,20 +92,8 @@ func TestRefusedAtEveryCall(t *testing.T) {
 		for fault, advice := range map[string]string{"ENOSPC": "make room", "EROFS": "writable"} {
 			t.Run(kind+"/"+fault, func(t *testing.T) {
 				refused := 0
-				for hitAt(t, kind, "error="+fault, refused+1, func(p place, t *testing.T, before map[string]map[string]string) {
-					said := p.said(t)
-					if !strings.Contains(said, advice) {
-						t.Errorf("it did not say what to do: %q", said)
-					}
-					for _, folder := range []string{"bin", "conf"} {
-						for name := range read(t, p.folder(folder)) {
-							if strings.Contains(name, ".tmp") {
-								t.Errorf("it left %s", name)
-							}
-						}
-					}
-					p.survives(t, before)
-				}) {
+				whole := func(p place, t *testing.T, before map[string]map[string]string) { p.isWhole(t, advice, before) } //nolint:thelper // like place.survives
+				for hitAt(t, kind, "error="+fault, refused+1, whole) {
 					refused++
 				}
 				if refused < calls {
@@ -114,6 +102,22 @@ func TestRefusedAtEveryCall(t *testing.T) {
 			})
 		}
 	}
+}
+
+// isWhole checks what a victim left that was refused something, and what it said.
+func (p place) isWhole(t *testing.T, advice string, before map[string]map[string]string) {
+	t.Helper()
+	if said := p.said(t); !strings.Contains(said, advice) {
+		t.Errorf("it did not say what to do: %q", said)
+	}
+	for _, folder := range []string{"bin", "conf"} {
+		for name := range read(t, p.folder(folder)) {
+			if strings.Contains(name, ".tmp") {
+				t.Errorf("it left %s", name)
+			}
+		}
+	}
+	p.survives(t, before)
 }
 
 // said returns what the victim has said.
