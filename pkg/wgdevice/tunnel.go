@@ -144,7 +144,7 @@ func serveTunnel(ctx context.Context, wg *device.Device, log *slog.Logger) error
 		return fmt.Errorf("listening on the tunnel's socket: %w", err)
 	}
 	failed := make(chan error, 1)
-	go func() { failed <- answer(socket, wg) }()
+	go func() { failed <- answer(socket, wg, log) }()
 	log.Info("tunnel ready", "link", mesh.Link, "socket", uapiSocket)
 
 	select {
@@ -162,13 +162,18 @@ func serveTunnel(ctx context.Context, wg *device.Device, log *slog.Logger) error
 	return err
 }
 
-func answer(socket net.Listener, wg *device.Device) error {
+func answer(socket net.Listener, wg *device.Device, log *slog.Logger) error {
 	for {
 		c, err := socket.Accept()
 		if err != nil {
 			return err
 		}
-		go wg.IpcHandle(c)
+		go func() {
+			wg.IpcHandle(c)
+			if err := allowFragments(); err != nil { // the port may be another one
+				log.Warn("packets of the tunnel stay whole", "error", err)
+			}
+		}()
 	}
 }
 

@@ -5,12 +5,16 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 
+	"github.com/containernetworking/plugins/pkg/netlinksafe"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/warren-cni/warren/pkg/wgdevice"
@@ -226,5 +230,33 @@ func TestTunnelsTimersMayBeLate(t *testing.T) {
 	cancel()
 	if err := <-ended; err != nil && !strings.Contains(err.Error(), "signal: terminated") {
 		t.Error(err)
+	}
+}
+
+// TestTunnelOverSmallerPath sends much over a path of which the kernel has learnt that it carries less than the tunnel's packets have: as
+// a router's ICMP error leaves it for ten minutes, a route of that MTU stands on the sender.
+func TestTunnelOverSmallerPath(t *testing.T) {
+	for i, family := range []string{"IPv4", "IPv6"} {
+		t.Run(family, func(t *testing.T) {
+			l := newLab(t, 2)
+			a, b := l.nodes[0], l.nodes[1]
+			v4, v6 := uplink(b.number)
+			endpoint := []netip.Addr{v4, v6}[i]
+			want := a.plan(t, a, b)
+			want.Peers[0].Endpoint = netip.AddrPortFrom(endpoint, wireGuardPort)
+			a.apply(t, want)
+			b.apply(t, b.plan(t, a, b))
+			a.reach(t, b, newMarker())
+			a.do(t, func() error {
+				link, err := netlinksafe.LinkByName("eth0")
+				if err != nil {
+					return err
+				}
+				to := &net.IPNet{IP: endpoint.AsSlice(), Mask: net.CIDRMask(endpoint.BitLen(), endpoint.BitLen())}
+				return netlink.RouteAdd(&netlink.Route{Dst: to, LinkIndex: link.Attrs().Index, MTU: 1400})
+			})
+			to, _ := b.addresses()
+			a.transfer(t, to, make([]byte, 8<<20))
+		})
 	}
 }
