@@ -21,18 +21,13 @@ func allowFragments() error {
 	}
 	var errs []error
 	for _, entry := range entries {
-		fd, err := strconv.Atoi(entry.Name())
-		if err != nil {
-			return fmt.Errorf("looking for the tunnel's sockets: %w", err)
+		fd, errName := strconv.Atoi(entry.Name())
+		protocol, errProtocol := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL)
+		family, errFamily := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
+		if errors.Join(errName, errProtocol, errFamily) != nil || protocol != unix.IPPROTO_UDP || family != unix.AF_INET {
+			continue // another file, or one that was closed since
 		}
-		protocol, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL)
-		if err != nil || protocol != unix.IPPROTO_UDP {
-			continue // it is no socket, or was closed since, or another one
-		}
-		family, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
-		if err == nil && family == unix.AF_INET {
-			errs = append(errs, unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_OMIT))
-		}
+		errs = append(errs, unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_OMIT))
 	}
 	if err = errors.Join(errs...); err != nil {
 		return fmt.Errorf("allowing fragments of what the tunnel sends: %w", err)
