@@ -30,7 +30,7 @@ type device interface {
 	Apply(ctx context.Context, config mesh.Config, key wgdevice.Key) (wgdevice.Changes, error)
 	Patch(ctx context.Context, change mesh.Change, key wgdevice.Key) (wgdevice.Changes, error)
 	Follow(ctx context.Context, config mesh.Config) (wgdevice.Awaited, error)
-	Challenge(ctx context.Context, config mesh.Config) (bool, error)
+	Challenge(ctx context.Context, config mesh.Config, found func()) error
 }
 
 // follower applies the mesh to the tunnel, and while peers change their keys or are new, looks at the tunnel in between: with the first
@@ -142,14 +142,11 @@ func (f *follower) challenge(ctx context.Context) {
 		f.mu.Lock()
 		now := f.mesh
 		f.mu.Unlock()
-		found, err := f.device.Challenge(ctx, now)
+		err := f.device.Challenge(ctx, now, f.again)
 		if err != nil && !failed && ctx.Err() == nil {
 			f.log.Warn("asking nodes whether they receive at their InternalIPs; what pods send there stays in clear", "error", err)
 		}
 		failed = err != nil
-		if found {
-			f.again()
-		}
 	}
 }
 

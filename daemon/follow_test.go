@@ -56,11 +56,15 @@ func (w *watched) Follow(context.Context, mesh.Config) (wgdevice.Awaited, error)
 	return w.awaited, w.err
 }
 
-func (w *watched) Challenge(context.Context, mesh.Config) (bool, error) {
+func (w *watched) Challenge(_ context.Context, _ mesh.Config, found func()) error {
 	w.mu.Lock()
-	defer w.mu.Unlock()
 	w.challenges++
-	return w.found, w.err
+	is, err := w.found, w.err
+	w.mu.Unlock()
+	if is {
+		found()
+	}
+	return err
 }
 
 // again takes in that the mesh is to be applied again.

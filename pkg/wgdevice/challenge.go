@@ -22,65 +22,74 @@ import (
 // address and comes back shows who receives there. So the peer is asked, with a text that nobody can guess, through the tunnel: while the
 // peer is at the address, the tunnel sends the question there, and none but the peer can read it.
 //
-// A peer that lies could be at its true address in the moment in which the question is sent and at the other one whenever this
-// node looks, by sending packets of both kinds in turn. So before the look, and between the look and the question, passes a random
-// time that is evenly spread over the same length. Let g(t) be 1 while the peer lets itself be seen at the other address: it passes with
-// probability A - A^2/2, where A is the average of g over the times of the look, which is a half at most, whatever it does. After
-// 64 questions in a row that is 2^-64. (What the look itself takes belongs to the time between; with an eighth of the longest wait
-// the half becomes 0.62, and all of it 2^-44.)
+// A peer that lies, by packets of both kinds, is to be seen at the other address whenever this node looks, and has to be at its true one when a
+// question leaves. It must not know when either is: the looks follow each other in random times, of lookEvery at average, also while an
+// answer is awaited, and a question is sent at a time that is evenly spread over a span of so many looks. (It leaves later, by as much as the
+// peer may make the tunnel's queue long, but that is no less random, and the looks go on meanwhile.) Let x(t) be 1 while the peer is at its true
+// address: it gets the question with the integral of x(u)*exp(-integral of x from 0 to u/lookEvery)/span, which is 1/spread at most, whatever
+// it does. One look that sees it elsewhere ends the matter. So 16 of 20 questions are answered with a probability below 2^-51.
 const (
-	questions = 64
-	// answerPatience is how long an answer is waited for: the first may need a handshake before.
-	answerPatience = 2 * time.Second
-	// shortWait is the shortest of the longest waits, and lookShare how many times longer than a look one is.
-	shortWait = 5 * time.Millisecond
-	lookShare = 8
+	// answers is how many questions have to be answered, and misses how many may not be: packets get lost.
+	answers = 16
+	misses  = 4
+	// spread is the span of a question, in looks.
+	spread = 16
+	// lookEvery is the shortest time between two looks, and lookShare how many times longer than a look it is.
+	lookEvery = 5 * time.Millisecond
+	lookShare = 10
+	// answerPatience is how long an answer is waited for.
+	answerPatience = time.Second
 	// textSize is the length of the text in a question.
 	textSize = 16
 )
 
 // suspect is a peer that says that its node has some addresses.
 type suspect struct {
+	node    string
 	key     wgtypes.Key
 	claimed []netip.Addr
 	// at is that of them where the peer was seen first.
 	at netip.Addr
 	// asked is its address in the tunnel.
 	asked netip.Addr
+
+	answered, missed int
+	// text is that of the question that is not answered, and replied says that it is since the last look. next is when the next one is asked, or this one
+	// given up.
+	text    []byte
+	replied bool
+	next    time.Time
 }
 
-// Challenge asks those peers that may carry their node's address and do not whether they receive there, and says whether any was found
-// to. What follows is the next Apply's. It takes as long as 64 packets there and back, and writes nothing.
-func (d *Device) Challenge(ctx context.Context, want mesh.Config) (bool, error) {
+// Challenge asks those peers that may carry their node's address and do not whether they receive there, and calls found whenever one was
+// found to. What follows is the next Apply's. It writes nothing.
+func (d *Device) Challenge(ctx context.Context, want mesh.Config, found func()) error {
 	d.writing.Lock()
 	suspects := d.memory.suspects(want)
 	d.writing.Unlock()
 	if len(suspects) == 0 {
-		return false, nil
+		return nil
 	}
 	way, err := d.openTunnel(ctx, want.Addresses)
 	if err != nil {
-		return false, err
+		return err
 	}
 	defer way.close()
-	honest, err := interrogate(ctx, way, suspects, d.clock)
-	if err != nil || len(honest) == 0 {
-		return false, err
-	}
-	d.writing.Lock()
-	defer d.writing.Unlock()
-	for _, s := range honest {
-		d.memory.found(s.key, s.at)
-	}
-	return true, nil
+	return interrogate(ctx, way, suspects, d.clock, func(s *suspect) {
+		d.writing.Lock()
+		defer d.writing.Unlock()
+		if d.memory.believe(s) {
+			found()
+		}
+	})
 }
 
 // suspects returns the peers that are to be asked.
-func (m *memory) suspects(want mesh.Config) []suspect {
-	var list []suspect
+func (m *memory) suspects(want mesh.Config) []*suspect {
+	var list []*suspect
 	for i := range want.Peers {
 		p := &want.Peers[i]
-		s := suspect{key: p.PublicKey, claimed: p.NodeAddresses}
+		s := &suspect{node: p.Node, key: p.PublicKey, claimed: p.NodeAddresses}
 		for _, prefix := range p.AllowedIPs {
 			address := podcidr.NodeAddress(prefix)
 			if slices.ContainsFunc(want.Addresses, func(own netip.Prefix) bool { return own.Addr().Is4() == address.Is4() }) {
@@ -95,58 +104,105 @@ func (m *memory) suspects(want mesh.Config) []suspect {
 	return list
 }
 
+// believe takes in that a peer receives where it is, unless the plan is another by now.
+func (m *memory) believe(s *suspect) bool {
+	p := m.planned[s.node]
+	still := p.PublicKey == s.key && slices.Contains(p.NodeAddresses, s.at) &&
+		slices.ContainsFunc(p.AllowedIPs, func(a netip.Prefix) bool { return a.Contains(s.asked) })
+	if still {
+		m.found(s.key, s.at)
+	}
+	return still
+}
+
 // way is how peers are looked at and asked.
 type way interface {
 	// look returns where the peers are.
 	look() (map[wgtypes.Key]netip.Addr, error)
-	// ask returns who of those that are asked answers.
-	ask(ctx context.Context, addresses []netip.Addr) map[netip.Addr]bool
+	// ask sends a question. Whether it arrives shows by the answer.
+	ask(to netip.Addr, text []byte)
+	// answers are what comes back.
+	answers() <-chan echo.Reply
 }
 
-// interrogate returns the suspects that receive where they are.
-func interrogate(ctx context.Context, w way, suspects []suspect, clock func() time.Time) ([]suspect, error) {
-	longest := shortWait
-	for range questions {
-		pause(ctx, random(longest))
-		began := clock()
-		where, err := w.look()
-		if err != nil {
-			return nil, err
-		}
-		longest = max(shortWait, lookShare*clock().Sub(began))
-		suspects = slices.DeleteFunc(suspects, func(s suspect) bool {
-			at := where[s.key]
-			return !slices.Contains(s.claimed, at) || s.at.IsValid() && s.at != at
-		})
-		if len(suspects) == 0 {
-			return nil, nil
-		}
-		asked := make([]netip.Addr, len(suspects))
-		for i := range suspects {
-			s := &suspects[i]
-			s.at, asked[i] = where[s.key], s.asked
-		}
-		pause(ctx, random(longest))
-		answered := w.ask(ctx, asked)
-		suspects = slices.DeleteFunc(suspects, func(s suspect) bool { return !answered[s.asked] })
-	}
-	return suspects, nil
-}
-
-// pause waits, unless the context ends.
-func pause(ctx context.Context, d time.Duration) {
-	timer := time.NewTimer(d)
+// interrogate calls found with each suspect that receives where it is, as soon as that is known.
+func interrogate(ctx context.Context, w way, suspects []*suspect, clock func() time.Time, found func(*suspect)) error {
+	every := lookEvery
+	looks := clock()
+	timer := time.NewTimer(0)
 	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-	case <-timer.C:
+	for len(suspects) > 0 {
+		select {
+		case <-ctx.Done():
+			return nil
+		case reply := <-w.answers():
+			for _, s := range suspects {
+				s.replied = s.replied || s.asked == reply.From && s.text != nil && bytes.Equal(s.text, reply.Payload)
+			}
+			continue
+		case <-timer.C:
+		}
+		if now := clock(); !now.Before(looks) {
+			where, err := w.look()
+			if err != nil {
+				return err
+			}
+			every = max(lookEvery, lookShare*clock().Sub(now))
+			looks = clock().Add(random(2 * every))
+			suspects = slices.DeleteFunc(suspects, func(s *suspect) bool { return s.seen(where[s.key], clock(), spread*every) })
+		}
+		suspects = slices.DeleteFunc(suspects, func(s *suspect) bool {
+			if s.answered == answers {
+				found(s)
+			}
+			return s.answered == answers
+		})
+		now, next := clock(), looks
+		for _, s := range suspects {
+			if s.text == nil && !now.Before(s.next) {
+				s.text, s.next = newText(), now.Add(answerPatience)
+				w.ask(s.asked, s.text)
+			}
+			if s.text == nil && s.next.Before(next) {
+				next = s.next
+			}
+		}
+		timer.Reset(next.Sub(clock()))
 	}
+	return nil
+}
+
+// seen takes in where a suspect is, and says whether it is convicted by that. The next question follows within the span.
+func (s *suspect) seen(at netip.Addr, now time.Time, span time.Duration) bool {
+	if !slices.Contains(s.claimed, at) || s.at.IsValid() && s.at != at {
+		return true
+	}
+	first := !s.at.IsValid()
+	s.at = at
+	switch {
+	case first:
+	case s.replied:
+		s.answered++
+	case s.text != nil && !now.Before(s.next):
+		s.missed++
+	default:
+		return false
+	}
+	s.text, s.replied, s.next = nil, false, now.Add(random(span))
+	return s.missed > misses
 }
 
 // random returns a time that nobody can foretell, up to the longest.
 func random(longest time.Duration) time.Duration {
 	n, _ := rand.Int(rand.Reader, big.NewInt(int64(longest))) // never fails, as documented
 	return time.Duration(n.Int64())
+}
+
+// newText returns what nobody can guess.
+func newText() []byte {
+	text := make([]byte, textSize)
+	_, _ = rand.Read(text) // never fails, as documented
+	return text
 }
 
 // tunnel is the way through the link.
@@ -157,7 +213,7 @@ type tunnel struct {
 	closed  chan struct{}
 }
 
-// openTunnel opens the link, and a socket at each of the node's own addresses on it.
+// openTunnel opens the link, and in each family a socket at one of the node's own addresses on it.
 func (d *Device) openTunnel(ctx context.Context, own []netip.Prefix) (*tunnel, error) {
 	k, err := openKernel()
 	if err != nil {
@@ -173,6 +229,9 @@ func (d *Device) openTunnel(ctx context.Context, own []netip.Prefix) (*tunnel, e
 		return nil, err
 	}
 	for _, a := range own {
+		if t.sockets[a.Addr().Is4()] != nil {
+			continue
+		}
 		socket, errListen := echo.Listen(a.Addr())
 		if errListen != nil {
 			t.close()
@@ -219,28 +278,8 @@ func (t *tunnel) look() (map[wgtypes.Key]netip.Addr, error) {
 	return where, nil
 }
 
-func (t *tunnel) ask(ctx context.Context, addresses []netip.Addr) map[netip.Addr]bool {
-	texts := make(map[netip.Addr][]byte, len(addresses))
-	answered := map[netip.Addr]bool{}
-	for _, a := range addresses {
-		text := make([]byte, textSize)
-		_, _ = rand.Read(text) // never fails, as documented
-		// One that cannot be sent to does not answer.
-		if err := t.sockets[a.Is4()].Send(a, 0, text); err == nil {
-			texts[a] = text
-		}
-	}
-	ctx, cancel := context.WithTimeout(ctx, answerPatience)
-	defer cancel()
-	for len(answered) < len(texts) {
-		select {
-		case reply := <-t.replies:
-			if text, asked := texts[reply.From]; asked && bytes.Equal(text, reply.Payload) {
-				answered[reply.From] = true
-			}
-		case <-ctx.Done():
-			return answered
-		}
-	}
-	return answered
+func (t *tunnel) ask(to netip.Addr, text []byte) {
+	_ = t.sockets[to.Is4()].Send(to, 0, text) // what cannot be sent is not answered
 }
+
+func (t *tunnel) answers() <-chan echo.Reply { return t.replies }

@@ -155,9 +155,13 @@ func (m *memory) moves(p *mesh.Peer, s peerState, now time.Time) bool {
 // it go as they would without the tunnel. An address that is in use stays while the peer is there. A peer that goes over to its next key
 // is the same node.
 func (m *memory) usable(p *mesh.Peer, s peerState) []netip.Prefix {
+	keys := keysOf(*p)
+	if before := m.planned[p.Node]; before.Next == p.PublicKey {
+		keys = append(keys, before.PublicKey)
+	}
 	var hosts []netip.Prefix
 	for _, a := range p.NodeAddresses {
-		known := slices.ContainsFunc(keysOf(*p), func(key wgtypes.Key) bool { return m.receives[key] == a })
+		known := slices.ContainsFunc(keys, func(key wgtypes.Key) bool { return m.receives[key] == a })
 		if s.endpoint.Addr() == a && known {
 			hosts = append(hosts, netip.PrefixFrom(a, a.BitLen()))
 		}

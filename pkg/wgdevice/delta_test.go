@@ -452,6 +452,19 @@ func TestDeltaNodeAddresses(t *testing.T) {
 		settle(t, m, device, later, changed)
 		uses(t, m, next, true, "with the next key as the only one")
 	})
+	t.Run("the next key, of which no handshake was seen", func(t *testing.T) {
+		m, device := begin(t)
+		m.found(key, address)
+		rotating, changed := peer, peer
+		rotating.Next, changed.PublicKey = next, next
+		settle(t, m, device, later, rotating)
+		settle(t, m, device, later, changed)
+		uses(t, m, next, true, "with the next key as the only one")
+		other := changed
+		other.PublicKey = wgtypes.Key{10}
+		settle(t, m, device, later, other)
+		uses(t, m, other.PublicKey, false, "with a key that was not announced")
+	})
 }
 
 // TestDeltaWalk goes from one random mesh to the next on a device that, as WireGuard does, moves a prefix to its last claimant, by

@@ -1,11 +1,13 @@
 package wgdevice
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/warren-cni/warren/pkg/mesh"
 	"github.com/warren-cni/warren/pkg/podcidr"
@@ -38,7 +40,7 @@ func (d *Device) RouteDrift(want mesh.Config, peers []PeerStatus) ([]string, err
 	if err != nil {
 		return nil, err
 	}
-	return slices.Concat(describeRoutes(wanted, actual), describeRules(nodeRules(want), rules), k.astray(want.Routes, m.link)), nil
+	return slices.Concat(describeRoutes(wanted, actual), describeRules(nodeRules(want), rules), k.astray(want, m.link)), nil
 }
 
 // describeRoutes tells how our routes differ from those that are wanted.
@@ -68,13 +70,24 @@ func describeRules(wanted []netip.Prefix, actual []netlink.Rule) (drift []string
 	return drift
 }
 
-// astray tells which routes do not count although they stand, because others go before them. One address stands for all of a range.
-func (k *kernel) astray(planned []mesh.Route, link int) (drift []string) {
-	for _, p := range planned {
-		routes, err := k.RouteGetWithOptions(podcidr.NodeAddress(p.Destination).AsSlice(), &netlink.RouteGetOptions{FIBMatch: true})
-		if err == nil && len(routes) > 0 && routes[0].LinkIndex != link {
+// astray tells which routes do not count for what the node and its pods send although they stand, because others go before them, or rules by
+// destination or by the pods' addresses. One address stands for all of a range.
+func (k *kernel) astray(want mesh.Config, link int) (drift []string) {
+	for _, p := range want.Routes {
+		address := podcidr.NodeAddress(p.Destination)
+		options := &netlink.RouteGetOptions{FIBMatch: true}
+		for _, own := range want.Addresses {
+			if own.Addr().Is4() == address.Is4() {
+				options.SrcAddr = own.Addr().AsSlice()
+			}
+		}
+		routes, err := k.RouteGetWithOptions(address.AsSlice(), options)
+		if errors.Is(err, unix.EHOSTUNREACH) || errors.Is(err, unix.ENETUNREACH) {
+			continue // the way is missing, and no other one there
+		}
+		if err != nil || len(routes) == 0 || routes[0].LinkIndex != link {
 			drift = append(drift, fmt.Sprintf("packets to %s do not go to %s: another route or rule goes before Warren's, see `ip route get %s`",
-				p.Destination, mesh.Link, podcidr.NodeAddress(p.Destination)))
+				p.Destination, mesh.Link, address))
 		}
 	}
 	return drift

@@ -173,6 +173,9 @@ func TestRouteDrift(t *testing.T) {
 	b.apply(t, b.plan(t, a, b))
 	a.apply(t, want)
 	a.reach(t, b, newMarker())
+	if !a.challenge(t, want) {
+		t.Fatal("the other node is not found at its address")
+	}
 	a.apply(t, want)
 	drift := func() []string {
 		t.Helper()
@@ -191,7 +194,7 @@ func TestRouteDrift(t *testing.T) {
 	to4, to6 := b.podCIDRs()
 	from4, _ := a.podCIDRs()
 	all4 := want.Unreachable[0]
-	names := strings.NewReplacer("TO4", to4.String(), "TO6", to6.String(), "FROM4", from4.String(), "ALL4", all4.String(), "NODE4", v4.String())
+	names := strings.NewReplacer("TO4", to4.String(), "TO6", to6.String(), "FROM4", from4.String(), "ALL4", all4.String(), "HALF4", netip.PrefixFrom(to4.Addr(), to4.Bits()+1).String(), "NODE4", v4.String())
 	if got := drift(); len(got) > 0 {
 		t.Fatalf("as applied: %q", got)
 	}
@@ -205,6 +208,8 @@ func TestRouteDrift(t *testing.T) {
 		{"ip route replace TO4 dev eth0 proto 87", "", []string{"the route to TO4 leads elsewhere", "packets to TO4 do not go to warren0"}},
 		{"ip -6 route add TO6 dev eth0 metric 1", "ip -6 route del TO6 dev eth0 metric 1", []string{"packets to TO6 do not go to warren0"}},
 		{"ip rule add to TO4 lookup 99; ip route add TO4 dev eth0 table 99", "ip rule del to TO4 lookup 99; ip route flush table 99", []string{"packets to TO4 do not go to warren0"}},
+		{"ip rule add from FROM4 lookup 99; ip route add TO4 dev eth0 table 99", "ip rule del from FROM4 lookup 99; ip route flush table 99", []string{"packets to TO4 do not go to warren0"}},
+		{"ip route add blackhole HALF4", "ip route del HALF4", []string{"packets to TO4 do not go to warren0"}},
 		{"ip route del unreachable ALL4", "", []string{"the unreachable route to ALL4 is missing"}},
 		{"ip route add 198.51.100.0/24 dev eth0 proto 87", "", []string{"the route to 198.51.100.0/24 is not planned"}},
 		{"ip route del NODE4 table 87", "", []string{"the route to NODE4/32 in table 87 is missing"}},

@@ -161,6 +161,7 @@ func TestNodeAddressOfAnother(t *testing.T) {
 	// Where it is, it is found.
 	want.Peers[0].NodeAddresses = []netip.Addr{first(uplink(liar.number))}
 	liar.do(t, func() error { return exec.Command("nft", "delete table ip lie").Run() })
+	a.apply(t, want)
 	for range 20 {
 		if a.challenge(t, want) {
 			return
@@ -175,7 +176,11 @@ func first(a, _ netip.Addr) netip.Addr { return a }
 // challenge asks the node's peers where they receive.
 func (n *node) challenge(t *testing.T, c mesh.Config) bool {
 	t.Helper()
-	return in(t, n.host, func() (bool, error) { return n.device.Challenge(t.Context(), c) })
+	return in(t, n.host, func() (bool, error) {
+		found := false
+		err := n.device.Challenge(t.Context(), c, func() { found = true })
+		return found, err
+	})
 }
 
 // flood has a node send to another's own address through the tunnel without a pause, until the function that it returns is called.
