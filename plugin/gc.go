@@ -14,7 +14,8 @@ import (
 )
 
 // collect is GC: it releases every attachment that the runtime does not name as valid, and goes on after errors. Where the
-// runtime names none at all, because the key is missing, nothing is removed. What an ADD or a DEL works on is left to it.
+// runtime names none at all, because the key is missing, nothing is removed. What an ADD or a DEL works on when this closes the door to those
+// who begin is left to it, also when it ends meanwhile.
 func collect(ctx context.Context, args *skel.CmdArgs) error {
 	conf, err := parseConfig(args.StdinData)
 	if err != nil {
@@ -32,11 +33,11 @@ func collect(ctx context.Context, args *skel.CmdArgs) error {
 		valid[podlink.HostName(a.ContainerID, a.IfName)] = true
 		kept[a.ContainerID] = true
 	}
-	remains, err := findRemains(ctx, inflight.In(conf.RunDir), leases, valid)
+	remains, end, err := findRemains(ctx, inflight.In(conf.RunDir), leases, valid)
+	defer end()
 	errs := []error{err}
 	var retired []ipam.Owner
 	for _, r := range remains {
-		defer r.end()
 		if r.owner == nil {
 			errs = append(errs, podlink.Detach(r.link))
 		} else if err = retire(leases, r.owner.ContainerID, r.owner.Interface); err != nil {
@@ -50,19 +51,17 @@ func collect(ctx context.Context, args *skel.CmdArgs) error {
 }
 
 // remain is what an attachment has that is not valid: a lease or a part of one, and perhaps a link; or a link alone, of which
-// nobody knows whose it was. Until its end nobody else works on the attachment.
+// nobody knows whose it was.
 type remain struct {
 	link  string
 	owner *ipam.Owner
-	end   func()
 }
 
-// findRemains returns what there is of attachments that are not valid, at one moment, without those that somebody works on. It takes their
-// locks at that moment, so that none of them can be deleted and added anew before it is taken away. What cannot be read is in the error, and
-// does not hide the rest.
-func findRemains(ctx context.Context, locks inflight.Locks, leases *ipam.Store, valid map[string]bool) ([]remain, error) {
-	var found []remain
-	err := locks.Pause(ctx, func() error {
+// findRemains returns what there is of attachments that are not valid, while nobody begins, without those that somebody worked on when the door
+// was closed. Until end nobody else works on them, so that none can be deleted and added anew before it is taken away. What cannot be read is
+// in the error, and does not hide the rest.
+func findRemains(ctx context.Context, locks inflight.Locks, leases *ipam.Store, valid map[string]bool) (found []remain, end func(), err error) {
+	end, err = locks.Pause(ctx, func(take func(string) (bool, error)) error {
 		owners, ownersErr := leases.Owners()
 		names, linksErr := podlink.Links()
 		errs := []error{ownersErr, linksErr}
@@ -72,10 +71,10 @@ func findRemains(ctx context.Context, locks inflight.Locks, leases *ipam.Store, 
 				return
 			}
 			seen[link] = true
-			end, ok, lockErr := locks.Try(link)
+			ok, lockErr := take(link)
 			errs = append(errs, lockErr)
 			if ok {
-				found = append(found, remain{link, owner, end})
+				found = append(found, remain{link, owner})
 			}
 		}
 		for i, o := range owners {
@@ -86,7 +85,7 @@ func findRemains(ctx context.Context, locks inflight.Locks, leases *ipam.Store, 
 		}
 		return errors.Join(errs...)
 	})
-	return found, err
+	return found, end, err
 }
 
 // end frees the leases of attachments that are retired, once what other plugins of the conflist have made for their containers is gone; those

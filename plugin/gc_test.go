@@ -65,6 +65,78 @@ func TestGCBesideADD(t *testing.T) {
 	}
 }
 
+// TestADDEndsWhileGCLooks: an ADD that is at work when a GC closes the door, and ends while the GC looks what there is, keeps all it has made.
+func TestADDEndsWhileGCLooks(t *testing.T) {
+	n := newNode(t)
+	p, gone := n.newPod("web"), n.newPod("gone")
+	n.mustAdd(gone)
+	attaches, goesOn := make(chan struct{}), make(chan struct{})
+	n.daemon.answers(func(req agentapi.Request) *agentapi.Error {
+		if req.Op == agentapi.OpAttach {
+			close(attaches)
+			<-goesOn
+		}
+		return nil
+	})
+	added := make(chan string)
+	go n.within(func() {
+		out, stderr, err := n.exec(p, "ADD")
+		if err != nil || stderr != "" {
+			t.Errorf("ADD: %v: %s%s", err, out, stderr)
+		}
+		added <- out
+	})
+	<-attaches
+	before := n.netlinks()
+	n.under = strace("sendto:delay_enter=2s:when=1") // it asks for the links when it has listed the leases
+	collected := make(chan struct{})
+	go n.within(func() {
+		defer close(collected)
+		if out, stderr, err := n.exec(gone, "GC", nothingValid); err != nil || out+stderr != "" {
+			t.Errorf("GC: %v: %s%s", err, out, stderr)
+		}
+	})
+	for n.netlinks() == before && t.Context().Err() == nil {
+		runtime.Gosched()
+	}
+	close(goesOn)
+	result := <-added
+	select {
+	case <-collected:
+		t.Fatal("the GC was over before the ADD")
+	default:
+	}
+	<-collected
+	n.under = nil
+	n.daemon.answers(nil)
+	if err := n.check(p, result); err != nil {
+		t.Error(err)
+	}
+	if left := run(t, n, "ls "+n.runDir+"/ipam"); strings.Contains(left, "c-gone") || !strings.Contains(left, "c-web") {
+		t.Errorf("left %q, want the lease of c-web alone", left)
+	}
+}
+
+// TestGCWithFewFiles: a GC takes away more than it may open files for.
+func TestGCWithFewFiles(t *testing.T) {
+	n := newNode(t)
+	before := n.state()
+	store, err := ipam.Open(filepath.Join(n.runDir, "ipam"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 50 {
+		owner := ipam.Owner{ContainerID: fmt.Sprintf("c-%d", i), Interface: "eth0"}
+		if _, err = store.Allocate([]netip.Prefix{netip.MustParsePrefix("10.244.1.0/24")}, owner); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.under = []string{"prlimit", "--nofile=32:32"}
+	n.mustExec(&pod{}, "GC", nothingValid)
+	n.under = nil
+	n.unchanged(before)
+}
+
 // TestGCLocksWhatItFinds: between the moment in which a GC sees an attachment and that in which it takes it away nobody can delete it and add
 // it anew. What somebody works on it does not find.
 func TestGCLocksWhatItFinds(t *testing.T) {
@@ -75,11 +147,11 @@ func TestGCLocksWhatItFinds(t *testing.T) {
 	}
 	link := func(p *pod) string { return podlink.HostName(p.rt.ContainerID, p.rt.IfName) }
 	locks := inflight.In(n.runDir)
-	end, err := locks.Begin(t.Context(), link(worked))
+	ended, err := locks.Begin(t.Context(), link(worked))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer end()
+	defer ended()
 	leases, err := ipam.Open(filepath.Join(n.runDir, "ipam"))
 	if err != nil {
 		t.Fatal(err)
@@ -98,14 +170,14 @@ func TestGCLocksWhatItFinds(t *testing.T) {
 	if !free() {
 		t.Fatal("somebody works on it before")
 	}
-	remains, err := findRemains(t.Context(), locks, leases, map[string]bool{link(kept): true})
+	remains, end, err := findRemains(t.Context(), locks, leases, map[string]bool{link(kept): true})
 	if err != nil || len(remains) != 1 || remains[0].link != link(gone) {
 		t.Fatalf("found %+v, %v; want what is gone alone", remains, err)
 	}
 	if free() {
 		t.Error("others may work on what is found")
 	}
-	remains[0].end()
+	end()
 	if !free() {
 		t.Error("its lock is not given back")
 	}
@@ -319,6 +391,18 @@ func (n *node) untilSomebodyWaits() {
 		}
 		runtime.Gosched()
 	}
+}
+
+// netlinks returns how many sockets there are on the node through which processes ask for links.
+func (n *node) netlinks() (count int) {
+	n.within(func() {
+		sockets, err := os.ReadFile("/proc/thread-self/net/netlink")
+		if err != nil {
+			n.t.Error(err)
+		}
+		count = len(regexp.MustCompile(`(?m)^\S+ +0 `).FindAll(sockets, -1))
+	})
+	return count
 }
 
 // TestGC: exactly what the runtime does not name is removed, and nothing where it names no list.

@@ -3,9 +3,9 @@
 //
 // Everybody who changes an attachment holds its lock meanwhile. Locks of different attachments have nothing to do with each other, so
 // that pods come and go at once. A garbage collection must take away nothing of an ADD that runs beside it, and such an ADD may end
-// before the collection comes to its attachment; so it finds out what there is while nobody begins, and takes the locks of what it collects at
-// that moment, but for those of others who are at work. Nobody ever waits for more than that moment, or for the collection of the one
-// attachment that is meant.
+// before the collection comes to its attachment, or while it looks what there is. So the collection closes the door to all who begin, finds
+// out first who is at work behind it, then what there is, and locks what it collects, but nothing of those who were at work. Nobody ever
+// waits for more than that moment, or for the end of a collection that took the own attachment.
 //
 // The locks are open file description locks on bytes of one file: the kernel gives them back when a process dies, however it dies, and
 // nothing has to be tidied up. An attachment is known by the name of its host link.
@@ -21,6 +21,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -64,27 +65,62 @@ func (l Locks) Try(link string) (end func(), ok bool, err error) {
 	if err != nil {
 		return nil, false, err
 	}
-	err = f.set(unix.F_OFD_SETLK, unix.F_WRLCK, byteOf(link))
-	switch {
-	case err == nil:
-		return func() { _ = f.Close() }, true, nil
-	case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EACCES):
-		return nil, false, f.Close()
-	default:
-		return nil, false, errors.Join(fmt.Errorf("locking the attachment of %s: %w", link, err), f.Close())
+	if ok, err = f.try(link); !ok {
+		return nil, false, errors.Join(err, f.Close())
 	}
+	return func() { _ = f.Close() }, true, nil
 }
 
-// Pause calls do while nobody begins; who works already goes on.
-func (l Locks) Pause(ctx context.Context, do func() error) error {
+// Pause calls do while nobody begins; who works already goes on. With take do locks an attachment; ok is false where somebody works on it, or
+// did when the door had just been closed. What is taken stays locked until end, which has to be called also after an error. All of it is one
+// open file.
+func (l Locks) Pause(ctx context.Context, do func(take func(link string) (ok bool, err error)) error) (end func(), err error) {
 	f, err := l.open()
 	if err != nil {
-		return err
+		return func() {}, err
 	}
+	end = func() { _ = f.Close() }
 	if err = f.wait(ctx, unix.F_WRLCK, door); err != nil {
-		return errors.Join(fmt.Errorf("waiting for those who begin with an attachment: %w", err), f.Close())
+		return end, fmt.Errorf("waiting for those who begin with an attachment: %w", err)
 	}
-	return errors.Join(do(), f.Close())
+	// Before anything else: who ends from now on was at work.
+	atWork, err := f.locked(nil, span{0, door})
+	if err != nil {
+		return end, fmt.Errorf("finding out who works on attachments: %w", err)
+	}
+	err = do(func(link string) (bool, error) {
+		b := byteOf(link)
+		if slices.ContainsFunc(atWork, func(s span) bool { return s.from <= b && b < s.to }) {
+			return false, nil
+		}
+		return f.try(link)
+	})
+	return end, errors.Join(err, f.set(unix.F_OFD_SETLK, unix.F_UNLCK, door))
+}
+
+// span are the bytes from one up to another, which is not among them.
+type span struct{ from, to int64 }
+
+// locked adds to found what others have locked of a span. The kernel names one lock of it, in no order; what is left on both sides is asked for
+// once more.
+func (f file) locked(found []span, within span) ([]span, error) {
+	if within.from >= within.to {
+		return found, nil
+	}
+	lock := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: within.from, Len: within.to - within.from}
+	err := unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &lock)
+	if err != nil || lock.Type == unix.F_UNLCK {
+		return found, err
+	}
+	one := span{lock.Start, lock.Start + lock.Len}
+	if lock.Len == 0 { // up to the end
+		one.to = within.to
+	}
+	found, err = f.locked(append(found, one), span{within.from, one.from})
+	if err != nil {
+		return nil, err
+	}
+	return f.locked(found, span{one.to, within.to})
 }
 
 // file is the file of the locks, opened once for each who locks: the locks belong to the opening.
@@ -119,6 +155,19 @@ func (f file) wait(ctx context.Context, kind int16, offset int64) error {
 		return err
 	case <-ctx.Done():
 		return context.Cause(ctx)
+	}
+}
+
+// try locks an attachment's byte. ok is false where another has.
+func (f file) try(link string) (ok bool, err error) {
+	err = f.set(unix.F_OFD_SETLK, unix.F_WRLCK, byteOf(link))
+	switch {
+	case err == nil:
+		return true, nil
+	case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EACCES):
+		return false, nil
+	default:
+		return false, fmt.Errorf("locking the attachment of %s: %w", link, err)
 	}
 }
 

@@ -99,16 +99,15 @@ func TestBeginGivesUp(t *testing.T) {
 
 func TestPause(t *testing.T) {
 	l := inflight.In(t.TempDir())
-	end := begin(t, l, "wrna")
+	var ends []func()
+	worked := []string{"wrna", "wrnb", "wrnc", "wrnd", "wrne"}
+	for _, link := range worked {
+		ends = append(ends, begin(t, l, link))
+	}
 	began := make(chan func(), 1)
-	err := l.Pause(t.Context(), func() error {
-		for link, want := range map[string]bool{"wrna": false, "wrnb": true} {
-			if is := free(t, l, link); is != want {
-				t.Errorf("%s is free: %v, want %v", link, is, want)
-			}
-		}
+	done, err := l.Pause(t.Context(), func(take func(string) (bool, error)) error {
 		go func() {
-			next, err := l.Begin(t.Context(), "wrnb")
+			next, err := l.Begin(t.Context(), "wrny")
 			if err != nil {
 				t.Error(err)
 			}
@@ -119,13 +118,73 @@ func TestPause(t *testing.T) {
 			t.Error("somebody began during the pause")
 		case <-time.After(50 * time.Millisecond):
 		}
-		end() // who works already goes on
+		for _, end := range ends[1:] { // who works already goes on
+			end()
+		}
+		for _, link := range worked {
+			if is, err := take(link); err != nil || is {
+				t.Errorf("it took %s, which was worked on when the pause began: %v, %v", link, is, err)
+			}
+		}
+		if is, err := take("wrny"); err != nil || is {
+			t.Errorf("it took what another waits with: %v, %v", is, err)
+		}
+		for range 2 {
+			if is, err := take("wrnz"); err != nil || !is {
+				t.Errorf("it did not take what nobody works on: %v, %v", is, err)
+			}
+		}
 		return io.EOF
 	})
 	if !errors.Is(err, io.EOF) {
 		t.Errorf("got %v, want the error of what was done", err)
 	}
 	(<-began)()
+	for link, want := range map[string]bool{"wrna": false, "wrnb": true, "wrny": true, "wrnz": false} {
+		if is := free(t, l, link); is != want {
+			t.Errorf("%s is free after the pause: %v, want %v", link, is, want)
+		}
+	}
+	done()
+	if !free(t, l, "wrnz") {
+		t.Error("what was taken is not free after the end")
+	}
+	ends[0]()
+}
+
+// TestPauseOpensOneFile: how much can be taken does not depend on how many files a process may open.
+func TestPauseOpensOneFile(t *testing.T) {
+	l := inflight.In(t.TempDir())
+	open := func() int {
+		t.Helper()
+		files, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(files)
+	}
+	before := open()
+	done, err := l.Pause(t.Context(), func(take func(string) (bool, error)) error {
+		for i := range 1000 {
+			if ok, err := take(fmt.Sprintf("wrn%d", i)); !ok || err != nil {
+				return fmt.Errorf("taking the %d. attachment: %v, %w", i, ok, err)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if more := open() - before; more > 2 { // the poller of the runtime may be one
+		t.Errorf("it has opened %d files", more)
+	}
+	if free(t, l, "wrn0") || free(t, l, "wrn999") {
+		t.Error("others may work on what was taken")
+	}
+	done()
+	if !free(t, l, "wrn0") || !free(t, l, "wrn999") {
+		t.Error("what was taken is not free after the end")
+	}
 }
 
 // TestDeathEndsTheWork: nothing of a killed process keeps others waiting.
