@@ -26,7 +26,7 @@ type Repaired struct {
 // Repair gives an address its file again that a lease names and that has none, and sets aside what is in the directory and belongs to no
 // lease:
 //   - a file whose name is that of no lease;
-//   - the file of an attachment that tells none of its addresses, neither by what it says nor by being their file;
+//   - the file of an attachment that has no address, neither by what it says nor by being its file: it says none, or those of others;
 //   - the file of an address that nobody can be told to hold. The address stays taken while stands says that something in the kernel still
 //     leads to it, and cools down then.
 //
@@ -85,10 +85,11 @@ func (s *Store) repair(l lock, names []string, stands func(netip.Addr) (bool, er
 // repairName sets a file aside that is no attachment's, or no longer. It returns its new path, or nothing where it is left.
 func (s *Store) repairName(name string) (path string, err error) {
 	if isAttachment(name) {
-		if _, err = s.read(name); !errors.Is(err, errNoLease) {
-			return "", nil // it is one, or that cannot be told now
+		lease, err := s.read(name)
+		if err != nil && !errors.Is(err, errNoLease) {
+			return "", nil //nolint:nilerr // that cannot be told now
 		}
-		held, err := s.addressesOf(name, nil)
+		held, err := s.addressesOf(name, lease.Addresses)
 		if err != nil || len(held) > 0 {
 			return "", err
 		}

@@ -346,6 +346,24 @@ func TestOtherContentFreesNothingOfOthers(t *testing.T) {
 	}
 }
 
+// A file that names only addresses of others holds none, and is set aside; those stay with whom they belong to.
+func TestLeaseOfOthersAddresses(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	allocate(t, s, prefixes("10.0.0.0/24"), owner(1))
+	write(t, dir, "c7@eth0", `{"containerID":"c7","interface":"eth0","addresses":["10.0.0.2"]}`)
+	if _, err := s.List(); err == nil || !strings.Contains(err.Error(), "no address that it names is its own") {
+		t.Errorf("got %v, want an error: the control fails", err)
+	}
+	if diff := cmp.Diff([]string{"c7@eth0"}, repair(t, s, nowhere)); diff != "" {
+		t.Errorf("moved (-want +got):\n%s", diff)
+	}
+	leases, err := s.List()
+	if diff := cmp.Diff([]ipam.Lease{{Owner: owner(1), Addresses: addresses("10.0.0.2")}}, leases, equal); diff != "" || err != nil {
+		t.Errorf("leases (-want +got):\n%s%v", diff, err)
+	}
+}
+
 // An address whose holder nobody can tell stays taken while the kernel leads to it, and then cools down.
 func TestAddressWithoutHolder(t *testing.T) {
 	dir := t.TempDir()
