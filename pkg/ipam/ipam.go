@@ -29,7 +29,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 	"sync"
 	"time"
 
@@ -317,56 +316,6 @@ func (s *Store) held(name string) (addresses []netip.Addr, whole bool, err error
 	}
 	addresses, err = s.addressesOf(name, lease.Addresses)
 	return addresses, false, err
-}
-
-// addressesOf returns the addresses that belong to the attachment of a name, whose lease names some of them, if it can be read.
-func (s *Store) addressesOf(name string, named []netip.Addr) ([]netip.Addr, error) {
-	all, err := s.addressNames()
-	if err != nil {
-		return nil, err
-	}
-	own, err := lstat(s.path(name))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	all = append(all, named...)
-	slices.SortFunc(all, netip.Addr.Compare)
-	var found []netip.Addr
-	for _, a := range slices.Compact(all) {
-		is, err := s.belongs(a, name, &own, slices.Contains(named, a))
-		if err != nil {
-			return nil, err
-		}
-		if is {
-			found = append(found, a)
-		}
-	}
-	return found, nil
-}
-
-// belongs says whether an address is that of the attachment of a name: its file is the attachment's own; or it is no other attachment's, and
-// says so, or says nothing and the attachment's lease names the address; or there is none, and the lease does.
-func (s *Store) belongs(a netip.Addr, name string, own *unix.Stat_t, named bool) (bool, error) {
-	file, err := lstat(s.path(a.String()))
-	if err == nil && isSame(&file, own) {
-		return true, nil
-	}
-	lease, readErr := s.read(a.String())
-	switch {
-	case errors.Is(err, fs.ErrNotExist), errors.Is(readErr, fs.ErrNotExist):
-		return named, nil
-	case err != nil:
-		return false, err
-	case readErr == nil:
-		named = attachment(lease.ContainerID, lease.Interface) == name
-	case named && !errors.Is(readErr, errNoLease):
-		return false, readErr
-	}
-	if !named {
-		return false, nil
-	}
-	claimed, err := s.claimed(a.String())
-	return !claimed, err
 }
 
 // remove takes away a name and then those of the addresses. What is not there is no error.

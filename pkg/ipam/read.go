@@ -21,10 +21,11 @@ var errNoLease = errors.New("it is no lease")
 // largest is how many bytes a lease's file has at most.
 const largest = 64 << 10
 
-// parsed is a lease's file that List has read before.
+// parsed is a lease's file that List has read, and remembers where it is whole: what others' addresses are depends on other files, too.
 type parsed struct {
 	file  identity
 	lease Lease
+	whole bool
 }
 
 // identity tells a file, its content and its names from others. A tmpfs never gives an inode number twice, so that another file is never
@@ -59,8 +60,8 @@ func (s *Store) List() ([]Lease, error) {
 	names = slices.DeleteFunc(names, func(name string) bool { return !isAttachment(name) })
 	slices.Sort(names)
 	found, errs := make([]parsed, len(names)), make([]error, len(names))
-	fd := int(dir.Fd())
-	inParallel(len(names), func(i int) { found[i], errs[i] = s.parse(fd, names[i]) })
+	fd, look := int(dir.Fd()), sync.OnceValues(s.look) // once for all, and only where a lease is not whole
+	inParallel(len(names), func(i int) { found[i], errs[i] = s.parse(fd, names[i], look) })
 
 	leases := make([]Lease, 0, len(names))
 	seen := make(map[string]*parsed, len(names))
@@ -71,7 +72,9 @@ func (s *Store) List() ([]Lease, error) {
 		case errs[i] != nil:
 			bad = append(bad, errs[i])
 		default:
-			seen[name] = &found[i]
+			if found[i].whole {
+				seen[name] = &found[i]
+			}
 			leases = append(leases, found[i].lease)
 		}
 	}
@@ -99,7 +102,7 @@ func inParallel(n int, do func(int)) {
 }
 
 // parse returns the lease of an attachment's file in the directory that is open, from memory where the file is the one read before.
-func (s *Store) parse(dir int, name string) (parsed, error) {
+func (s *Store) parse(dir int, name string, look func() (*view, error)) (parsed, error) {
 	var file unix.Stat_t
 	before, ok := s.parsed[name]
 	if ok && unix.Fstatat(dir, name, &file, unix.AT_SYMLINK_NOFOLLOW) == nil && identityOf(&file) == before.file {
@@ -108,12 +111,18 @@ func (s *Store) parse(dir int, name string) (parsed, error) {
 	var buffer [1024]byte
 	text, err := readFile(dir, name, buffer[:], &file)
 	lease, err := s.decode(name, string(text), err)
-	if err == nil && !s.isWhole(lease, &file) {
-		if lease.Addresses, err = s.addressesOf(name, lease.Addresses); err == nil && len(lease.Addresses) == 0 {
-			err = fmt.Errorf("reading lease %s: %w: no address that it names is its own", s.path(name), errNoLease)
-		}
+	if err != nil || s.isWhole(lease, &file) {
+		return parsed{identityOf(&file), lease, true}, err
 	}
-	return parsed{identityOf(&file), lease}, err
+	v, err := look()
+	if err != nil {
+		return parsed{}, err
+	}
+	lease.Addresses, err = v.addressesOf(name, inodeOf(&file), lease.Addresses)
+	if err == nil && len(lease.Addresses) == 0 {
+		err = fmt.Errorf("reading lease %s: %w: no address that it names is its own", s.path(name), errNoLease)
+	}
+	return parsed{lease: lease}, err
 }
 
 // Owners returns everybody who holds something here, also what a killed process left, or what cannot be read any more and is

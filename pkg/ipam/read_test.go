@@ -1,12 +1,14 @@
 package ipam_test
 
 import (
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -148,4 +150,41 @@ func TestListGoesByTheNames(t *testing.T) {
 	if leases, err := s.List(); len(leases) != 2 || err == nil || !strings.Contains(err.Error(), "c0@eth0: it is no lease: no address that it names is its own") {
 		t.Errorf("leases %v, %v", leases, err)
 	}
+}
+
+// TestListOfLeasesThatAreNotWhole: however many leases are not whole, List looks once whose the addresses are, and anew each time.
+func TestListOfLeasesThatAreNotWhole(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	const n = 1000
+	var want []ipam.Lease
+	for i := range n {
+		o := ipam.Owner{ContainerID: fmt.Sprintf("c%03d", i), Interface: "eth0"}
+		want = append(want, ipam.Lease{Owner: o, Addresses: allocate(t, s, prefixes("10.0.0.0/16"), o)})
+		if err := os.Link(filepath.Join(dir, o.ContainerID+"@eth0"), filepath.Join(dir, fmt.Sprint(i))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lists := func() {
+		t.Helper()
+		before := time.Now()
+		leases, err := s.List()
+		if diff := cmp.Diff(want, leases, equal); diff != "" || err != nil {
+			t.Errorf("leases (-want +got):\n%s%v", diff, err)
+		}
+		if took := time.Since(before); took > 5*time.Second { // a look for each of them takes several times as long
+			t.Errorf("it took %s", took)
+		}
+	}
+	lists()
+	// The address of a lease that keeps its file comes to have another, of which the lease's own file says nothing.
+	gone := filepath.Join(dir, want[0].Addresses[0].String())
+	other := netip.MustParseAddr("10.0.255.9")
+	text, err := os.ReadFile(gone)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, dir, other.String(), strings.Replace(string(text), want[0].Addresses[0].String(), other.String(), 1))
+	want[0].Addresses = append(want[0].Addresses, other)
+	lists()
 }
