@@ -224,10 +224,10 @@ var sabotages = map[string]struct {
 	"Cilium's rules, legacy": {func(p *patient) { p.run("iptables-legacy -t mangle -N CILIUM_PRE_mangle") }, []string{"warning OtherCNIRules"}},
 	"flannel's rules":        {func(p *patient) { p.run("iptables-nft -t nat -N FLANNEL-POSTRTG") }, []string{"warning OtherCNIRules"}},
 	"kube-router's rules":    {func(p *patient) { p.run("ip6tables-nft -N KUBE-ROUTER-FORWARD") }, []string{"warning OtherCNIRules"}},
-	"ufw":                    {func(p *patient) { p.run("iptables-nft -N ufw-before-forward") }, []string{"warning UFW"}},
+	"ufw":                    {func(p *patient) { p.run("iptables-nft -N ufw-user-input") }, []string{"warning UFW"}},
 	"firewalld":              {func(p *patient) { p.runs("firewalld") }, []string{"warning Firewalld"}},
 	"ufw, told half": {func(p *patient) {
-		p.run("iptables-nft -N ufw-before-forward")
+		p.run("iptables-nft -N ufw-user-input")
 		p.file("1/root/etc/default/ufw", ufwDefaults)
 		p.file("1/root/etc/ufw/user.rules", ufwRules)
 	}, []string{"warning UFW"}},
@@ -316,7 +316,7 @@ func TestDoctorHealthy(t *testing.T) {
 			p.file("1/root/etc/NetworkManager/conf.d/90-warren.conf", "[keyfile]\nunmanaged-devices+=interface-name:wrn*;interface-name:warren0\n")
 		},
 		"ufw told to let Warren pass": func(p *patient) {
-			p.run("iptables-nft -N ufw-before-forward")
+			p.run("iptables-nft -N ufw-user-input")
 			p.file("1/root/etc/default/ufw", ufwDefaults)
 			p.file("1/root/etc/ufw/user.rules", ufwRules)
 			p.file("1/root/etc/ufw/user6.rules", ufwRules6)

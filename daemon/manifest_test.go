@@ -127,7 +127,7 @@ func TestInstallInContainer(t *testing.T) {
 	for _, without := range append([]corev1.Capability{""}, all...) {
 		t.Run("without "+string(without), func(t *testing.T) {
 			p := newPatient(t)
-			p.run("iptables-nft -N ufw-before-forward")
+			p.run("iptables-nft -N ufw-user-input")
 			p.run("iptables-nft -N cali-FORWARD")
 			p.run("iptables-legacy -t nat -N FLANNEL-POSTRTG")
 			p.run("ip address add 10.244.7.7/32 dev eth0")

@@ -23,7 +23,7 @@ type permission struct {
 func firewalls(f Facts, w Wanted) ([]Finding, error) {
 	var findings []Finding
 	errs := []error{f.Filter.Err, f.Programs.Err}
-	if standsIn(f, "firewalld", "firewalld", "") {
+	if standsIn(f, "firewalld", "firewalld") {
 		errs = append(errs, f.Firewalld.Err)
 		findings = append(findings, lets(firewalldPermissions(f.Firewalld.Value, w), "firewall-cmd --reload", Finding{
 			Severity: Warning, Code: "Firewalld", Object: "firewalld",
@@ -31,7 +31,7 @@ func firewalls(f Facts, w Wanted) ([]Finding, error) {
 			Remedy:  "systemctl disable --now firewalld",
 		})...)
 	}
-	if standsIn(f, "", "", "ufw") {
+	if standsIn(f, "", "", "ufw-user-input", "ufw6-user-input") { // its other chains stay until the next boot, empty, when it is disabled
 		errs = append(errs, f.UFW.Err)
 		findings = append(findings, lets(ufwPermissions(f.UFW.Value, w), "", Finding{
 			Severity: Warning, Code: "UFW", Object: "ufw",
@@ -118,16 +118,23 @@ func sameNetwork(a, b string) bool {
 
 // ufwPermissions are those of what is forwarded, of what pods send to the node, and of the tunnel's port, by the texts of ufw's files.
 func ufwPermissions(texts []string, w Wanted) []permission {
-	has := func(line string) bool {
-		return slices.ContainsFunc(texts, func(text string) bool {
-			return slices.ContainsFunc(strings.Split(text, "\n"), func(l string) bool { return strings.TrimSpace(l) == line })
-		})
+	var lines []string
+	for _, text := range texts {
+		for line := range strings.Lines(text) {
+			lines = append(lines, strings.TrimSpace(line))
+		}
 	}
+	has := func(line string) bool { return slices.Contains(lines, line) }
+	withoutIPv6 := slices.ContainsFunc(lines, isWithoutIPv6)
 	all := []permission{{"ufw default allow routed", has(`DEFAULT_FORWARD_POLICY="ACCEPT"`)}}
 	for _, pods := range podNetworks(w) {
 		chain := "ufw-user-input"
 		if strings.Contains(pods, ":") {
 			chain = "ufw6-user-input"
+			if withoutIPv6 { // then it drops all of it, whatever its rules are
+				all = append(all, permission{command: "set IPV6=yes in /etc/default/ufw; ufw reload"})
+				withoutIPv6 = false // once
+			}
 		}
 		all = append(all, permission{"ufw allow from " + pods, has("-A " + chain + " -s " + pods + " -j ACCEPT")})
 	}
@@ -138,11 +145,15 @@ func ufwPermissions(texts []string, w Wanted) []permission {
 	return all
 }
 
-// standsIn says whether a program of that name runs, or a table or chains of that name (chains: the beginning) stand; "" is no name.
-func standsIn(f Facts, program, table, chains string) bool {
+// isWithoutIPv6 says whether a line of ufw's defaults has it leave out IPv6. It reads them in any case, with quotation marks or without.
+func isWithoutIPv6(line string) bool {
+	name, value, _ := strings.Cut(strings.ToLower(line), "=")
+	return name == "ipv6" && strings.Trim(value, `"'`) != "yes"
+}
+
+// standsIn says whether a program of that name runs, or a table or one of the chains of those names stands; "" is no name.
+func standsIn(f Facts, program, table string, chains ...string) bool {
 	return program != "" && slices.Contains(f.Programs.Value, program) ||
 		table != "" && slices.Contains(f.Filter.Value.Tables, table) ||
-		chains != "" && slices.ContainsFunc(f.Filter.Value.Chains, func(name string) bool {
-			return name == chains || strings.HasPrefix(name, chains+"-") || strings.HasPrefix(name, chains+"6-")
-		})
+		slices.ContainsFunc(chains, func(name string) bool { return slices.Contains(f.Filter.Value.Chains, name) })
 }

@@ -129,6 +129,14 @@ func TestHealthy(t *testing.T) {
 				preflight.Route{Destination: netip.MustParsePrefix("::/0"), Link: "tun0", Metric: 600})
 			f.Links.Value[4].MTU = 1200
 		},
+		"ufw disabled, its empty chains linger": func(f *preflight.Facts, _ *preflight.Wanted) {
+			addChain(f, "ufw-before-input", "ufw-before-logging-forward", "ufw-track-output", "ufw6-before-input")
+		},
+		"ufw without IPv6, in a cluster without": func(f *preflight.Facts, w *preflight.Wanted) {
+			addChain(f, "ufw-user-input")
+			w.ClusterCIDRs, w.Encrypted = w.ClusterCIDRs[:1], false
+			f.UFW.Value = []string{"IPV6=no\nDEFAULT_FORWARD_POLICY=\"ACCEPT\"\n", "-A ufw-user-input -s 10.244.0.0/16 -j ACCEPT\n"}
+		},
 		"routes that networkd takes care of": func(f *preflight.Facts, _ *preflight.Wanted) {
 			f.Advertised.Value[0].AcceptRA = "0"
 		},
@@ -250,8 +258,8 @@ func TestFindings(t *testing.T) {
 		}, "warning OtherCNIRules chains KUBE-NWPLCY-DEFAULT, KUBE-ROUTER-FORWARD", "kube-router"},
 		"firewalld runs":    {func(f *preflight.Facts, _ *preflight.Wanted) { f.Programs.Value = []string{"firewalld"} }, "warning Firewalld firewalld", "--add-port=51820/udp"},
 		"firewalld's table": {func(f *preflight.Facts, _ *preflight.Wanted) { f.Filter.Value.Tables = []string{"firewalld"} }, "warning Firewalld firewalld", "--add-source=10.244.0.0/16"},
-		"ufw":               {func(f *preflight.Facts, _ *preflight.Wanted) { addChain(f, "ufw-before-input") }, "warning UFW ufw", "ufw allow 51820/udp"},
-		"ufw in IPv6 alone": {func(f *preflight.Facts, _ *preflight.Wanted) { addChain(f, "ufw6-before-input") }, "warning UFW ufw", "ufw disable"},
+		"ufw":               {func(f *preflight.Facts, _ *preflight.Wanted) { addChain(f, "ufw-before-input", "ufw-user-input") }, "warning UFW ufw", "ufw allow 51820/udp"},
+		"ufw in IPv6 alone": {func(f *preflight.Facts, _ *preflight.Wanted) { addChain(f, "ufw6-before-input", "ufw6-user-input") }, "warning UFW ufw", "ufw disable"},
 		"firewalld, told half": {func(f *preflight.Facts, _ *preflight.Wanted) {
 			f.Programs.Value = []string{"firewalld"}
 			f.Firewalld.Value = preflight.Zones{
@@ -260,13 +268,25 @@ func TestFindings(t *testing.T) {
 			}
 		}, "warning Firewalld firewalld", "or let Warren pass: firewall-cmd --permanent --zone=trusted --add-source=fd00:10:244::/56; firewall-cmd --reload"},
 		"ufw, told half": {func(f *preflight.Facts, _ *preflight.Wanted) {
-			addChain(f, "ufw-before-input")
+			addChain(f, "ufw-before-input", "ufw-user-input")
 			f.UFW.Value = []string{"DEFAULT_FORWARD_POLICY=\"ACCEPT\"\n", "# -A ufw-user-input -s 10.244.0.0/16 -j ACCEPT\n-A ufw-user-input -p udp --dport 51820 -j ACCEPT\n"}
 		}, "warning UFW ufw", "or let Warren pass: ufw allow from 10.244.0.0/16; ufw allow from fd00:10:244::/56"},
 		"ufw, nothing to encrypt": {func(f *preflight.Facts, w *preflight.Wanted) {
-			addChain(f, "ufw-before-input")
+			addChain(f, "ufw-before-input", "ufw-user-input")
 			w.Encrypted = false
 		}, "warning UFW ufw", "ufw disable, or let Warren pass: ufw default allow routed; ufw allow from 10.244.0.0/16; ufw allow from fd00:10:244::/56"},
+		"ufw without IPv6": {func(f *preflight.Facts, _ *preflight.Wanted) {
+			addChain(f, "ufw-user-input")
+			f.UFW.Value = []string{"IPV6=no\nDEFAULT_FORWARD_POLICY=\"ACCEPT\"\n", "-A ufw-user-input -s 10.244.0.0/16 -j ACCEPT\n"}
+		}, "warning UFW ufw", "or let Warren pass: set IPV6=yes in /etc/default/ufw; ufw reload; ufw allow from fd00:10:244::/56; ufw allow 51820/udp"},
+		"ufw without IPv6, told all else": {func(f *preflight.Facts, w *preflight.Wanted) {
+			addChain(f, "ufw-user-input")
+			w.Encrypted = false
+			f.UFW.Value = []string{
+				"IPV6=\"No\"\nDEFAULT_FORWARD_POLICY=\"ACCEPT\"\n",
+				"-A ufw-user-input -s 10.244.0.0/16 -j ACCEPT\n", "-A ufw6-user-input -s fd00:10:244::/56 -j ACCEPT\n",
+			}
+		}, "warning UFW ufw", "or let Warren pass: set IPV6=yes in /etc/default/ufw; ufw reload"},
 		"networkd": {
 			func(f *preflight.Facts, _ *preflight.Wanted) { f.Networkd.Value = nil }, "warning NetworkdManagesRoutes systemd-networkd",
 			`[Network]\nManageForeignRoutes=no\nManageForeignRoutingPolicyRules=no\n`,
