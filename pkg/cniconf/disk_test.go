@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/warren-cni/warren/pkg/cniconf"
 )
 
 // disk is a place on a small file system of its own.
@@ -108,5 +110,31 @@ func TestNothingToWriteOnAReadOnlyDisk(t *testing.T) {
 	p.writable(t, false)
 	if err := victim(p); err != nil {
 		t.Error(err)
+	}
+}
+
+// What to do about a read-only file system is said once, also where writers that were killed have left files.
+func TestAdviceIsGivenOnce(t *testing.T) {
+	for name, install := range map[string]func(place) error{
+		"conf": func(p place) error {
+			_, err := cniconf.Install(p.folder("conf"), params(p.folder("run")))
+			return err
+		},
+		"bin": func(p place) error {
+			_, err := cniconf.InstallBinaries(p.folder("source"), p.folder("bin"))
+			return err
+		},
+	} {
+		p := disk(t)
+		p.prepare(t)
+		for _, file := range []string{"conf/." + cniconf.FileName + ".tmp1", "conf/." + cniconf.FileName + ".tmp2", "bin/.warren.tmp1", "bin/.warren.tmp2"} {
+			if err := os.WriteFile(p.folder(file), nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		p.writable(t, false)
+		if err := install(p); err == nil || strings.Count(err.Error(), "make the file system of ") != 1 {
+			t.Errorf("%s: got %v, want the advice once", name, err)
+		}
 	}
 }

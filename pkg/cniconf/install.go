@@ -128,6 +128,9 @@ func readEither(paths ...string) ([]byte, error) {
 // writeFile replaces path atomically: whoever reads it sees the old content or the whole new one, also after a crash. What a
 // writer that was killed has left goes.
 func writeFile(path string, data []byte, mode fs.FileMode) error {
+	if err := removeUnfinished(path); err != nil {
+		return err
+	}
 	return advised(path, replace(path, data, mode))
 }
 
@@ -144,11 +147,8 @@ func advised(path string, err error) error {
 	}
 }
 
-// replace does the work of writeFile.
+// replace is writeFile without its advice, and leaves what others have left.
 func replace(path string, data []byte, mode fs.FileMode) error {
-	if err := removeUnfinished(path); err != nil {
-		return err
-	}
 	file, err := os.CreateTemp(filepath.Dir(path), unfinished(path)+"*")
 	if err != nil {
 		return err
@@ -183,14 +183,17 @@ func removeUnfinished(path string) error {
 	var errs []error
 	for _, file := range files {
 		if strings.HasPrefix(file.Name(), unfinished(path)) {
-			errs = append(errs, removeFile(filepath.Join(filepath.Dir(path), file.Name())))
+			errs = append(errs, remove(filepath.Join(filepath.Dir(path), file.Name())))
 		}
 	}
-	return errors.Join(errs...)
+	return advised(path, errors.Join(errs...)) // once for all
 }
 
 // removeFile deletes a file that may be gone already.
-func removeFile(path string) error {
+func removeFile(path string) error { return advised(path, remove(path)) }
+
+// remove is removeFile without its advice.
+func remove(path string) error {
 	err := os.Remove(path)
 	if err == nil {
 		return nil
@@ -198,7 +201,7 @@ func removeFile(path string) error {
 	if _, statErr := os.Lstat(path); errors.Is(statErr, fs.ErrNotExist) { // a read-only file system refuses that, too
 		return nil
 	}
-	return advised(path, err)
+	return err
 }
 
 // fill writes a temporary file to the disk and closes it.
