@@ -36,14 +36,14 @@ type ExhaustedError struct {
 	Cooling int
 	// Wait is how long the first of those still cools down, zero where there is none.
 	Wait time.Duration
-	// Unswept is how many addresses of the range have cooled down and wait for Forget, which does not get through.
+	// Unswept is how many addresses of the range have cooled down and wait for Forget.
 	Unswept int
 }
 
 // Error names the range, what became of its addresses and what to do.
 func (e *ExhaustedError) Error() string {
 	leased, remedy := fmt.Sprintf("%d addresses are leased", e.Leased), "delete pods or give the node a larger podCIDR"
-	if e.Cooling+e.Unswept == 0 {
+	if e.Leased == capacity(e.Range) {
 		leased = "all " + leased
 	}
 	if e.MostLeased > 0 {
@@ -56,8 +56,8 @@ func (e *ExhaustedError) Error() string {
 		remedy = "try again then, or give the node a larger podCIDR"
 	}
 	if e.Unswept > 0 {
-		parts = append(parts, fmt.Sprintf("%d stay taken until the connections of the pods that had them are ended, in which the daemon does not succeed", e.Unswept))
-		remedy = "mend what \"warrend status\" names as PodsNotSwept"
+		parts = append(parts, fmt.Sprintf("%d stay taken until the connections of the pods that had them are ended", e.Unswept))
+		remedy = "try again, and where that does not help mend what \"warrend status\" names as PodsNotSwept"
 	}
 	return fmt.Sprintf("range %s is exhausted: %s; %s", e.Range, strings.Join(parts, " and "), remedy)
 }

@@ -134,6 +134,27 @@ func TestExhaustedSaysWhatBecameOfTheAddresses(t *testing.T) {
 	}
 }
 
+// TestAllAreLeased: that all addresses are leased is said where they are as many as there can be leases.
+func TestAllAreLeased(t *testing.T) {
+	for name, tt := range map[string]struct {
+		e    ipam.ExhaustedError
+		want string
+	}{
+		"all":               {ipam.ExhaustedError{Range: prefixes("10.0.0.8/29")[0], Leased: 5}, "all 5 addresses are leased"},
+		"all but one":       {ipam.ExhaustedError{Range: prefixes("10.0.0.8/29")[0], Leased: 4}, "4 addresses are leased"},
+		"with the node's":   {ipam.ExhaustedError{Range: prefixes("10.0.0.8/29")[0], Leased: 6}, "6 addresses are leased"},
+		"IPv6":              {ipam.ExhaustedError{Range: prefixes("fd00::8/126")[0], Leased: 2}, "all 2 addresses are leased"},
+		"IPv6, all but one": {ipam.ExhaustedError{Range: prefixes("fd00::8/126")[0], Leased: 1}, "1 addresses are leased"},
+		"a large range":     {ipam.ExhaustedError{Range: prefixes("fd00::/64")[0], Leased: 5}, "5 addresses are leased"},
+		"a host":            {ipam.ExhaustedError{Range: prefixes("10.0.0.8/32")[0]}, "all 0 addresses are leased"},
+	} {
+		want := "range " + tt.e.Range.String() + " is exhausted: " + tt.want + "; delete pods or give the node a larger podCIDR"
+		if got := tt.e.Error(); got != want {
+			t.Errorf("%s:\ngot  %s\nwant %s", name, got, want)
+		}
+	}
+}
+
 // TestRoomWhileNothingIsSwept: what cools down is room; what has cooled down is none while its connections cannot be ended, and both Room and
 // Allocate say that this is why.
 func TestRoomWhileNothingIsSwept(t *testing.T) {
@@ -150,7 +171,7 @@ func TestRoomWhileNothingIsSwept(t *testing.T) {
 		}
 	}
 	const unswept = "range 10.0.0.8/29 is exhausted: 3 addresses are leased (3 of them to namespace shop)%s and %d stay taken until the connections of the pods " +
-		"that had them are ended, in which the daemon does not succeed; mend what \"warrend status\" names as PodsNotSwept"
+		"that had them are ended; try again, and where that does not help mend what \"warrend status\" names as PodsNotSwept"
 	allocates := func(want string) {
 		t.Helper()
 		if as, err := s.Allocate(ranges, owner(9)); err == nil || err.Error() != "leasing for c9@eth0: "+want {

@@ -1,6 +1,7 @@
 package ipam
 
 import (
+	"math"
 	"net/netip"
 
 	"github.com/warren-cni/warren/pkg/podcidr"
@@ -18,6 +19,18 @@ func span(r netip.Prefix) (first, last netip.Addr, ok bool) {
 		last = last.Prev()
 	}
 	return first, last, r.Contains(first) && first.Compare(last) <= 0
+}
+
+// capacity returns how many addresses there are in the span of a range; math.MaxInt where they are more than anybody leases.
+func capacity(r netip.Prefix) int {
+	bits, others := r.Addr().BitLen()-r.Bits(), 2 // the network address and the node's own
+	if r.Addr().Is4() {
+		others = 3
+	}
+	if bits > 30 {
+		return math.MaxInt
+	}
+	return max(1<<bits-others, 0)
 }
 
 // lastOf returns the last address of a prefix.
