@@ -105,7 +105,12 @@ func TestADDEndsWhileGCLooks(t *testing.T) {
 		}
 	})
 	for text := ""; !strings.Contains(text, "getdents64("); text = read(trace) {
-		runtime.Gosched()
+		select {
+		case <-collected:
+			t.Fatal("the GC has read no directory")
+		default:
+			runtime.Gosched()
+		}
 	}
 	close(goesOn)
 	result := <-added
