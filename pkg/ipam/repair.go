@@ -87,7 +87,7 @@ func (s *Store) repairName(name string) (path string, err error) {
 	if isAttachment(name) {
 		lease, err := s.read(name)
 		if err != nil && !errors.Is(err, errNoLease) {
-			return "", nil //nolint:nilerr // that cannot be told now
+			return "", nil // that cannot be told now
 		}
 		held, err := s.addressesOf(name, lease.Addresses)
 		if err != nil || len(held) > 0 {
