@@ -12,6 +12,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -109,6 +110,9 @@ link set wire addrgenmode none
 link set wire up
 addr add `+host(nodeNetwork4, gatewayHost).String()+` dev wire
 addr add `+host(nodeNetwork6, gatewayHost).String()+` dev wire nodad`)
+	if err == nil {
+		err = l.wire.Do(func(ns.NetNS) error { return passFrames() })
+	}
 	if err != nil {
 		return fmt.Errorf("making the wire: %w", err)
 	}
@@ -118,6 +122,18 @@ addr add `+host(nodeNetwork6, gatewayHost).String()+` dev wire nodad`)
 			return fmt.Errorf("making node %d: %w", number+1, err)
 		}
 		l.Nodes = append(l.Nodes, node)
+	}
+	return nil
+}
+
+// passFrames has the bridges of this network namespace pass frames as a switch does. Where another program wants them to obey iptables, as
+// container runtimes do, the kernel divides packets that are too long for the next link.
+func passFrames() error {
+	for _, program := range []string{"iptables", "ip6tables"} {
+		err := os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-"+program, []byte("0"), 0)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("having a bridge pass frames: %w", err)
+		}
 	}
 	return nil
 }
