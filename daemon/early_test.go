@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -10,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/warren-cni/warren/pkg/lab"
+	"github.com/warren-cni/warren/pkg/wgdevice"
 )
 
 // A node boots and its daemon does not reach the API server: what the node's own programs send to pods does not leave in clear,
@@ -83,6 +85,35 @@ func TestGuardsBeforeTheCluster(t *testing.T) {
 		t.Errorf("a second start changed what stood: %s\nbefore: %s", now, state)
 	}
 	if err := s.daemons[0].Kill(); err != nil {
+		t.Fatal(err)
+	}
+	s.startTunnel(0)
+	s.startDaemons()
+	s.healthy(0)
+
+	// Nor while the daemon cannot start at all.
+	s.endDaemon(0, (*lab.Process).Kill)
+	s.endTunnel(0, (*lab.Process).Kill)
+	s.boot(0)
+	private := filepath.Join(node.StateDir(), wgdevice.KeyFile)
+	kept, err := os.ReadFile(private)
+	if err == nil {
+		err = os.Truncate(private, 5)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.startDaemonOn(0, "", kubeconfig)
+	s.eventually(func() error {
+		if log := s.daemons[0].Log(5); !strings.Contains(log, private) {
+			return fmt.Errorf("the daemon does not tell of its broken key: %s", log)
+		}
+		return nil
+	})
+	if counts := seen(); counts.Pods > 0 {
+		t.Errorf("after a boot with a broken key the wire shows %v: %q", counts, counts.Examples)
+	}
+	if err = os.WriteFile(private, kept, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	s.startTunnel(0)

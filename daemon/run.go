@@ -42,33 +42,9 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 		return err
 	}
 	defer func() { _ = unlock() }() // the process ends, and with it the lock
-	keys, err := wgdevice.OpenKeys(o.stateDir)
-	if err != nil {
-		return err
-	}
-	leases, err := openLeases(o, log)
-	if err != nil {
-		return err
-	}
-	objects, err := newSource(o, log)
-	if err != nil {
-		return err
-	}
 	n := &node{
-		options: o, log: log, clock: time.Now,
-		source: objects, tunnel: wgdevice.New(wgdevice.Options{Log: log, Mode: mode}), leases: leases,
-		uplinkOf: wgdevice.ReadUplink,
-		stepped:  make(chan struct{}), tunnelNews: make(chan struct{}, 1), planner: newPlanner(o.planning),
-	}
-	n.cuts = newCutter(n.planner.allows, log)
-	n.trash = newSweeper(leases)
-	n.flows = newFlowLog(o.nodeName, n.planner, objects.Event, os.Stdout, n.clock)
-	n.news = newAnnouncer(n)
-	n.collector = &collector{
-		leases: leases, locks: inflight.In(o.runDir), log: log, clock: n.clock, links: podlink.Links, exists: n.exists,
-		removeChained: func(ctx context.Context, containers ...string) error {
-			return errors.Join(firewall.RemovePortsOf(ctx, cniconf.NetworkName, containers...), cniconf.RemoveShapers(cniconf.NetworkName, containers...))
-		},
+		options: o, log: log, clock: time.Now, uplinkOf: wgdevice.ReadUplink,
+		stepped: make(chan struct{}), tunnelNews: make(chan struct{}, 1), planner: newPlanner(o.planning),
 	}
 	rules, err := firewall.New(ctx, firewall.Options{Log: log, Admit: n.admit, Now: n.clock})
 	if err != nil {
@@ -76,14 +52,35 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 	}
 	defer rules.Close()
 	n.filter = rules
+	if err = n.early(ctx); err != nil { // before all that may refuse to start
+		log.Warn("the guards wait for the cluster", "error", err) // the first step tries again, and makes it a problem
+	}
+	keys, err := wgdevice.OpenKeys(o.stateDir)
+	if err != nil {
+		return err
+	}
+	if n.leases, err = openLeases(o, log); err != nil {
+		return err
+	}
+	if n.source, err = newSource(o, log); err != nil {
+		return err
+	}
+	n.tunnel = wgdevice.New(wgdevice.Options{Log: log, Mode: mode})
+	n.cuts = newCutter(n.planner.allows, log)
+	n.trash = newSweeper(n.leases)
+	n.flows = newFlowLog(o.nodeName, n.planner, n.source.Event, os.Stdout, n.clock)
+	n.news = newAnnouncer(n)
+	n.collector = &collector{
+		leases: n.leases, locks: inflight.In(o.runDir), log: log, clock: n.clock, links: podlink.Links, exists: n.exists,
+		removeChained: func(ctx context.Context, containers ...string) error {
+			return errors.Join(firewall.RemovePortsOf(ctx, cniconf.NetworkName, containers...), cniconf.RemoveShapers(cniconf.NetworkName, containers...))
+		},
+	}
 	n.loop = reconcile.New(n.step, resync, n.clock)
 	n.keys = &rotator{
 		options: o.rotation, encrypted: o.encryptionMode, node: o.nodeName, keys: keys, clock: n.clock, log: log, wake: n.loop.Trigger,
 	}
 	n.follower = newFollower(n.tunnel, n.clock, n.renewMesh, log)
-	if err = n.early(ctx); err != nil {
-		log.Warn("the guards wait for the cluster", "error", err) // the first step tries again, and makes it a problem
-	}
 	log.Info("starting", "version", version, "node", o.nodeName, "encryption", o.encryption, "public_key", publicKey(keys.Current()))
 	return n.serve(ctx)
 }
