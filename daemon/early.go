@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/warren-cni/warren/pkg/guard"
+	"github.com/warren-cni/warren/pkg/mesh"
 	"github.com/warren-cni/warren/pkg/netfilter"
 	"github.com/warren-cni/warren/pkg/policy"
 	"github.com/warren-cni/warren/pkg/wgdevice"
@@ -25,7 +26,7 @@ func (n *node) early(ctx context.Context) error {
 	if err != nil || !bare {
 		return err
 	}
-	guards := guard.Compile(guard.Config{ClusterCIDRs: o.parsedCluster, NonMasquerade: o.parsedNonMasq, Encrypted: true})
+	guards := guard.Compile(o.guards(mesh.Config{}))
 	nobody := policy.NewCompiler(o.nodeName, policy.Options{Log: o.logMode}).Ruleset() // the guards jump to its chains
 	_, err = n.filter.Apply(ctx, netfilter.Merge(guards, nobody))
 	if err != nil {

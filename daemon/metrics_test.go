@@ -44,7 +44,7 @@ func TestMetricsOfTheMesh(t *testing.T) {
 	for i, node := range s.Nodes {
 		s.startTunnel(i)
 		var err error
-		s.daemons[i], err = node.StartDaemon(t.Context(), nil, "--wireguard", "userspace", "--metrics-address", "127.0.0.1:9476")
+		s.daemons[i], err = node.StartDaemon(t.Context(), nil, "--wireguard", "userspace", "--metrics-address", "127.0.0.1:9476", "--service-cidr", "10.96.0.0/12,fd00:10:96::/112")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -86,6 +86,7 @@ func TestMetricsOfTheMesh(t *testing.T) {
 	hosts := []string{outside()[0].String() + "/32", outside()[1].String() + "/128"}
 	for reason, stopped := range map[string]func(){
 		"never in clear":                           func() { each(t, client.Netns(), past) },
+		"a Service's, not translated":              func() { each(t, client.Netns(), parsed("10.96.0.10", "fd00:10:96::a")) },
 		"no connection to judge by":                func() { send(fromPod, true, client.Addresses, outside()) },
 		"a pod sends from its own address only":    func() { send(fromPod, false, outside(), server.Addresses) },
 		"a pod's address comes by the tunnel only": func() { send(fromWire, false, server.Addresses, client.Addresses) },

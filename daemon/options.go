@@ -14,6 +14,8 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/warren-cni/warren/pkg/cluster"
+	"github.com/warren-cni/warren/pkg/guard"
+	"github.com/warren-cni/warren/pkg/mesh"
 	"github.com/warren-cni/warren/pkg/wgdevice"
 )
 
@@ -67,7 +69,7 @@ func (p *planning) add(f *pflag.FlagSet) {
 	f.StringSliceVar(&p.nonMasquerade, "non-masquerade-cidr", nil, "destinations outside the cluster that see the pod's own address instead of the node's")
 	f.StringVar(&p.encryption, "encryption", "on", "on: pod traffic between nodes goes through WireGuard or is dropped; off: it goes in clear")
 	f.StringVar(&p.logConnections, "log-connections", "none", "connections of isolated pods to log where neither policy nor Namespace says so (annotation warren.cni/log): none, denied or all")
-	f.StringSliceVar(&p.serviceCIDRs, "service-cidr", nil, "the Services' network (kubeadm: --service-cidr); a node that claims an address in it as its endpoint is refused")
+	f.StringSliceVar(&p.serviceCIDRs, "service-cidr", nil, "the Services' network (kubeadm: --service-cidr); a node that claims an address in it as its endpoint is refused, and pods send nothing there that kube-proxy has not translated")
 	f.StringSliceVar(&p.nodeCIDRs, "node-cidr", nil, "the nodes' network, for --encrypt-node-traffic")
 	f.BoolVar(&p.nodeTraffic, "encrypt-node-traffic", false, "send what pods send to other nodes' InternalIPs inside --node-cidr through the tunnel, too")
 	f.Uint16Var(&p.port, "wireguard-port", 51820, "UDP port of the WireGuard tunnel")
@@ -113,6 +115,18 @@ func (p *planning) tunnelledNodes() []netip.Prefix {
 		return nil
 	}
 	return p.parsedNode
+}
+
+// guards are the guards that go with a mesh; their start gate lets nobody pass.
+func (p *planning) guards(m mesh.Config) guard.Config {
+	return guard.Config{
+		PodCIDRs:      m.PodCIDRs,
+		KnownPodCIDRs: m.KnownPodCIDRs,
+		ClusterCIDRs:  p.parsedCluster,
+		NonMasquerade: p.parsedNonMasq,
+		Services:      p.parsedService,
+		Encrypted:     p.encryptionMode,
+	}
 }
 
 // parsePrefixes parses the values of a flag.

@@ -211,14 +211,9 @@ func (p *planner) heldProblems() (problems []cluster.Problem) {
 // holder was taken out of the gate's set by the plugin, so it has to be put in again.
 func (p *planner) guard(open map[netip.Addr]cluster.Holder, opened []netip.Addr) netfilter.Change {
 	before := without(p.guards, opened)
-	p.guards = guard.Rules(guard.Config{
-		PodCIDRs:      p.config.PodCIDRs,
-		KnownPodCIDRs: p.config.KnownPodCIDRs,
-		ClusterCIDRs:  p.options.parsedCluster,
-		NonMasquerade: p.options.parsedNonMasq,
-		Encrypted:     p.options.encryptionMode,
-		Ready:         slices.SortedFunc(maps.Keys(open), netip.Addr.Compare),
-	})
+	config := p.options.guards(p.config)
+	config.Ready = slices.SortedFunc(maps.Keys(open), netip.Addr.Compare)
+	p.guards = guard.Rules(config)
 	return netfilter.Diff(before, p.guards)
 }
 

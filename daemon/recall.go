@@ -164,13 +164,7 @@ var errUnguarded = errors.New("the guards do not stand as they did")
 // guardsStand returns an error where the kernel lacks a part of the guards that go with a mesh. Whom the sets hold does not matter: they know
 // more than the mesh.
 func (n *node) guardsStand(ctx context.Context, m mesh.Config) error {
-	differences, err := n.filter.Drift(ctx, guard.Rules(guard.Config{
-		PodCIDRs:      m.PodCIDRs,
-		KnownPodCIDRs: m.KnownPodCIDRs,
-		ClusterCIDRs:  n.options.parsedCluster,
-		NonMasquerade: n.options.parsedNonMasq,
-		Encrypted:     true,
-	}))
+	differences, err := n.filter.Drift(ctx, guard.Rules(n.options.guards(m)))
 	if err != nil {
 		return fmt.Errorf("looking whether the guards stand: %w", err)
 	}

@@ -45,6 +45,8 @@ type Config struct {
 	ClusterCIDRs []netip.Prefix
 	// NonMasquerade are destinations beyond the pods that see a pod's own address.
 	NonMasquerade []netip.Prefix
+	// Services are the Services' networks: what kube-proxy has not translated may be for a remote pod, and nobody else has such an address.
+	Services []netip.Prefix
 	// Encrypted says that pod traffic between nodes belongs into the tunnel. Without it there is no inbound guard either:
 	// the packets of remote pods then come in by the uplink, where nothing tells them from forged ones.
 	Encrypted bool
@@ -80,6 +82,7 @@ func (c Config) compile(f netfilter.Family) netfilter.Rules {
 		family:    f,
 		own:       of(f, c.PodCIDRs),
 		outside:   of(f, c.NonMasquerade),
+		services:  of(f, c.Services),
 		encrypted: c.Encrypted,
 	}
 	sets := []netfilter.Set{readySet(f, c.Ready)}

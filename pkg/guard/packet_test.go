@@ -151,12 +151,15 @@ func TestPlaintextGuard(t *testing.T) {
 		hook("to an address of the own podCIDR that no pod has", route("", "eth0", "192.168.0.1", "10.244.1.99"), "DROP"),
 	}
 	begun := with(route("wrn1", "eth0", "10.244.1.7", "192.168.0.2"), state("ESTABLISHED"))
-	direct := with(route("wrn1", "eth0", "10.244.1.7", "10.96.0.9"), state("ESTABLISHED"))
+	direct := with(route("wrn1", "eth0", "10.244.1.7", "10.64.0.9"), state("ESTABLISHED"))
 	run(t, dual(), append(steps,
 		hook("to a node, begun in the tunnel", begun, "DROP"),
 		hook("to a node, begun translated", with(begun, translated), ""),
 		hook("an answer to a node", with(begun, reply), ""),
 		hook("begun as it is meant to leave", direct, ""),
+		hook("to a Service that nothing has translated", with(route("wrn1", "eth0", "10.244.1.7", "10.96.0.10"), state("ESTABLISHED")), "DROP"),
+		hook("to a Service that nothing has translated, IPv6", with(route("wrn1", "eth0", "fd00:10:244:1::7", "fd00:10:96::a"), state("ESTABLISHED")), "DROP"),
+		hook("the node's own to a Service", route("", "eth0", "192.168.0.1", "10.96.0.10"), ""),
 		hook("encrypted", route("", "warren0", "10.244.1.7", "10.244.2.9"), ""),
 		hook("to a node, encrypted", route("", "warren0", "10.244.1.7", "192.168.0.2"), ""),
 		hook("without a tunnel", route("", "eth0", "10.244.1.7", "10.244.2.9"), "DROP"),
@@ -170,6 +173,7 @@ func TestPlaintextGuard(t *testing.T) {
 	run(t, changed(func(c *guard.Config) { c.Encrypted = false }), append(steps,
 		hook("to a remote pod by the uplink", route("", "eth0", "10.244.1.7", "10.244.2.9"), ""),
 		hook("to a node, begun in the tunnel", begun, ""),
+		hook("to a Service that nothing has translated", with(route("wrn1", "eth0", "10.244.1.7", "10.96.0.10"), state("ESTABLISHED")), ""),
 	))
 }
 
@@ -179,7 +183,7 @@ func TestTranslation(t *testing.T) {
 		hook("to a local pod", route("", "wrn1", "192.0.2.1", "10.244.1.7"), ""),
 		hook("pod to the world", route("", "eth0", "10.244.1.7", "192.0.2.1"), "MASQUERADE"),
 		hook("pod to another node", route("", "eth0", "10.244.1.7", "192.168.0.2"), "MASQUERADE"),
-		hook("pod to where its address is known", route("", "eth0", "10.244.1.7", "10.96.0.9"), ""),
+		hook("pod to where its address is known", route("", "eth0", "10.244.1.7", "10.64.0.9"), ""),
 		hook("the node to the world", with(route("", "eth0", "192.168.0.1", "192.0.2.1"), fromNode), ""),
 		hook("pod to the world, IPv6", route("", "eth0", "fd00:10:244:1::7", "2001:db8::1"), "MASQUERADE"),
 	}

@@ -13,6 +13,7 @@ type plan struct {
 	family    netfilter.Family
 	own       []netip.Prefix
 	outside   []netip.Prefix
+	services  []netip.Prefix
 	fence     []fence
 	encrypted bool
 }
@@ -150,7 +151,8 @@ func (p plan) guard() []netfilter.Rule {
 // the tunnel would carry. What is meant to leave with the pod's own address, and what is translated, no rule
 // here decides about. Anything else would show the pod's address on the wire: a connection that the tunnel carried until its way there
 // went, to a node that pods reach through it, or one that began while another program had taken our translation away. Conntrack
-// translates no connection but with its first packet.
+// translates no connection but with its first packet. And what is for a Service, and kube-proxy has not translated it (it starts, or its
+// rules were flushed), would leave by the default route, whoever the pod behind it is.
 func (p plan) count() []netfilter.Rule {
 	var rules []netfilter.Rule
 	if !p.encrypted {
@@ -158,6 +160,9 @@ func (p plan) count() []netfilter.Rule {
 			rules = append(rules, matching("in clear: to a pod of another node", f.match("dst"), "-j RETURN"))
 		}
 		return append(rules, p.countTo("")...)
+	}
+	for _, prefix := range p.services {
+		rules = append(rules, rule("a Service's, not translated", "-i wrn+ -d "+prefix.String()+" -j DROP"))
 	}
 	for _, prefix := range p.outside {
 		rules = append(rules, p.countTo(" -d "+prefix.String())...)
