@@ -38,8 +38,21 @@ const (
 	ModeUserspace Mode = "userspace"
 )
 
-// ErrNoTunnel says that there is no WireGuard on this node, so that nothing reaches the pods of other nodes.
-var ErrNoTunnel = errors.New("no WireGuard on this node: load the kernel module wireguard, or apply manifests/userspace-tunnel.yaml")
+// ErrNoTunnel says that no WireGuard answers on this node, so that nothing reaches the pods of other nodes.
+var ErrNoTunnel = errors.New("no WireGuard on this node")
+
+// noTunnel is ErrNoTunnel with what makes one for a node that was asked for a mode.
+func noTunnel(asked Mode) error {
+	const load, apply = "load the kernel module wireguard", "apply manifests/userspace-tunnel.yaml"
+	switch asked {
+	case ModeKernel:
+		return fmt.Errorf("%w: %s, or run with --wireguard=auto and %s", ErrNoTunnel, load, apply)
+	case ModeUserspace:
+		return fmt.Errorf("%w: %s", ErrNoTunnel, apply)
+	default:
+		return fmt.Errorf("%w: %s, or %s", ErrNoTunnel, load, apply)
+	}
+}
 
 // Options are the settings of a Device.
 type Options struct {
@@ -56,8 +69,11 @@ type Device struct {
 	log   *slog.Logger
 	clock func() time.Time
 
-	mu   sync.Mutex
-	mode Mode
+	asked Mode
+
+	mu sync.Mutex
+	// mode is what was asked for, or what was chosen for ModeAuto; chosen is the last choice that was told.
+	mode, chosen Mode
 
 	writing sync.Mutex
 	memory  memory
@@ -80,7 +96,7 @@ func New(o Options) *Device {
 	if o.Clock == nil {
 		o.Clock = time.Now //nolint:forbidigo // WireGuard's own clock
 	}
-	return &Device{log: o.Log, mode: o.Mode, clock: o.Clock}
+	return &Device{log: o.Log, asked: o.Mode, mode: o.Mode, clock: o.Clock}
 }
 
 // Apply makes the kernel agree with the wanted mesh and returns how many changes that took. What it cannot do it reports,
@@ -182,7 +198,7 @@ func Reserve(clusterCIDRs []netip.Prefix) error {
 	return k.putRoutes(unreachableRoutes(clusterCIDRs), &Changes{})
 }
 
-// resolve returns ModeKernel or ModeUserspace. The answer to ModeAuto stays for the life of the Device.
+// resolve returns ModeKernel or ModeUserspace. The answer to ModeAuto stays while there is a tunnel.
 func (d *Device) resolve(k *kernel) (Mode, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -195,9 +211,19 @@ func (d *Device) resolve(k *kernel) (Mode, error) {
 		if has {
 			d.mode = ModeKernel
 		}
-		d.log.Info("chose WireGuard", "mode", string(d.mode))
+		if d.chosen != d.mode {
+			d.chosen = d.mode
+			d.log.Info("chose WireGuard", "mode", string(d.mode))
+		}
 	}
 	return d.mode, nil
+}
+
+// chooseAgain lets the next resolve choose: somebody may have loaded the kernel's module by then.
+func (d *Device) chooseAgain() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.mode = d.asked
 }
 
 // configure gives the device its key, port and peers.

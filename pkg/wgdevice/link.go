@@ -109,9 +109,10 @@ func (d *Device) ensureLink(k *kernel, mode Mode, mtu int, changes *Changes) (ne
 	}
 	if link == nil {
 		if mode == ModeUserspace {
-			return nil, fmt.Errorf("looking for link %s, which the user-space tunnel makes: %w", mesh.Link, ErrNoTunnel)
+			d.chooseAgain()
+			return nil, fmt.Errorf("looking for link %s, which the user-space tunnel makes: %w", mesh.Link, noTunnel(d.asked))
 		}
-		return k.makeLink(mtu, changes)
+		return d.makeLink(k, mtu, changes)
 	}
 	if link.Attrs().MTU != mtu {
 		if err = k.LinkSetMTU(link, mtu); err != nil {
@@ -123,12 +124,12 @@ func (d *Device) ensureLink(k *kernel, mode Mode, mtu int, changes *Changes) (ne
 }
 
 // makeLink makes warren0 in the kernel.
-func (k *kernel) makeLink(mtu int, changes *Changes) (netlink.Link, error) {
+func (d *Device) makeLink(k *kernel, mtu int, changes *Changes) (netlink.Link, error) {
 	wanted := newLink(mesh.Link)
 	wanted.MTU = mtu
 	err := k.LinkAdd(wanted)
 	if errors.Is(err, unix.EOPNOTSUPP) {
-		return nil, fmt.Errorf("making link %s in the kernel: %w", mesh.Link, ErrNoTunnel)
+		return nil, fmt.Errorf("making link %s in the kernel: %w", mesh.Link, noTunnel(d.asked))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("making link %s: %w", mesh.Link, err)
@@ -212,7 +213,8 @@ func (k *kernel) deleteAddresses(link netlink.Link, stale []netip.Prefix, change
 func openWireGuard(ctx context.Context, mode Mode) (*wgctrl.Client, error) {
 	if mode == ModeUserspace {
 		if err := askTunnel(ctx); err != nil {
-			return nil, fmt.Errorf("asking the user-space tunnel at %s (%w): %w", uapiSocket, err, ErrNoTunnel)
+			return nil, fmt.Errorf("%w that answers: asking the user-space tunnel at %s: %w; if it lasts, look at the log of its pod, and delete that pod",
+				ErrNoTunnel, uapiSocket, err)
 		}
 	}
 	client, err := wgctrl.New()
