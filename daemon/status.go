@@ -22,6 +22,7 @@ import (
 var notCovered = []string{ //nolint:gochecknoglobals // a constant list
 	"pods to addresses outside the cluster CIDR, other nodes' InternalIPs among them (host-network servers, NodePorts)",
 	"nodes to nodes (the API server, the kubelet)",
+	"hosts beside the cluster that route to a pod's address by a node, and the answers",
 	"traffic that stays on one node",
 }
 

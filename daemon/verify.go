@@ -41,7 +41,8 @@ A packet in clear that was received was let out by another node, or forged by so
 
 It needs neither tcpdump nor pods, harms no traffic, and sends at most 2000 small packets in a second. What is in clear by design
 (a pod's traffic to the world and to nodes' own addresses, which is translated to the node's address) is not its subject;
-"warrend status" lists it.
+"warrend status" lists it. A host beside the cluster that talks to a pod's address does so in clear and is counted, unless
+--non-masquerade-cidr names its network.
 
 The exit status is 0 when encryption is proven, 1 when something contradicts it, and 2 when it is not proven: no WireGuard packet
 was seen although there are peers, a peer did not answer, no tunnel leads to a node, packets escaped the capture, or the command could not
