@@ -36,6 +36,9 @@ func (c *claim) holds() bool { return c.counts() || c.isOwnAddress() }
 
 func (c *claim) isOwnAddress() bool { return c.isAddress && c.of.own }
 
+// isEndpoint says whether the claim is the endpoint that the operator gave.
+func (c *claim) isEndpoint() bool { return c.field == fieldEndpoint }
+
 // compareClaims orders claims by who keeps what two of them name: the older node, so that every node comes to the same mesh; but the own
 // addresses come before everything.
 func compareClaims(a, b *claim) int {

@@ -75,11 +75,30 @@ func (m *member) all() []*claim {
 	return all
 }
 
-// answersAt says whether others send to the node's InternalIPs. Those of a node behind NAT, or with an endpoint of its own, may be
-// another's at another place.
-func (m *member) answersAt(a netip.Addr) bool {
-	elsewhere := m.tunnel != nil && (m.tunnel.BehindNAT || m.endpoint != nil)
-	return (m.own || !elsewhere) && slices.ContainsFunc(m.addresses, func(c *claim) bool { return c.prefix.Addr() == a })
+// places are the claims of where others send to: the InternalIPs, or what the operator, or whoever can write the Node's annotations, has given
+// in their place, so that nothing is sent to these where that is refused.
+func (m *member) places() []*claim {
+	switch {
+	case m.tunnel != nil && m.tunnel.BehindNAT:
+		return nil
+	case m.endpoint != nil:
+		return []*claim{m.endpoint}
+	default:
+		return m.addresses
+	}
+}
+
+// isAt says whether a claim of another node is of where this one is. InternalIPs to which nobody sends may be another's at another place, and
+// so are two endpoints at ports of their own, behind one address.
+func (m *member) isAt(c *claim) bool {
+	return m.own && m.hasAddress(c) || slices.ContainsFunc(m.places(), func(o *claim) bool {
+		return o.prefix == c.prefix && o.counts() && (!o.isEndpoint() || !c.isEndpoint() || m.port() == c.of.port())
+	})
+}
+
+// hasAddress says whether the address of a claim is an InternalIP of the node.
+func (m *member) hasAddress(c *claim) bool {
+	return slices.ContainsFunc(m.addresses, func(o *claim) bool { return o.prefix == c.prefix })
 }
 
 // port is that of the node's endpoint.
@@ -161,6 +180,7 @@ func (x *index) rivals(m *member, f func(*member)) {
 		each(x.endpoints[c.prefix.Addr()], f)
 	}
 	if m.endpoint != nil {
+		each(x.addresses[m.endpoint.prefix.Addr()], f)
 		for _, o := range x.endpoints[m.endpoint.prefix.Addr()] {
 			if o.port() == m.port() {
 				f(o)

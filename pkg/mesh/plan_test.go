@@ -223,20 +223,20 @@ func TestPlanRefuses(t *testing.T) {
 			problems: []string{"NodeAddressDuplicate Node node-3 192.0.2.2", "NodeAddressDuplicate Node node-2 192.0.2.2"},
 		},
 		"address of another node, at a port of another server": {
-			bad: node(3, addresses("192.0.2.2"), endpoint("", 53)), options: options(), peers: []string{"node-3"},
-			problems: []string{"NodeEndpointRefused Node node-3 192.0.2.2:53", "NodeAddressDuplicate Node node-2 node-3"},
+			bad: node(3, addresses("192.0.2.2"), endpoint("", 53)), options: options(), peers: []string{"node-3"}, endpoint: "192.0.2.2:53",
+			problems: []string{"NodeAddressDuplicate Node node-3 node-2", "NodeAddressDuplicate Node node-2 node-3"},
 		},
 		"address of another node, at a port of another server, from an older node": {
-			bad: node(3, addresses("192.0.2.2"), endpoint("", 53), older), options: options(), peers: []string{"node-3"},
-			problems: []string{"NodeEndpointRefused Node node-3 192.0.2.2:53", "NodeAddressDuplicate Node node-2 node-3"},
+			bad: node(3, addresses("192.0.2.2"), endpoint("", 53), older), options: options(), peers: []string{"node-3"}, endpoint: "192.0.2.2:53",
+			problems: []string{"NodeAddressDuplicate Node node-3 node-2", "NodeAddressDuplicate Node node-2 node-3"},
 		},
 		"address of another node, at another published port": {
-			bad: node(3, addresses("192.0.2.2"), func(n *cluster.Node) { n.WireGuard.Port = 53 }), options: options(), peers: []string{"node-3"},
-			problems: []string{"NodeEndpointRefused Node node-3 192.0.2.2:53", "NodeAddressDuplicate Node node-2 node-3"},
+			bad: node(3, addresses("192.0.2.2"), func(n *cluster.Node) { n.WireGuard.Port = 53 }), options: options(), peers: []string{"node-3"}, endpoint: "192.0.2.2:53",
+			problems: []string{"NodeAddressDuplicate Node node-3 node-2", "NodeAddressDuplicate Node node-2 node-3"},
 		},
 		"one address of another node of two, at a port of another server": {
-			bad: node(3, addresses("192.0.2.2", "192.0.2.3"), endpoint("", 4500)), options: options(), peers: []string{"node-3"}, endpoint: "192.0.2.3:4500",
-			problems: []string{"NodeEndpointRefused Node node-3 192.0.2.2:4500", "NodeAddressDuplicate Node node-2 node-3"},
+			bad: node(3, addresses("192.0.2.2", "192.0.2.3"), endpoint("", 4500)), options: options(), peers: []string{"node-3"}, endpoint: "192.0.2.2:4500",
+			problems: []string{"NodeAddressDuplicate Node node-3 node-2", "NodeAddressDuplicate Node node-2 node-3"},
 		},
 		"own address, at a port of another server": {
 			bad: node(3, addresses("192.0.2.1"), endpoint("", 53)), options: options(), peers: []string{"node-3"},
@@ -269,9 +269,16 @@ func TestPlanRefuses(t *testing.T) {
 		"link-local endpoint":        refusedEndpoint("169.254.169.254", ""),
 		"link-local IPv6 endpoint":   refusedEndpoint("fe80::1", ""),
 		"endpoint on this node":      refusedEndpoint("192.0.2.1", "node-1"),
-		"endpoint on another node":   refusedEndpoint("2001:db8::2", "node-2"),
 		"endpoint among the pods":    refusedEndpoint("10.244.9.9", "10.244.0.0/16"),
 		"endpoint on a Service":      refusedEndpoint("10.96.0.1", "10.96.0.0/12"),
+		"endpoint on another node": {
+			bad: node(3, endpoint("2001:db8::2", 0)), options: options(), peers: []string{"node-3"}, endpoint: "[2001:db8::2]:51820",
+			problems: []string{"NodeEndpointDuplicate Node node-3 node-2", "NodeAddressDuplicate Node node-2 node-3"},
+		},
+		"endpoint on another node, at a port of another server, from an older node": {
+			bad: node(3, endpoint("192.0.2.2", 53), older), options: options(), peers: []string{"node-3"}, endpoint: "192.0.2.2:53",
+			problems: []string{"NodeEndpointDuplicate Node node-3 node-2", "NodeAddressDuplicate Node node-2 node-3"},
+		},
 		"endpoint in a podCIDR, cluster CIDR unknown": {
 			bad: node(3, endpoint("10.244.2.9", 0)), options: options(noClusterCIDR), peers: []string{"node-3"},
 			problems: []string{"NodeEndpointRefused Node node-3 node-2"},

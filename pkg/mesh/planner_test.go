@@ -152,11 +152,15 @@ func TestPlannerJudgesAgain(t *testing.T) {
 	p.set(again)
 	wantProblems(t, p.Problems(), "NodeKeyUnproven Node node-2")
 	p = newPlanned(t, options(), node(1), node(2, endpoint("203.0.113.7", 4500)), node(3, endpoint("203.0.113.7", 4500)))
-	wantProblems(t, p.Problems(), "NodeEndpointRefused Node node-3 node-2")
+	wantProblems(t, p.Problems(), "NodeEndpointDuplicate Node node-2 node-3", "NodeEndpointDuplicate Node node-3 node-2")
 	p.set(node(2, endpoint("203.0.113.7", 4501)))
 	wantProblems(t, p.Problems())
 	p.set(node(4, addresses("203.0.113.7")))
-	wantProblems(t, p.Problems(), "NodeEndpointRefused Node node-2 node-4", "NodeEndpointRefused Node node-3 node-4")
+	wantProblems(t, p.Problems(), "NodeEndpointDuplicate Node node-2 node-4", "NodeEndpointDuplicate Node node-3 node-4",
+		"NodeAddressDuplicate Node node-4 node-2")
+	p.set(node(1, endpoint("203.0.113.7", 4500)))
+	p.set(node(4))
+	wantProblems(t, p.Problems(), "NodeEndpointRefused Node node-3 node-1")
 }
 
 // TestPlannerRotation follows a key from the moment at which it is announced.
@@ -183,18 +187,17 @@ func TestPlannerRotation(t *testing.T) {
 }
 
 func TestPlannerNodeAddresses(t *testing.T) {
-	inside := func(o *mesh.Options) { o.NodeCIDRs = prefixes("192.0.2.0/24", "2001:db8::/64") }
 	for name, test := range map[string]struct {
 		options mesh.Options
 		other   cluster.Node
 		want    []string // of node-2
 	}{
 		"not wanted":           {options(), node(3), nil},
-		"inside":               {options(inside), node(3), []string{"192.0.2.2", "2001:db8::2"}},
+		"inside":               {options(tunnelledNodes), node(3), []string{"192.0.2.2", "2001:db8::2"}},
 		"one of two inside":    {options(func(o *mesh.Options) { o.NodeCIDRs = prefixes("2001:db8::/64") }), node(3), []string{"2001:db8::2"}},
-		"a younger claims it":  {options(inside), node(3, addresses("192.0.2.2")), []string{"192.0.2.2", "2001:db8::2"}},
-		"an older claims it":   {options(inside), node(3, addresses("192.0.2.2"), older), []string{"2001:db8::2"}},
-		"the endpoint of else": {options(inside), node(3, endpoint("192.0.2.2", 1)), []string{"192.0.2.2", "2001:db8::2"}},
+		"a younger claims it":  {options(tunnelledNodes), node(3, addresses("192.0.2.2")), []string{"192.0.2.2", "2001:db8::2"}},
+		"an older claims it":   {options(tunnelledNodes), node(3, addresses("192.0.2.2", "2001:db8::2"), older), []string{"192.0.2.2", "2001:db8::2"}},
+		"the endpoint of else": {options(tunnelledNodes), node(3, endpoint("192.0.2.2", 1)), []string{"192.0.2.2", "2001:db8::2"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := newPlanned(t, test.options, node(1), node(2), test.other)
@@ -207,22 +210,42 @@ func TestPlannerNodeAddresses(t *testing.T) {
 			}
 		})
 	}
-	p := newPlanned(t, options(inside), node(1), node(2, addresses("192.0.2.1", "192.0.2.2")))
+	p := newPlanned(t, options(tunnelledNodes), node(1), node(2, addresses("192.0.2.1", "192.0.2.2")))
 	if got := p.Config().Peers[0].NodeAddresses; len(got) != 1 || got[0] != netip.MustParseAddr("192.0.2.2") {
 		t.Errorf("another node says that it has an own address: it gets %v", got)
 	}
 }
 
+// honestClusters are of three nodes each that are reached in different ways.
+func honestClusters() map[string][]cluster.Node {
+	return map[string][]cluster.Node{
+		"InternalIPs": {node(1), node(2), node(3, uplinkMTU(1400))},
+		"endpoints": {
+			node(1, endpoint("203.0.113.1", 0)), node(2, endpoint("203.0.113.2", 0)), node(3, endpoint("2001:db8:f::3", 4500), uplinkMTU(1400)),
+		},
+		"ports": {node(1), node(2, endpoint("", 4500)), node(3, func(n *cluster.Node) { n.WireGuard.Port = 4501 })},
+	}
+}
+
+// tunnelledNodes has pods reach all honest nodes through the tunnel.
+func tunnelledNodes(o *mesh.Options) { o.NodeCIDRs = prefixes("192.0.2.0/24", "2001:db8::/64") }
+
 // TestHostileNode gives a node that is stolen everything that it can say of itself, at any age: what the honest nodes have of each
 // other stays, from either's view, and so do the link and their pods' addresses.
 func TestHostileNode(t *testing.T) {
+	for by, honest := range honestClusters() {
+		t.Run(by, func(t *testing.T) { hostileNode(t, honest) })
+	}
+}
+
+func hostileNode(t *testing.T, honest []cluster.Node) {
+	t.Helper()
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
-	honest := []cluster.Node{node(1), node(2), node(3, uplinkMTU(1400))}
 	lies := hostileLies()
 	for _, self := range []string{"node-1", "node-2", "node-3"} {
-		o := options(func(o *mesh.Options) { o.NodeCIDRs = prefixes("192.0.2.0/24") })
+		o := options(tunnelledNodes)
 		alone := mesh.NewPlanner(self, o)
 		beside := mesh.NewPlanner(self, o)
 		alone.Update(cluster.Snapshot{Nodes: honest}.Delta().Nodes, mesh.Uplink{MTU: 1500})
@@ -280,6 +303,13 @@ func hostileLies() []lie {
 		{"special addresses", addresses("0.0.0.0", "255.255.255.255", "::1", "ff02::1", "::ffff:192.0.2.1")},
 		{"endpoint on loopback", endpoint("127.0.0.1", 0)},
 		{"endpoint on another node", endpoint("192.0.2.3", 51820)},
+		{"endpoint on another node's IPv6 address", endpoint("2001:db8::3", 0)},
+		{"endpoint on another node, at a port of another server", endpoint("192.0.2.2", 53)},
+		{"another's address, at a port of another server", func(n *cluster.Node) { addresses("192.0.2.2", "2001:db8::3")(n); endpoint("", 53)(n) }},
+		{"another's endpoint", endpoint("203.0.113.2", 0)},
+		{"another's IPv6 endpoint and port", endpoint("2001:db8:f::3", 4500)},
+		{"another's endpoint, at a port of another server", endpoint("203.0.113.2", 53)},
+		{"others' endpoints as addresses", addresses("203.0.113.1", "203.0.113.2", "2001:db8:f::3")},
 		{"endpoint on multicast", endpoint("224.0.0.1", 1)},
 		{"endpoint among pods", endpoint("10.244.2.7", 53)},
 		{"behind NAT", behindNAT},
@@ -293,16 +323,17 @@ func hostileLies() []lie {
 // TestHostileOldNode repeats what a Node's age gives no right to: its creation time is the server's, but its addresses and annotations
 // change at any time.
 func TestHostileOldNode(t *testing.T) {
-	honest := snapshot(node(1), node(2), node(3))
-	alone, _ := mesh.Plan(honest, options())
-	for _, lie := range hostileLies() {
-		n := node(4, older)
-		if lie.tell(&n); !slices.Equal(n.PodCIDRs, node(4).PodCIDRs) {
-			continue // an old Node has its podCIDRs from the controller, for good
-		}
-		beside, _ := mesh.Plan(snapshot(append(slices.Clone(honest.Nodes), n)...), options())
-		if diff := cmp.Diff(without(alone, ""), without(beside, "node-4"), byValue); diff != "" {
-			t.Errorf("%s, from the oldest node: the mesh of the honest nodes changes (-alone +beside):\n%s", lie.name, diff)
+	for by, honest := range honestClusters() {
+		alone, _ := mesh.Plan(snapshot(honest...), options(tunnelledNodes))
+		for _, lie := range hostileLies() {
+			n := node(4, older)
+			if lie.tell(&n); !slices.Equal(n.PodCIDRs, node(4).PodCIDRs) {
+				continue // an old Node has its podCIDRs from the controller, for good
+			}
+			beside, _ := mesh.Plan(snapshot(append(slices.Clone(honest), n)...), options(tunnelledNodes))
+			if diff := cmp.Diff(without(alone, ""), without(beside, "node-4"), byValue); diff != "" {
+				t.Errorf("%s, from the oldest node: the mesh of the honest nodes, reached by %s, changes (-alone +beside):\n%s", lie.name, by, diff)
+			}
 		}
 	}
 }

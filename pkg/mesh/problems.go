@@ -74,7 +74,7 @@ func keyTaken(node, field, owner string) cluster.Problem {
 
 // addressProblem is about an address of a node: an InternalIP, or the endpoint that the operator gave.
 func addressProblem(c *claim, message string) cluster.Problem {
-	if c.field == fieldEndpoint {
+	if c.isEndpoint() {
 		return nodeProblem("NodeEndpointRefused", c.of.node.Name, c.field,
 			fmt.Sprintf("the endpoint %s %s: the tunnel waits until this node sends first", c.prefix.Addr(), message),
 			"correct the annotation; where the operator has not written it, treat the node as stolen")
@@ -96,16 +96,20 @@ func addressInPodCIDR(c, keeper *claim) cluster.Problem {
 	return ownedProblem(owner, addressProblem(c, fmt.Sprintf("is inside the podCIDR %s of Node %s", keeper.prefix, owner)))
 }
 
-func addressShared(c *claim, other string) cluster.Problem {
-	return ownedProblem(other, nodeProblem("NodeAddressDuplicate", c.of.node.Name, c.field,
-		fmt.Sprintf("InternalIP %s is that of Node %s too: the one of the two that is not there is not reachable from here unless it sends first", c.prefix.Addr(), other),
-		"delete the Node that no longer exists, or give each node an address of its own; where neither helps, treat the node that has not this address as stolen"))
-}
-
-func endpointTaken(c *claim, endpoint netip.AddrPort, owner string) cluster.Problem {
-	return ownedProblem(owner, nodeProblem("NodeEndpointRefused", c.of.node.Name, c.field,
-		fmt.Sprintf("the endpoint %s is where Node %s is: the tunnel waits until this node sends first", endpoint, owner),
-		"correct annotation or InternalIP: nodes behind one address need ports of their own; where the operator has not written it, treat the node as stolen"))
+// placeShared is about where two nodes are by their Nodes. What the own node has is refused to the other.
+func placeShared(c *claim, other string, own bool) cluster.Problem {
+	const where = "is where Node %s is too: the one of the two that is not there is not reachable from here unless it sends first"
+	p := nodeProblem("NodeAddressDuplicate", c.of.node.Name, c.field, fmt.Sprintf("InternalIP %s "+where, c.prefix.Addr(), other),
+		"delete the Node that no longer exists, or give each node an address of its own; where neither helps, treat the node that has not this address as stolen")
+	if c.isEndpoint() {
+		p.Code = "NodeEndpointDuplicate"
+		if own {
+			p.Code = "NodeEndpointRefused"
+		}
+		p.Message = fmt.Sprintf("the endpoint %s "+where, netip.AddrPortFrom(c.prefix.Addr(), c.of.port()), other)
+		p.Remedy = "correct annotation or InternalIP: nodes behind one address need ports of their own; where the operator has not written it, treat the node that has not this address as stolen"
+	}
+	return ownedProblem(other, p)
 }
 
 func podCIDRUnusable(c *claim) cluster.Problem {

@@ -154,19 +154,13 @@ func (p *Planner) isKeeper(v *view, m *member, key [32]byte, field string) bool 
 	return false
 }
 
-// endpoint returns where a node is sent to first; it is invalid where the node has to come to us. What the operator said takes the
-// InternalIPs' place, so that nothing is sent to these where it is refused.
+// endpoint returns where a node is sent to first; it is invalid where the node has to come to us.
 func (p *Planner) endpoint(v *view, m *member) netip.AddrPort {
-	switch {
-	case m.tunnel.BehindNAT:
-		return netip.AddrPort{}
-	case m.endpoint != nil:
-		return p.operatorsEndpoint(v, m)
-	case len(m.addresses) == 0:
+	places := m.places()
+	if len(places) == 0 && !m.tunnel.BehindNAT {
 		v.refuse(nodeWithoutAddress(m.node.Name))
-		return netip.AddrPort{}
 	}
-	usable := p.usableAddresses(v, m)
+	usable := p.usable(v, places)
 	if len(usable) == 0 { // each refused claim is a Problem already
 		return netip.AddrPort{}
 	}
@@ -177,73 +171,55 @@ func (p *Planner) endpoint(v *view, m *member) netip.AddrPort {
 	return netip.AddrPortFrom(address, m.port())
 }
 
-// operatorsEndpoint returns the endpoint that an operator, or whoever can write the Node's annotations, has given a node. It must not be where
-// another node is.
-func (p *Planner) operatorsEndpoint(v *view, m *member) netip.AddrPort {
-	address := m.endpoint.prefix.Addr()
-	if !m.endpoint.counts() {
-		return netip.AddrPort{}
-	}
-	for _, o := range p.index.addresses[address] {
-		if o != m && o.answersAt(address) {
-			v.refuse(endpointTaken(m.endpoint, netip.AddrPortFrom(address, m.port()), o.node.Name))
-			return netip.AddrPort{}
-		}
-	}
-	for _, o := range p.index.endpoints[address] {
-		if o == m {
-			break // those that keep the endpoint before this one are done
-		}
-		if o.port() == m.port() && o.endpoint.counts() && !o.tunnel.BehindNAT {
-			v.refuse(endpointTaken(m.endpoint, netip.AddrPortFrom(address, m.port()), o.node.Name))
-			return netip.AddrPort{}
-		}
-	}
-	return netip.AddrPortFrom(address, m.port())
-}
-
-// usableAddresses returns the InternalIPs at which a node can be sent to, in the order of its Node.
+// usable returns the addresses at which a node can be sent to, of its places and in their order.
 //
-// The own node's are not among them. One that a third node has too stays with both, and both are reported: who is right does not
-// show from the Nodes, each of which says of itself what it likes at any time, and taking it from either, also from the younger one, would
-// let a stolen node cut off others from each other. Who gets what is sent there by mistake cannot answer without the key. That is so where
-// both say the port that this mesh uses: at any other one what is sent there would come to another server than the tunnel, so who names
-// such a port does not have the address, and has to send first.
-func (p *Planner) usableAddresses(v *view, m *member) []netip.Addr {
+// The own node's are not among them. One where a third node is too, by its Node, stays with both, and both are reported, whichever of the
+// two is older, has it as InternalIP or by the annotation, and at whichever port. Who is right does not show from the Nodes: each says of
+// itself what it likes at any time, so a liar can always take the part of the honest one in the same two Nodes, and a rule that refused
+// either would let a stolen node cut off others from each other. By what stays a liar gains nothing. Who gets what is sent there by mistake
+// cannot answer without the key, and the other one is sent to as before. And what all nodes send there, a handshake of 148 bytes every few
+// seconds with nothing in it that the liar chose, he can have them send to any other host as well, by an address that is no node's.
+func (p *Planner) usable(v *view, places []*claim) []netip.Addr {
 	var usable []netip.Addr
-	for _, c := range m.addresses {
-		a := c.prefix.Addr()
+	for _, c := range places {
 		if !c.counts() {
 			continue
 		}
-		claimants := p.index.addresses[a]
-		if i := slices.IndexFunc(claimants, func(o *member) bool { return o != m && o.answersAt(a) }); i >= 0 {
-			other := claimants[i] // the own node comes first
-			if !other.own && m.tunnel != nil && m.port() != p.options.ListenPort {
-				v.refuse(endpointTaken(c, netip.AddrPortFrom(a, m.port()), other.node.Name))
-				continue
-			}
-			v.refuse(addressShared(c, other.node.Name))
-			if other.own {
+		if other := p.rival(c); other != nil {
+			own := other.own && (c.isEndpoint() || other.hasAddress(c)) // else the operator says that the own node is behind that one
+			v.refuse(placeShared(c, other.node.Name, own))
+			if own {
 				continue
 			}
 		}
-		usable = append(usable, a)
+		usable = append(usable, c.prefix.Addr())
 	}
 	return usable
 }
 
-// nodeAddresses returns the InternalIPs that pods may reach through the tunnel: the first node that claims one has it.
-func (p *Planner) nodeAddresses(m *member) []netip.Addr {
-	var own []netip.Addr
-	for _, a := range countingAddresses(m.addresses) {
-		inside := slices.ContainsFunc(p.options.NodeCIDRs, func(c netip.Prefix) bool { return c.Contains(a) })
-		if inside && p.index.addresses[a][0] == m {
-			own = append(own, a)
+// rival returns another node that is where a claim is, nil where there is none.
+func (p *Planner) rival(c *claim) *member {
+	a := c.prefix.Addr()
+	for _, claimants := range [][]*member{p.index.addresses[a], p.index.endpoints[a]} {
+		if i := slices.IndexFunc(claimants, func(o *member) bool { return o != c.of && o.isAt(c) }); i >= 0 {
+			return claimants[i] // the own node comes first
 		}
 	}
-	slices.SortFunc(own, netip.Addr.Compare)
-	return slices.Compact(own)
+	return nil
+}
+
+// nodeAddresses returns the InternalIPs that pods may reach through the tunnel: all but what the own node has. Of several nodes that claim
+// one, that gets it which is found to receive there.
+func (p *Planner) nodeAddresses(m *member) []netip.Addr {
+	var addresses []netip.Addr
+	for _, a := range countingAddresses(m.addresses) {
+		inside := slices.ContainsFunc(p.options.NodeCIDRs, func(c netip.Prefix) bool { return c.Contains(a) })
+		if inside && (m.own || !p.index.addresses[a][0].own) {
+			addresses = append(addresses, a)
+		}
+	}
+	slices.SortFunc(addresses, netip.Addr.Compare)
+	return slices.Compact(addresses)
 }
 
 // peerMTU returns the MTU of a node's uplink, 0 where it is not known.
@@ -300,7 +276,7 @@ func (p *Planner) addPlain(v *view, m *member) {
 		v.refuse(nodeWithoutNextHop(m.node.Name))
 		return
 	}
-	usable := p.usableAddresses(v, m)
+	usable := p.usable(v, m.places())
 	if len(usable) == 0 {
 		return
 	}
