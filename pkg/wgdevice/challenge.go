@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"maps"
 	"math/big"
 	"net/netip"
 	"slices"
@@ -104,12 +105,18 @@ func (m *memory) suspects(want mesh.Config) []*suspect {
 	return list
 }
 
-// believe takes in that a peer receives where it is, unless the plan is another by now.
+// believe takes in that a peer receives where it is, unless the plan is another by now, or another peer that was found there is there still.
 func (m *memory) believe(s *suspect) bool {
 	p := m.planned[s.node]
 	still := p.PublicKey == s.key && slices.Contains(p.NodeAddresses, s.at) &&
 		slices.ContainsFunc(p.AllowedIPs, func(a netip.Prefix) bool { return a.Contains(s.asked) })
+	for key, at := range m.receives {
+		if at == s.at {
+			still = still && m.peers[key].endpoint.Addr() != at
+		}
+	}
 	if still {
+		maps.DeleteFunc(m.receives, func(_ wgtypes.Key, at netip.Addr) bool { return at == s.at })
 		m.found(s.key, s.at)
 	}
 	return still

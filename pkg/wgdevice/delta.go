@@ -118,7 +118,7 @@ func (m *memory) step(p *mesh.Peer, key wgtypes.Key, interval time.Duration, now
 	if before.keepalive != interval {
 		s.config.PersistentKeepaliveInterval, s.after.keepalive = &interval, interval
 	}
-	s.after.allowed = slices.Concat(p.AllowedIPs, m.usable(p, s.after))
+	s.after.allowed = slices.Concat(p.AllowedIPs, m.usable(p))
 	slices.SortFunc(s.after.allowed, comparePrefixes)
 	if !slices.Equal(before.allowed, s.after.allowed) {
 		s.config.ReplaceAllowedIPs = true
@@ -150,19 +150,17 @@ func (m *memory) moves(p *mesh.Peer, s peerState, now time.Time) bool {
 	}
 }
 
-// usable returns those of a node's own addresses that its pods' peers may reach through the tunnel. The peer has to be at that very
-// address, and known to receive what is sent there (see Challenge): the Node says itself what its address is, and before that packets for
-// it go as they would without the tunnel. An address that is in use stays while the peer is there. A peer that goes over to its next key
-// is the same node.
-func (m *memory) usable(p *mesh.Peer, s peerState) []netip.Prefix {
+// usable returns those of a node's own addresses that its pods' peers may reach through the tunnel: where the peer was found to receive what
+// is sent there (see Challenge). The Node says itself what its address is, and before that packets for it go as they would without the
+// tunnel. A peer that goes over to its next key is the same node.
+func (m *memory) usable(p *mesh.Peer) []netip.Prefix {
 	keys := keysOf(*p)
 	if before := m.planned[p.Node]; before.Next == p.PublicKey {
 		keys = append(keys, before.PublicKey)
 	}
 	var hosts []netip.Prefix
 	for _, a := range p.NodeAddresses {
-		known := slices.ContainsFunc(keys, func(key wgtypes.Key) bool { return m.receives[key] == a })
-		if s.endpoint.Addr() == a && known {
+		if slices.ContainsFunc(keys, func(key wgtypes.Key) bool { return m.receives[key] == a }) {
 			hosts = append(hosts, netip.PrefixFrom(a, a.BitLen()))
 		}
 	}

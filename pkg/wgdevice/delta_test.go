@@ -17,6 +17,7 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/warren-cni/warren/pkg/mesh"
+	"github.com/warren-cni/warren/pkg/podcidr"
 )
 
 func testPeer(number byte, allowed ...string) mesh.Peer {
@@ -50,7 +51,10 @@ func settle(t *testing.T, m *memory, device *wgtypes.Device, now time.Time, want
 		pretend(t, device, s.config)
 	}
 	m.did(done)
-	m.planned = plannedOf(want)
+	m.planned = map[string]mesh.Peer{}
+	for _, p := range want {
+		m.plan(p)
+	}
 	settled(t, m, device, now, want...)
 }
 
@@ -405,18 +409,69 @@ func TestDeltaNodeAddresses(t *testing.T) {
 			t.Errorf("without it in the plan: %+v", got)
 		}
 	})
-	t.Run("found elsewhere", func(t *testing.T) {
+	t.Run("sent on from elsewhere", func(t *testing.T) {
 		m, device := begin(t)
-		m.found(key, netip.MustParseAddr("2001:db8::1"))
-		settle(t, m, device, later, peer)
-		uses(t, m, key, false, "found at the other address")
 		m.found(key, address)
+		settle(t, m, device, later, peer)
 		device.Peers[0].Endpoint, device.Peers[0].ReceiveBytes = elsewhere, 9
 		settle(t, m, device, later, peer)
-		uses(t, m, key, false, "gone elsewhere meanwhile")
-		device.Peers[0].Endpoint, device.Peers[0].ReceiveBytes = net.UDPAddrFromAddrPort(peer.Endpoint), 99
+		uses(t, m, key, true, "seen elsewhere")
+		m = &memory{}
 		settle(t, m, device, later, peer)
-		uses(t, m, key, false, "back, and not asked again")
+		uses(t, m, key, true, "seen elsewhere by another daemon")
+	})
+	t.Run("not the node's for a while", func(t *testing.T) {
+		m, device := begin(t)
+		m.found(key, address)
+		settle(t, m, device, later, peer)
+		without := peer
+		without.NodeAddresses = peer.NodeAddresses[1:]
+		settle(t, m, device, later, without)
+		settle(t, m, device, later, peer)
+		uses(t, m, key, false, "claimed again, and not asked again")
+	})
+	t.Run("claimed by two", func(t *testing.T) {
+		for _, v6 := range []bool{false, true} {
+			one, two, claimed := testPeer(1, "10.1.0.0/24"), testPeer(2, "10.2.0.0/24"), address
+			if v6 {
+				claimed = peer.NodeAddresses[1]
+			}
+			there := netip.AddrPortFrom(claimed, 51820)
+			one.NodeAddresses, two.NodeAddresses = []netip.Addr{claimed}, []netip.Addr{claimed}
+			one.Endpoint, two.Endpoint = there, there
+			m, device := &memory{encrypted: true}, &wgtypes.Device{}
+			settle(t, m, device, start(), one, two)
+			has := func(want byte, what string) {
+				t.Helper()
+				settle(t, m, device, start(), one, two)
+				for _, number := range []byte{1, 2} {
+					hosts := m.peers[wgtypes.Key{number}].hosts()
+					if used := len(hosts) == 1 && hosts[0].Addr() == claimed; used != (number == want) {
+						t.Errorf("%s: peer %d has %v", what, number, hosts)
+					}
+				}
+			}
+			answered := func(p mesh.Peer) bool {
+				return m.believe(&suspect{node: p.Node, key: p.PublicKey, at: claimed, asked: podcidr.NodeAddress(p.AllowedIPs[0])})
+			}
+			has(0, "none found")
+			if !answered(two) {
+				t.Error("the first that is found is not believed")
+			}
+			has(2, "one found")
+			if answered(one) {
+				t.Error("another is believed while the one that was found is there")
+			}
+			has(2, "both answer")
+			device.Peers[1].Endpoint = elsewhere
+			has(2, "the one that was found is seen elsewhere")
+			if !answered(one) {
+				t.Error("the one that answers is not believed while the other is elsewhere")
+			}
+			has(1, "the other one is there")
+			device.Peers[1].Endpoint = net.UDPAddrFromAddrPort(there)
+			has(1, "the first one is back")
+		}
 	})
 	t.Run("another daemon and another tunnel", func(t *testing.T) {
 		m, device := begin(t)

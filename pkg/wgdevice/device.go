@@ -262,7 +262,7 @@ func (d *Device) configure(ctx context.Context, mode Mode, want request, changes
 	}
 	m.key, m.planned = want.key, make(map[string]mesh.Peer, len(want.Peers))
 	for _, p := range want.Peers {
-		m.planned[p.Node] = p
+		m.plan(p)
 	}
 	maps.DeleteFunc(m.receives, func(key wgtypes.Key, _ netip.Addr) bool { _, exists := m.peers[key]; return !exists })
 	return nil

@@ -20,7 +20,7 @@ type memory struct {
 	key       Key
 	planned   map[string]mesh.Peer
 	peers     map[wgtypes.Key]peerState
-	// receives is the address at which a peer is known to receive, of those where it has told that its node is.
+	// receives is the address at which a peer was found to receive, of those where its Node says that it is. No two nodes' peers have one.
 	receives map[wgtypes.Key]netip.Addr
 	routes   map[routeID]route
 }
@@ -52,9 +52,10 @@ func (m *memory) see(device *wgtypes.Device, now time.Time) {
 			if old.received == s.received {
 				s.heard = old.heard
 			}
+		} else {
+			m.locate(p.PublicKey, s)
 		}
 		peers[p.PublicKey] = s
-		m.locate(p.PublicKey, s)
 	}
 	m.peers = peers
 }
@@ -72,15 +73,22 @@ func (m *memory) did(steps []step) {
 	}
 }
 
-// locate takes in where a peer is. One that carries its node's address was known to receive there, by this daemon or the one before; one
-// that is elsewhere is not any more. What a tunnel forgets that starts anew stays known.
+// locate takes in what a peer carries that is new here. One that carries its node's address was found to receive there, by this daemon or the
+// one before, and stays so wherever its packets come from later: somebody else may have sent them on, and what goes into the tunnel none but
+// the node can read. What a tunnel forgets that starts anew stays known.
 func (m *memory) locate(key wgtypes.Key, s peerState) {
-	address := s.endpoint.Addr()
-	switch {
-	case slices.ContainsFunc(s.hosts(), func(host netip.Prefix) bool { return host.Addr() == address }):
-		m.found(key, address)
-	case m.receives[key] != address:
-		delete(m.receives, key)
+	for _, host := range s.hosts() {
+		m.found(key, host.Addr())
+	}
+}
+
+// plan takes in what is wanted of a node. An address that is not the node's any more is found anew when it is again.
+func (m *memory) plan(p mesh.Peer) {
+	m.planned[p.Node] = p
+	for _, key := range keysOf(p) {
+		if !slices.Contains(p.NodeAddresses, m.receives[key]) {
+			delete(m.receives, key)
+		}
 	}
 }
 

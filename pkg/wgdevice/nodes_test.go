@@ -72,6 +72,29 @@ func TestNodeAddresses(t *testing.T) {
 				t.Errorf("in use: %v, want %s alone", used, address(b))
 			}
 
+			// Where somebody sends the node's packets on from another address, the tunnel sends there, and what pods send to the node stays in it.
+			honest := b.disguise(t, address(c), "")
+			for range 20 {
+				if _, _ = b.ask(first(a.addresses()), marker, 1); peerOf(t, a, b).Endpoint.Addr() == address(c) {
+					break
+				}
+			}
+			if at := peerOf(t, a, b).Endpoint.Addr(); at != address(c) {
+				t.Errorf("the peer is seen at %s, want %s", at, address(c))
+			}
+			if changes := a.apply(t, want); changes.Any() {
+				t.Errorf("with the peer elsewhere the apply wrote %+v", changes)
+			}
+			wire.count(t)
+			_, _ = pod.ask(address(b), marker, 2)
+			if got := wire.count(t); inClear(got) || got.WireGuard == 0 {
+				t.Errorf("from a pod to a node that is seen elsewhere: %v, want nothing in clear", got)
+			}
+			honest()
+			if _, err := b.ask(first(a.addresses()), marker, 20); err != nil {
+				t.Fatal(err)
+			}
+
 			// The node itself, and a node that nobody shook hands with, are reached as ever.
 			a.transfer(t, address(b), []byte(marker))
 			if got := wire.count(t); got.Marked == 0 {
@@ -95,6 +118,10 @@ func TestNodeAddresses(t *testing.T) {
 				t.Errorf("a change that takes the address away wrote %+v", changes)
 			}
 			a.apply(t, want)
+			if !a.challenge(t, want) {
+				t.Error("the node that is there is not found again")
+			}
+			a.apply(t, want)
 			wire.count(t)
 			if changes := a.apply(t, plain); changes != (wgdevice.Changes{Peers: 1, Routes: 3}) {
 				t.Errorf("without node addresses the apply wrote %+v", changes)
@@ -113,61 +140,112 @@ func TestNodeAddresses(t *testing.T) {
 }
 
 // TestNodeAddressOfAnother has a node claim another host's address and send with that for a source, at random with every second packet: what
-// WireGuard tells of it is at times what it tells of a node that is there, but it does not get the address.
+// WireGuard tells of it is at times what it tells of a node that is there, but it does not get the address. That host gets it once it is a
+// node, though the other one claims it too, and keeps it.
 func TestNodeAddressOfAnother(t *testing.T) {
-	l := newLab(t, 3) // the third has no mesh
-	a, liar, victim := l.nodes[0], l.nodes[1], l.nodes[2]
-	claimed, _ := uplink(victim.number)
-	want := a.plan(t, a, liar)
-	want.Peers[0].NodeAddresses = []netip.Addr{claimed}
-	a.apply(t, want)
-	liar.apply(t, liar.plan(t, a, liar))
-	liar.do(t, func() error {
-		output, err := exec.Command("nft", "add table ip lie; add chain ip lie sent { type filter hook postrouting priority 0; }; "+
-			"add rule ip lie sent udp sport 51820 numgen random mod 2 0 ip saddr set "+claimed.String()).CombinedOutput()
-		if err != nil {
-			return fmt.Errorf("%w: %s", err, output)
-		}
-		return nil
-	})
-	flood := liar.flood(t, a)
-	defer flood()
-	there := func() (time.Time, bool) {
-		p := peerOf(t, a, liar)
-		return p.LastHandshake, p.Endpoint.Addr() == claimed
+	for name, address := range map[string]func(*node) netip.Addr{
+		"IPv4": func(n *node) netip.Addr { return first(uplink(n.number)) },
+		"IPv6": func(n *node) netip.Addr { _, v6 := uplink(n.number); return v6 },
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := newLab(t, 3) // the third has no mesh at first
+			a, liar, victim := l.nodes[0], l.nodes[1], l.nodes[2]
+			claimed := address(victim)
+			// plan has all other nodes of the plan claim an address, and be sent to by the family.
+			plan := func(n *node, nodes ...*node) mesh.Config {
+				c := n.plan(t, nodes...)
+				for i := range c.Peers {
+					other := nodes[slices.IndexFunc(nodes, func(o *node) bool { return o.name() == c.Peers[i].Node })]
+					c.Peers[i].Endpoint = netip.AddrPortFrom(address(other), wireGuardPort)
+					c.Peers[i].NodeAddresses = []netip.Addr{claimed}
+				}
+				return c
+			}
+			want := plan(a, a, liar)
+			a.apply(t, want)
+			liar.apply(t, plan(liar, a, liar))
+			honest := liar.disguise(t, claimed, "numgen random mod 2 0")
+			flood := liar.flood(t, a)
+			defer flood()
+			there := func() (time.Time, bool) {
+				p := peerOf(t, a, liar)
+				return p.LastHandshake, p.Endpoint.Addr() == claimed
+			}
+			deceived := false
+			for range 200 {
+				before, seen := there()
+				liar.apply(t, plan(liar, liar))
+				liar.apply(t, plan(liar, a, liar)) // it begins anew, with a handshake
+				_, _ = liar.ask(first(a.addresses()), newMarker(), 1)
+				handshake, still := there()
+				if deceived = seen && still && handshake.After(before); deceived {
+					break
+				}
+			}
+			if !deceived {
+				t.Error("WireGuard never told of a handshake while the node was at the address: it does not lie as it should")
+			}
+			for i := range 15 {
+				if a.challenge(t, want) {
+					t.Fatalf("challenge %d: it is taken for a node that receives at %s", i, claimed)
+				}
+				if changes := a.apply(t, want); changes.Any() && len(peerOf(t, a, liar).NodeAddresses) > 0 {
+					t.Fatalf("challenge %d: it got %s", i, claimed)
+				}
+			}
+
+			both := plan(a, a, liar, victim)
+			a.apply(t, both)
+			victim.apply(t, plan(victim, a, victim))
+			found := func(want mesh.Config) bool {
+				for range 20 {
+					if a.challenge(t, want) {
+						return true
+					}
+				}
+				return false
+			}
+			if !found(both) {
+				t.Fatal("the host that is there is not found")
+			}
+			for i := range 5 {
+				a.apply(t, both)
+				if used := peerOf(t, a, victim).NodeAddresses; !slices.Equal(used, []netip.Addr{claimed}) || len(peerOf(t, a, liar).NodeAddresses) > 0 {
+					t.Fatalf("challenge %d: the host that is there has %v, the other one %v", i, used, peerOf(t, a, liar).NodeAddresses)
+				}
+				if a.challenge(t, both) {
+					t.Errorf("challenge %d: another is found", i)
+				}
+			}
+
+			// Where it is, it is found.
+			want.Peers[0].NodeAddresses = []netip.Addr{address(liar)}
+			honest()
+			a.apply(t, want)
+			if !found(want) {
+				t.Error("the node is not found where it is")
+			}
+		})
 	}
-	deceived := false
-	for range 200 {
-		before, seen := there()
-		liar.apply(t, liar.plan(t, liar))
-		liar.apply(t, liar.plan(t, a, liar)) // it begins anew, with a handshake
-		_, _ = liar.ask(first(a.addresses()), newMarker(), 1)
-		handshake, still := there()
-		if deceived = seen && still && handshake.After(before); deceived {
-			break
-		}
+}
+
+// disguise has the tunnel's packets of a node sent with another source, those that match, until the function that it returns is called.
+func (n *node) disguise(t *testing.T, source netip.Addr, match string) func() {
+	t.Helper()
+	family := map[bool]string{true: "ip", false: "ip6"}[source.Is4()]
+	nft := func(commands string) {
+		t.Helper()
+		n.do(t, func() error {
+			output, err := exec.Command("nft", strings.ReplaceAll(commands, "FAMILY", family)).CombinedOutput()
+			if err != nil {
+				return fmt.Errorf("%w: %s", err, output)
+			}
+			return nil
+		})
 	}
-	if !deceived {
-		t.Error("WireGuard never told of a handshake while the node was at the address: it does not lie as it should")
-	}
-	for i := range 15 {
-		if a.challenge(t, want) {
-			t.Fatalf("challenge %d: it is taken for a node that receives at %s", i, claimed)
-		}
-		if changes := a.apply(t, want); changes.Any() && len(peerOf(t, a, liar).NodeAddresses) > 0 {
-			t.Fatalf("challenge %d: it got %s", i, claimed)
-		}
-	}
-	// Where it is, it is found.
-	want.Peers[0].NodeAddresses = []netip.Addr{first(uplink(liar.number))}
-	liar.do(t, func() error { return exec.Command("nft", "delete table ip lie").Run() })
-	a.apply(t, want)
-	for range 20 {
-		if a.challenge(t, want) {
-			return
-		}
-	}
-	t.Error("the node is not found where it is")
+	nft("add table FAMILY lie; add chain FAMILY lie sent { type filter hook postrouting priority 0; }; " +
+		"add rule FAMILY lie sent udp sport 51820 " + match + " FAMILY saddr set " + source.String())
+	return func() { nft("delete table FAMILY lie") }
 }
 
 // first returns the first of two.

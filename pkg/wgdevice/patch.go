@@ -67,7 +67,7 @@ func (d *Device) patch(ctx context.Context, k *kernel, change mesh.Change, chang
 			delete(m.planned, p.Node)
 		}
 		for _, p := range change.Peers {
-			m.planned[p.Node] = p
+			m.plan(p)
 		}
 	}
 	return m.patchRoutes(k, add, remove, changes)
