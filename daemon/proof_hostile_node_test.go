@@ -55,6 +55,9 @@ func newVillainy(t *testing.T, name string) *villainy {
 		if i == villain {
 			object.CreationTimestamp = metav1.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
 		}
+		if i == far { // the way to one honest node is by the InternalIP, that to the other by the annotation
+			object.Annotations = map[string]string{kube.AnnotationEndpoint: node.Addresses[0].String()}
+		}
 		v.write(node.Name, object)
 		v.startTunnel(i)
 	}
@@ -216,7 +219,7 @@ func (v *villainy) list() []attack {
 		attacks = append(attacks, attack{what: "an MTU of " + mtu, edit: annotate(kube.AnnotationMTU, mtu)})
 	}
 	for endpoint, victim := range map[string]string{
-		"127.0.0.1": "", "[::1]:51820": "", "224.0.0.1": "", "0.0.0.0:51820": "", "[ff02::1]:51820": "", "192.0.2.3:51820": "node-3", "192.0.2.1": "node-1",
+		"127.0.0.1": "", "[::1]:51820": "", "224.0.0.1": "", "0.0.0.0:51820": "", "[ff02::1]:51820": "", "192.0.2.3:51820": "node-3", "192.0.2.1": "node-1", "[2001:db8::1]:51820": "node-1",
 		"10.96.0.10:443": "", "169.254.169.254": "", v.pods[far].Addresses[0].String() + ":51820": "", "[fd00:10:244:3::5]:51820": "",
 	} {
 		attacks = append(attacks, attack{what: "the endpoint " + endpoint, edit: annotate(kube.AnnotationEndpoint, endpoint), victim: victim})

@@ -75,7 +75,7 @@ func (n *node) encryptionStatus(o outcome) agentapi.Encryption {
 		e.Guard = "known nodes only"
 	}
 	if n.options.nodeTraffic {
-		e.NotCovered = slices.Concat([]string{"pods to addresses outside the cluster CIDR; to another node's InternalIP until a handshake has come from there"}, notCovered[1:])
+		e.NotCovered = slices.Concat([]string{"pods to addresses outside the cluster CIDR; to another node's InternalIP until the node has answered 16 of 20 questions there, which are asked where the peer's endpoint is"}, notCovered[1:])
 	}
 	return e
 }

@@ -36,8 +36,8 @@ type Peer struct {
 	Endpoint netip.AddrPort
 	// AllowedIPs are the node's podCIDRs that were accepted.
 	AllowedIPs []netip.Prefix
-	// NodeAddresses are the node's own addresses that pods may reach through the tunnel, once the peer is known to receive
-	// at that very address.
+	// NodeAddresses are the node's own addresses, as it says, that pods may reach through the tunnel once the peer was found to receive at
+	// that very address. Another peer may have the same ones.
 	NodeAddresses []netip.Addr
 }
 
