@@ -250,11 +250,14 @@ func hostileNode(t *testing.T, honest []cluster.Node) {
 		beside := mesh.NewPlanner(self, o)
 		alone.Update(cluster.Snapshot{Nodes: honest}.Delta().Nodes, mesh.Uplink{MTU: 1500})
 		beside.Update(cluster.Snapshot{Nodes: honest}.Delta().Nodes, mesh.Uplink{MTU: 1500})
-		for range 500 {
+		for round := range 200 {
+			some := []lie{lies[round%len(lies)]} // each alone at first
+			for range min(round/len(lies), random.IntN(4)) {
+				some = append(some, lies[random.IntN(len(lies))])
+			}
 			hostile := node(4)
 			var told []string
-			for range 1 + random.IntN(4) {
-				lie := lies[random.IntN(len(lies))]
+			for _, lie := range some {
 				told = append(told, lie.name)
 				lie.tell(&hostile)
 			}
