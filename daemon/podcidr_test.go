@@ -9,6 +9,9 @@ import (
 	"strings"
 	"testing"
 
+	corev1 "k8s.io/api/core/v1"
+	"sigs.k8s.io/yaml"
+
 	"github.com/warren-cni/warren/pkg/lab"
 )
 
@@ -32,7 +35,7 @@ func TestPodCIDRChanges(t *testing.T) {
 	c.reaches(old, far) // control: what is out of the new podCIDR reached other nodes
 	c.hold()
 
-	c.changePodCIDRs(0, "10.244.1.0/24", "10.244.1.8/29", "fd00:10:244:1::/64", "fd00:10:244:1::8/125")
+	c.changePodCIDRs(0, "10.244.1.8/29", "fd00:10:244:1::8/125")
 	if p := s.problem(0, "NodeAddressHeld", "node-1"); !strings.Contains(p.Message, "shop/closed has ") {
 		t.Errorf("problem %+v", p)
 	}
@@ -69,25 +72,77 @@ func TestPodCIDRChanges(t *testing.T) {
 	c.nodeReaches(far)
 }
 
+// A node with IPv4 alone gets a podCIDR of IPv6, too: the pod that runs keeps what it has, and the next one has both families.
+func TestPodCIDRAdded(t *testing.T) {
+	t.Parallel()
+	s := newStage(t, "wdadded", 2)
+	const podCIDR6 = "  - fd00:10:244:1::/64\n"
+	both, err := s.ReadText("node-1")
+	if err != nil || !strings.Contains(string(both), podCIDR6) {
+		t.Fatalf("the Node is (%v)\n%s", err, both)
+	}
+	s.writeText("node-1", strings.Replace(string(both), podCIDR6, "", 1))
+	for i := range s.Nodes {
+		s.startTunnel(i)
+	}
+	s.startDaemons()
+	s.write("policy", isolateClosed())
+	old, closed, far := s.pod(0, "old"), s.pod(0, "closed"), s.pod(1, "far")
+	if len(old.Addresses) != 1 {
+		t.Fatalf("the pod has %v", old.Addresses)
+	}
+	hold := func() {
+		t.Helper()
+		for _, pod := range []*lab.Pod{old, closed} {
+			s.eventually(func() error { return pod.Check(t.Context()) })
+		}
+		s.reaches(far, old)
+		s.reaches(closed, old)
+		s.blocked(far, closed)
+	}
+	hold()
+
+	s.changePodCIDRs(0, "10.244.1.0/24", "fd00:10:244:1::/64")
+	hold()
+	fresh := s.pod(0, "fresh")
+	if len(fresh.Addresses) != 2 || fresh.Addresses[0] == old.Addresses[0] || !netip.MustParsePrefix("fd00:10:244:1::/64").Contains(fresh.Addresses[1]) {
+		t.Fatalf("a new pod has %v", fresh.Addresses)
+	}
+	s.reaches(fresh, far)
+	s.reaches(far, fresh)
+	s.reaches(fresh, old)
+	s.blocked(fresh, closed)
+	hold()
+	s.healthy(0)
+	s.healthy(1)
+}
+
 // changedCIDR is a node whose podCIDRs change under its pods. The pod closed is isolated.
 type changedCIDR struct {
 	*stage
 	old, closed, far *lab.Pod
 }
 
-// changePodCIDRs writes other text into a Node, the IPv4 podCIDR first, and waits until new pods get addresses by it.
-func (s *stage) changePodCIDRs(i int, oldnew ...string) {
+// changePodCIDRs gives a Node other podCIDRs and waits until new pods get addresses by them.
+func (s *stage) changePodCIDRs(i int, podCIDRs ...string) {
 	s.t.Helper()
-	node := s.Nodes[i]
-	text, err := s.ReadText(node.Name)
+	name := s.Nodes[i].Name
+	text, err := s.ReadText(name)
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	s.writeText(node.Name, strings.NewReplacer(oldnew...).Replace(string(text)))
+	var node corev1.Node
+	if err = yaml.Unmarshal(text, &node); err != nil {
+		s.t.Fatal(err)
+	}
+	node.Spec.PodCIDR, node.Spec.PodCIDRs = podCIDRs[0], podCIDRs
+	s.write(name, node)
 	s.eventually(func() error {
-		conflist, err := os.ReadFile(node.Conflist())
-		if err == nil && !strings.Contains(string(conflist), oldnew[1]) {
-			err = errors.New("the conflist still has the old podCIDR")
+		conflist, err := os.ReadFile(s.Nodes[i].Conflist())
+		for _, podCIDR := range podCIDRs {
+			if err == nil && !strings.Contains(string(conflist), podCIDR) {
+				err = fmt.Errorf("the conflist does not have the podCIDR %s", podCIDR)
+			}
 		}
 		return err
 	})
