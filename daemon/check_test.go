@@ -46,17 +46,23 @@ func TestCheckReadsTheKernel(t *testing.T) {
 	saved := t.TempDir()
 	s.shell(fmt.Sprintf("iptables-save > %s/4; ip6tables-save > %s/6", saved, saved))
 	restore := fmt.Sprintf("iptables-restore < %s/4; ip6tables-restore < %s/6", saved, saved)
+	in := netfilter.Name("I", "shop/web")
+	peers := func(program string) string {
+		return strings.TrimSpace(s.shell(program + " -t mangle -S " + in + " | grep -o 'match-set WARREN-[^ ]*' | head -1 | cut -d' ' -f2"))
+	}
 	words := strings.NewReplacer(
-		"$web4", web.Addresses[0].String(), "$web6", web.Addresses[1].String(), "$client4", client.Addresses[0].String(),
-		"$in", netfilter.Name("I", "shop/web"), "$out", netfilter.Name("E", "shop/web"),
-		"$peers", strings.TrimSpace(s.shell("iptables -t mangle -S "+netfilter.Name("I", "shop/web")+" | grep -o 'match-set WARREN-[^ ]*' | head -1 | cut -d' ' -f2")),
+		"$web4", web.Addresses[0].String(), "$web6", web.Addresses[1].String(),
+		"$client4", client.Addresses[0].String(), "$client6", client.Addresses[1].String(),
+		"$in", in, "$out", netfilter.Name("E", "shop/web"), "$peers4", peers("iptables"), "$peers6", peers("ip6tables"),
 	)
 	for _, c := range []struct{ corrupt, repair, want string }{
 		{"ipset del WARREN-READY4 $web4", "ipset -exist add WARREN-READY4 $web4", "set WARREN-READY4 lacks members: $web4"},
 		{"ipset del WARREN-READY6 $web6", "ipset -exist add WARREN-READY6 $web6", "set WARREN-READY6 lacks members: $web6"},
 		{"ipset del WARREN-ISOLATED4 $web4", "ipset -exist add WARREN-ISOLATED4 $web4", "set WARREN-ISOLATED4 lacks members: $web4"},
-		{"ipset flush $peers", "ipset -exist add $peers $client4", "set $peers lacks members: $client4"},
-		{"ipset add $peers 10.244.1.99", "ipset -exist del $peers 10.244.1.99", "set $peers has members that it should not have: 10.244.1.99"},
+		{"ipset del WARREN-ISOLATED6 $web6", "ipset -exist add WARREN-ISOLATED6 $web6", "set WARREN-ISOLATED6 lacks members: $web6"},
+		{"ipset flush $peers4", "ipset -exist add $peers4 $client4", "set $peers4 lacks members: $client4"},
+		{"ipset flush $peers6", "ipset -exist add $peers6 $client6", "set $peers6 lacks members: $client6"},
+		{"ipset add $peers4 10.244.1.99", "ipset -exist del $peers4 10.244.1.99", "set $peers4 has members that it should not have: 10.244.1.99"},
 		{"iptables -t mangle -F $in", restore, "chain $in in mangle table (ipv4) has other rules"},
 		{"ip6tables -t mangle -F $in", restore, "chain $in in mangle table (ipv6) has other rules"},
 		{"iptables -t mangle -I $out -j RETURN", restore, "chain $out in mangle table (ipv4) has other rules"},
@@ -66,6 +72,9 @@ func TestCheckReadsTheKernel(t *testing.T) {
 		{"iptables -t mangle -I FORWARD -j ACCEPT", restore, "chain FORWARD in mangle table (ipv4) has a rule ahead of WARREN-FORWARD"},
 		{"iptables -t mangle -F WARREN-GUARD", restore, "chain WARREN-GUARD in mangle table (ipv4) has other rules"},
 		{"ip6tables -t mangle -F POSTROUTING", restore, "chain POSTROUTING in mangle table (ipv6) does not lead to: WARREN-GUARD"},
+		{"iptables -F FORWARD", restore, "chain FORWARD in filter table (ipv4) does not lead to: WARREN-ACCEPT"},
+		{"ip6tables -F FORWARD", restore, "chain FORWARD in filter table (ipv6) does not lead to: WARREN-BELT"},
+		{"iptables -F WARREN-BELT", restore, "chain WARREN-BELT in filter table (ipv4) has other rules"},
 		{"iptables -t raw -F WARREN-RAW", restore, "chain WARREN-RAW in raw table (ipv4) has other rules"},
 		{"ip6tables -t raw -F PREROUTING", restore, "chain PREROUTING in raw table (ipv6) does not lead to: WARREN-RAW"},
 		{"iptables -t nat -F POSTROUTING", restore, "chain POSTROUTING in nat table (ipv4) does not lead to: WARREN-NAT"},
@@ -198,21 +207,12 @@ func TestLimits(t *testing.T) {
 func TestStatusOfABrokenNode(t *testing.T) {
 	s, refused := refusingStage(t, "wdnotready")
 	web := s.pod(0, "web")
-	code := func(want uint, text string) func() error {
-		return func() error {
-			err := s.Nodes[0].Readiness(t.Context())
-			if answer, ok := errors.AsType[*types.Error](err); !ok || answer.Code != want || !strings.Contains(answer.Msg, text) {
-				return fmt.Errorf("STATUS: %w, want code %d and %q", err, want, text)
-			}
-			return nil
-		}
-	}
 	s.eventually(func() error { return s.Nodes[0].Readiness(t.Context()) })
 	if err := os.WriteFile(refused, []byte("WARREN-FORWARD\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	s.shell("iptables -t mangle -F WARREN-FORWARD; ip6tables -t mangle -F WARREN-FORWARD") // the next audit has to write
-	s.eventually(code(types.ErrLimitedConnectivity, "FirewallApplyFailed"))
+	s.notReady(types.ErrLimitedConnectivity, "FirewallApplyFailed")
 	if err := os.Remove(refused); err != nil {
 		t.Fatal(err)
 	}
@@ -223,5 +223,17 @@ func TestStatusOfABrokenNode(t *testing.T) {
 	if err := s.daemons[0].Kill(); err != nil {
 		t.Fatal(err)
 	}
-	s.eventually(code(types.ErrPluginNotAvailable, "does not answer"))
+	s.notReady(types.ErrPluginNotAvailable, "does not answer")
+}
+
+// notReady waits until STATUS of the first node's plugin fails with a code and a text.
+func (s *stage) notReady(code uint, text string) {
+	s.t.Helper()
+	s.eventually(func() error {
+		err := s.Nodes[0].Readiness(s.t.Context())
+		if answer, ok := errors.AsType[*types.Error](err); !ok || answer.Code != code || !strings.Contains(answer.Msg, text) {
+			return fmt.Errorf("STATUS: %w, want code %d and %q", err, code, text)
+		}
+		return nil
+	})
 }

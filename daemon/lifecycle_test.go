@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -124,7 +125,7 @@ func TestDeleteWithoutDaemon(t *testing.T) {
 	}
 }
 
-// The tunnel's process dies: nothing passes, nothing is in clear, and its successor is configured without help.
+// The tunnel's process dies: nothing passes, nothing is in clear, STATUS says so, and its successor is configured without help.
 func TestTunnelDies(t *testing.T) {
 	s := running(t, "wdtunnel", 2)
 	client, server := s.pod(0, "client"), s.pod(1, "server")
@@ -147,10 +148,14 @@ func TestTunnelDies(t *testing.T) {
 	if counts.Marked > 0 || counts.Pods > 0 {
 		t.Errorf("with the tunnel dead the wire shows %v: %q", counts, counts.Examples)
 	}
+	s.notReady(types.ErrLimitedConnectivity, "NoTunnel")
 
 	s.startTunnel(0)
 	s.reaches(client, server)
 	s.healthy(0)
+	if err = s.Nodes[0].Readiness(t.Context()); err != nil {
+		t.Errorf("STATUS with the tunnel back: %v", err)
+	}
 }
 
 // A Node is deleted: its peer goes, and what is still sent to its pods does not show on the wire; it comes back, and works.
