@@ -91,14 +91,10 @@ func (p *patient) write(file, text string) {
 // mount mounts a tmpfs on a directory for the time of the test.
 func (p *patient) mount(dir string, flags uintptr) {
 	p.t.Helper()
-	if err := errors.Join(os.MkdirAll(dir, 0o755), unix.Mount("tmpfs", dir, "tmpfs", flags, "")); err != nil {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		p.t.Fatal(err)
 	}
-	p.t.Cleanup(func() {
-		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
-			p.t.Error(err)
-		}
-	})
+	mountMemory(p.t, dir, flags, "")
 }
 
 // runs makes the node have a process of that name.
@@ -379,10 +375,7 @@ cat /proc/net/ip_tables_names /proc/net/ip6_tables_names 2>/dev/null || true`
 // less in a container as that of the manifests, and says so. Nowhere does it change anything.
 func TestDoctorOnRunningNode(t *testing.T) {
 	dir := t.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+	mountMemory(t, dir, 0, "")
 	s := runningOf(t, lab.Options{Name: "doctor", Nodes: 2, Dir: dir})
 	s.reaches(s.pod(0, "one"), s.pod(1, "two"))
 	node := s.Nodes[0]

@@ -47,6 +47,19 @@ func newRecalling(t *testing.T) (*node, *told, *memory, *lostTunnel) {
 	n, s, m, _ := newStepped(t, "192.168.0.9", netip.MustParsePrefix("10.0.0.0/8"))
 	l := &lostTunnel{}
 	n.tunnel, n.follower = l, newFollower(l, n.clock, func() {}, n.log)
+	s.delta.Nodes["node-2"] = provenNode(t)
+	if err := n.step(t.Context(), true); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([][]string{{"node-2"}}, l.got); diff != "" {
+		t.Fatalf("the first step (-want +got):\n%s", diff)
+	}
+	return n, s, m, l
+}
+
+// provenNode is node-2, with a key that it proves to have.
+func provenNode(t *testing.T) *cluster.Node {
+	t.Helper()
 	private, err := wgdevice.OpenKeys(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
@@ -59,18 +72,11 @@ func newRecalling(t *testing.T) (*node, *told, *memory, *lostTunnel) {
 	if !keyproof.Verify(key.Public(), "node-2", "uid", proof) {
 		t.Fatal("the proof of a test does not hold")
 	}
-	s.delta.Nodes["node-2"] = &cluster.Node{
+	return &cluster.Node{
 		Name: "node-2", UID: "uid", Created: time.Unix(1, 0), PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.2.0/24")},
 		Addresses: []netip.Addr{netip.MustParseAddr("192.168.0.2")},
 		WireGuard: &cluster.WireGuard{NodeKey: cluster.NodeKey{PublicKey: key.Public(), Proof: proof}, Port: 51820},
 	}
-	if err := n.step(t.Context(), true); err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff([][]string{{"node-2"}}, l.got); diff != "" {
-		t.Fatalf("the first step (-want +got):\n%s", diff)
-	}
-	return n, s, m, l
 }
 
 // restored says whether the tunnel, which has lost what it had, gets it back from a daemon that knows nothing of the cluster.
