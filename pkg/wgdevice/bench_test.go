@@ -263,21 +263,11 @@ func (n *benchNode) resident(b *testing.B) int {
 	if n.tunnel == nil {
 		return 0
 	}
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", n.tunnel.Process.Pid))
+	bytes, err := measure.Resident(n.tunnel.Process.Pid)
 	if err != nil {
 		b.Fatal(err)
 	}
-	for line := range strings.Lines(string(status)) {
-		if fields := strings.Fields(line); len(fields) > 1 && fields[0] == "VmRSS:" {
-			kilobytes, err := strconv.Atoi(fields[1])
-			if err != nil {
-				b.Fatal(err)
-			}
-			return kilobytes * 1024
-		}
-	}
-	b.Fatal("the process tells nothing of its memory")
-	return 0
+	return bytes
 }
 
 func heapInUse() int {

@@ -1,7 +1,11 @@
-// Package measure helps benchmarks to measure what other work on the machine does not change. It is for tests alone.
+// Package measure helps tests and benchmarks to measure what other work on the machine does not change. It is for tests alone.
 package measure
 
 import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -21,6 +25,21 @@ func CPU(tb testing.TB) time.Duration {
 		sum += u.Utime.Nano() + u.Stime.Nano()
 	}
 	return time.Duration(sum)
+}
+
+// Resident returns the resident memory of a process, in bytes.
+func Resident(pid int) (int, error) {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, err //nolint:wrapcheck // it names the file
+	}
+	_, text, _ := strings.Cut(string(status), "\nVmRSS:")
+	text, _, _ = strings.Cut(text, "kB")
+	kilobytes, err := strconv.Atoi(strings.TrimSpace(text))
+	if err != nil {
+		return 0, fmt.Errorf("reading the resident memory of process %d: %w", pid, err)
+	}
+	return kilobytes * 1024, nil
 }
 
 // PerOperation begins to count, and returns what reports the processor time of one operation as "cpu-ns/op".

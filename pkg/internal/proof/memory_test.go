@@ -23,6 +23,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"github.com/warren-cni/warren/pkg/internal/measure"
 	"github.com/warren-cni/warren/pkg/keyproof"
 	"github.com/warren-cni/warren/pkg/kube"
 	"github.com/warren-cni/warren/pkg/lab"
@@ -43,11 +44,13 @@ const (
 	metricsAddress = "127.0.0.1:9476"
 )
 
-// sample is what the daemon needs at a moment.
+// sample is what the daemon and the tunnel's process need at a moment.
 type sample struct {
 	// goal is the size of the heap at which garbage is next collected: twice what was in use when that was done last.
 	goal                          float64
 	resident, descriptors, stacks float64
+	// tunnel is the resident memory of the tunnel's process.
+	tunnel float64
 }
 
 // flat is an error where the last third of the samples needs more than the one before it. The first third is the beginning.
@@ -66,6 +69,7 @@ func flat(samples []sample) error {
 		{"resident memory", func(s sample) float64 { return s.resident }, func(before float64) float64 { return before*1.15 + 4<<20 }},
 		{"open files", func(s sample) float64 { return s.descriptors }, func(before float64) float64 { return before + 8 }},
 		{"goroutines", func(s sample) float64 { return s.stacks }, func(before float64) float64 { return before + 16 }},
+		{"the tunnel", func(s sample) float64 { return s.tunnel }, func(before float64) float64 { return before*1.15 + 4<<20 }},
 	} {
 		before, after := median(samples[third:2*third], what.of), median(samples[2*third:], what.of)
 		if after > what.slack(before) {
@@ -89,7 +93,7 @@ func median(samples []sample, of func(sample) float64) float64 {
 func TestFlat(t *testing.T) {
 	t.Parallel()
 	steady := func(i int) sample {
-		return sample{40e6 + float64(i%7)*1e6, 80e6 + float64(i%5)*2e6, 20 + float64(i%3), 50 + float64(i%11)}
+		return sample{40e6 + float64(i%7)*1e6, 80e6 + float64(i%5)*2e6, 20 + float64(i%3), 50 + float64(i%11), 20e6 + float64(i%4)*1e6}
 	}
 	for name, c := range map[string]struct {
 		n      int
@@ -104,6 +108,7 @@ func TestFlat(t *testing.T) {
 		"what is mapped":  {300, func(i int, s *sample) { s.resident += float64(i) * 300e3 }, "resident memory grew"},
 		"descriptors":     {300, func(i int, s *sample) { s.descriptors += float64(i / 8) }, "open files grew"},
 		"goroutines":      {300, func(i int, s *sample) { s.stacks += float64(i / 4) }, "goroutines grew"},
+		"the tunnel":      {300, func(i int, s *sample) { s.tunnel += float64(i) * 100e3 }, "the tunnel grew"},
 	} {
 		var samples []sample
 		for i := range c.n {
@@ -128,7 +133,7 @@ type crowd struct {
 }
 
 // With so many nodes and pods, and so many changes to pods, policies, namespaces and the node's own pods, the daemon needs no more
-// memory, open files and goroutines in the end than in the middle, and a clean-up leaves nothing.
+// memory, open files and goroutines in the end than in the middle, the tunnel no more memory, and a clean-up leaves nothing.
 func TestProofMemoryFlat(t *testing.T) {
 	t.Parallel()
 	r := soak.Random(t)
@@ -167,13 +172,14 @@ func TestProofMemoryFlat(t *testing.T) {
 	}
 	first, last := samples[len(samples)/3], samples[len(samples)-1]
 	t.Logf("proof: %d changes in %v (%.0f a second) with %d nodes and %d pods: the heap's goal %.1f MB after a third and %.1f MB at the end, "+
-		"resident %.1f and %.1f MB, %.0f and %.0f open files, %.0f and %.0f goroutines, of %d samples",
+		"resident %.1f and %.1f MB, %.0f and %.0f open files, %.0f and %.0f goroutines, the tunnel's process %.1f and %.1f MB, of %d samples",
 		c.done.Load(), lasted.Round(time.Second), float64(c.done.Load())/lasted.Seconds(), c.nodes, c.pods,
-		first.goal/1e6, last.goal/1e6, first.resident/1e6, last.resident/1e6, first.descriptors, last.descriptors, first.stacks, last.stacks, len(samples))
+		first.goal/1e6, last.goal/1e6, first.resident/1e6, last.resident/1e6, first.descriptors, last.descriptors, first.stacks, last.stacks,
+		first.tunnel/1e6, last.tunnel/1e6, len(samples))
 	c.cleansUp()
 }
 
-// run lets all writers write until there were enough changes, and returns what the daemon needed meanwhile.
+// run lets all writers write until there were enough changes, and returns what daemon and tunnel needed meanwhile.
 func (c *crowd) run(writers []*writer) (samples []sample) {
 	c.t.Helper()
 	var group sync.WaitGroup
@@ -211,7 +217,7 @@ func (c *crowd) run(writers []*writer) (samples []sample) {
 	}
 }
 
-// sample asks the daemon what it needs.
+// sample asks the daemon what it needs, and the kernel what the tunnel's process does.
 func (c *crowd) sample() (sample, error) {
 	values := map[string]float64{}
 	err := c.node.Do(func() error {
@@ -233,11 +239,20 @@ func (c *crowd) sample() (sample, error) {
 		return lines.Err()
 	})
 	s := sample{
-		values["go_memstats_next_gc_bytes"], values["process_resident_memory_bytes"], values["process_open_fds"], values["go_goroutines"],
+		values["go_memstats_next_gc_bytes"], values["process_resident_memory_bytes"], values["process_open_fds"], values["go_goroutines"], 0,
 	}
 	if err == nil && (s.goal == 0 || s.resident == 0 || s.descriptors == 0 || s.stacks == 0) {
 		err = fmt.Errorf("the daemon does not tell what it needs: %+v", s)
 	}
+	if err != nil {
+		return s, err
+	}
+	child, err := c.tunnel.Child(c.t.Context()) // which has the peers
+	if err != nil {
+		return s, err
+	}
+	tunnel, err := measure.Resident(child)
+	s.tunnel = float64(tunnel)
 	return s, err
 }
 
