@@ -44,7 +44,8 @@ func (n *node) cutOff(ctx context.Context, self cluster.Node) (cluster.Problem, 
 				return cluster.Problem{}, nil
 			}
 			err = fmt.Errorf("whether the cluster CIDR holds the API server: %w", err)
-			return applyProblem("APIServerUnknown", object, err, "nothing is applied until it is known; the daemon retries"), err
+			return applyProblem("APIServerUnknown", object, err,
+				"see that the node resolves the API server's name and reaches it; nothing is applied until then, the daemon retries"), err
 		}
 		n.serversKnown = true
 	}

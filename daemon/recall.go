@@ -52,7 +52,7 @@ func (n *node) remember(o *outcome, full bool) {
 	n.rememberAt = time.Time{}
 	if err := n.rememberMesh(o.mesh); err != nil {
 		o.problems = append(o.problems, applyProblem("MeshNotRemembered", n.options.runDir, err,
-			"make room there; until then a tunnel that ends while the API server is away waits for it"))
+			"make room there, and the file system writable; until then a tunnel that ends while the API server is away waits for it"))
 	}
 }
 

@@ -157,7 +157,8 @@ func (n *node) applyFilter(ctx context.Context, o *outcome, change netfilter.Cha
 	if err != nil {
 		err = fmt.Errorf("applying the packet filter: %w", err)
 		o.problems = append(o.problems, applyProblem("FirewallApplyFailed", "Node "+n.options.nodeName, err,
-			"pods that this concerns stay closed; the daemon retries"))
+			"end what holds the lock, or give the node what the message says is missing (`warrend doctor` there tries all of it); "+
+				"pods that this concerns stay closed until the daemon succeeds, which retries"))
 		return err
 	}
 	n.planner.setClosed(o.closed)
@@ -229,8 +230,7 @@ func (n *node) readAttachments(full bool, o *outcome) (cluster.Attachments, erro
 	o.leaseProblems = n.repairLeases()
 	leases, err := n.leases.List()
 	if err != nil {
-		o.leaseProblems = append(o.leaseProblems, applyProblem("LeaseUnreadable", n.options.leases(), err,
-			"the pod that holds the address stays closed; delete it, or the file if no pod holds the address"))
+		o.leaseProblems = append(o.leaseProblems, applyProblem("LeaseUnreadable", n.options.leases(), err, unreadableRemedy(leases)))
 		switch {
 		case n.attached != nil: // what is known of the others stays as it is
 			return n.attachmentsOf(asked), nil
@@ -254,6 +254,15 @@ func (n *node) readAttachments(full bool, o *outcome) (cluster.Attachments, erro
 	return all, nil
 }
 
+// unreadableRemedy says what to do about leases of which only some could be read, or none.
+func unreadableRemedy(leases []ipam.Lease) string {
+	if leases == nil {
+		return "make it a directory that root can read; until then pods that run stay as they are, but a daemon that restarts applies nothing"
+	}
+	return "delete the pod that has the address, or the file where none has; until then that pod stays as it is, but a daemon that restarts closes it, " +
+		"and addresses that pods give up meanwhile stay theirs in the rules"
+}
+
 // repairLeases moves away what is no lease, and completes those that are. An address that nobody can be told to hold stays taken while a
 // route leads to it.
 func (n *node) repairLeases() []cluster.Problem {
@@ -268,7 +277,7 @@ func (n *node) repairLeases() []cluster.Problem {
 		return nil
 	}
 	return []cluster.Problem{applyProblem("LeasesNotRepaired", n.options.leases(), err,
-		"make the file system writable, or remove the file named; what holds an address keeps it meanwhile")}
+		"make the file system writable, with room for bytes and files, or remove the file named; what holds an address keeps it meanwhile")}
 }
 
 // attachmentsOf returns what is leased to those that asked. A lease that cannot be read is a problem of the next full step; its pod

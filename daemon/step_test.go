@@ -297,7 +297,7 @@ func TestGuardsHaveStood(t *testing.T) {
 	}
 }
 
-// Leases that cannot be read close nobody who has one, and a pod whose lease comes into sight before it asked opens nothing.
+// Leases that cannot be read close nobody who has one, unless the daemon restarts, and a pod whose lease comes into sight before it asked opens nothing.
 func TestLeasesThatCannotBeRead(t *testing.T) {
 	n, s, _, pod := newStepped(t, "192.168.0.1")
 	if err := n.step(t.Context(), true); err != nil || !n.isOpen(pod) {
@@ -324,8 +324,35 @@ func TestLeasesThatCannotBeRead(t *testing.T) {
 	if err = n.step(t.Context(), true); err != nil || !n.isOpen(pod) || !n.isOpen(asks) {
 		t.Errorf("error %v; the pods are open: %v and %v", err, n.isOpen(pod), n.isOpen(asks))
 	}
-	if problems := n.outcomeNow().problems; len(problems) == 0 || problems[0].Code != "LeaseUnreadable" {
-		t.Errorf("problems %v", problems)
+	says := func(remedy string) {
+		t.Helper()
+		if problems := n.outcomeNow().problems; len(problems) == 0 || problems[0].Code != "LeaseUnreadable" || !strings.Contains(problems[0].Remedy, remedy) {
+			t.Errorf("problems %v", problems)
+		}
+	}
+	says("a daemon that restarts applies nothing")
+	restart := func() { n.attached, n.listed = nil, false }
+	restart()
+	if err = n.step(t.Context(), true); err == nil {
+		t.Error("a daemon that starts has applied something")
+	}
+
+	if err = os.Rename(n.options.leases()+".away", n.options.leases()); err != nil {
+		t.Fatal(err)
+	}
+	if err = n.step(t.Context(), true); err != nil || !n.isOpen(pod) || !n.isOpen(asks) {
+		t.Fatalf("error %v; the pods are open: %v and %v", err, n.isOpen(pod), n.isOpen(asks))
+	}
+	if err = os.WriteFile(filepath.Join(n.options.leases(), addresses[0].String()), []byte("?"), 0o600); err != nil { // the same file as that of the attachment
+		t.Fatal(err)
+	}
+	if err = n.step(t.Context(), true); err != nil || !n.isOpen(pod) || !n.isOpen(asks) {
+		t.Errorf("error %v; the pods are open: %v and %v", err, n.isOpen(pod), n.isOpen(asks))
+	}
+	says("a daemon that restarts closes it")
+	restart()
+	if err = n.step(t.Context(), true); err != nil || !n.isOpen(pod) || n.isOpen(asks) {
+		t.Errorf("after a restart: error %v; the pods are open: %v and %v", err, n.isOpen(pod), n.isOpen(asks))
 	}
 }
 

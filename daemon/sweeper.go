@@ -77,7 +77,8 @@ func (s *sweeper) sweepOnce() error {
 	s.problem = nil
 	if err != nil {
 		s.problem = []cluster.Problem{applyProblem("PodsNotSwept", "pods that have ended", err,
-			"their links stay, out of service, and their addresses are leased to nobody; the daemon retries")}
+			"let the daemon do what the message says failed: delete links and connections (CAP_NET_ADMIN, the module nf_conntrack_netlink), write the leases "+
+				"(room, a writable file system); or reboot the node. Until then the links stay, out of service, and nobody gets the addresses; the daemon retries")}
 	}
 	return err
 }
