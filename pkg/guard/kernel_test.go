@@ -3,6 +3,7 @@ package guard_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/containernetworking/plugins/pkg/ns"
+	"golang.org/x/sys/unix"
 
 	"github.com/warren-cni/warren/pkg/cluster"
 	"github.com/warren-cni/warren/pkg/guard"
@@ -270,6 +272,64 @@ func TestBegunInTheTunnel(t *testing.T) {
 		k.end()
 		n.load(dual())
 	}
+}
+
+// What the ends of a TCP connection through the tunnel offer each other fits the tunnel, whichever end begins, though the links of both
+// hold more.
+func TestSegmentsFitTheTunnel(t *testing.T) {
+	const tunnelMTU, tcpHeader = 1280, 20 + 12 // with timestamps
+	n := newNetwork(t)
+	n.ip(n.node, fmt.Sprintf("link set warren0 mtu %d", tunnelMTU))
+	for _, clamped := range []bool{true, false} {
+		n.load(dual())
+		if !clamped { // the control
+			n.run(n.node, "", "iptables", "-t", "mangle", "-F", "WARREN-SEGMENTS")
+			n.run(n.node, "", "ip6tables", "-t", "mangle", "-F", "WARREN-SEGMENTS")
+		}
+		for _, f := range netfilter.Families {
+			fits := tunnelMTU - tcpHeader - map[netfilter.Family]int{netfilter.IPv4: 20, netfilter.IPv6: 40}[f]
+			for name, ends := range map[string][2]uint32{
+				"a pod to a remote pod": n.segments(n.pod, n.remote, remotePod[f]),
+				"a remote pod to a pod": n.segments(n.remote, n.pod, localPod[f]),
+			} {
+				for i, size := range ends {
+					if (int(size) <= fits) != clamped {
+						t.Errorf("%s, %s, clamped %v: end %d sends segments of %d bytes, of which %d fit", f, name, clamped, i, size, fits)
+					}
+				}
+			}
+		}
+	}
+}
+
+// segments opens a TCP connection and returns what its ends, of which the first began it, put into a segment.
+func (n *network) segments(from, to ns.NetNS, destination string) (sizes [2]uint32) {
+	n.t.Helper()
+	ctx, cancel := context.WithTimeout(n.t.Context(), 10*time.Second)
+	defer cancel()
+	var listener net.Listener
+	var ends [2]net.Conn
+	n.check(to.Do(func(ns.NetNS) (err error) {
+		listener, err = new(net.ListenConfig).Listen(ctx, "tcp", ":"+port)
+		return err
+	}))
+	defer func() { n.check(listener.Close()) }()
+	n.check(from.Do(func(ns.NetNS) (err error) {
+		ends[0], err = new(net.Dialer).DialContext(ctx, "tcp", net.JoinHostPort(destination, port))
+		return err
+	}))
+	var err error
+	ends[1], err = listener.Accept()
+	n.check(err)
+	for i, end := range ends {
+		raw, err := end.(*net.TCPConn).SyscallConn()
+		n.check(err)
+		var info *unix.TCPInfo
+		n.check(errors.Join(raw.Control(func(fd uintptr) { info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) }), err))
+		sizes[i] = info.Snd_mss
+		n.check(end.Close())
+	}
+	return sizes
 }
 
 // The kernel takes the rules also where a cluster CIDR holds all addresses.
