@@ -51,10 +51,12 @@ func RunTunnel(ctx context.Context, log *slog.Logger) error {
 // others are for the kernel's part of the work and for pods.
 func leaveProcessors() {
 	if os.Getenv("GOMAXPROCS") == "" {
-		all := runtime.GOMAXPROCS(0)
-		runtime.GOMAXPROCS(max(min(all, 2), all/2))
+		runtime.GOMAXPROCS(processors(runtime.GOMAXPROCS(0)))
 	}
 }
+
+// processors is how many of all the process takes.
+func processors(all int) int { return max(min(all, 2), all/2) }
 
 // ballast is memory that is counted and never touched, so no page of it is ever there. Without it garbage is collected each time that
 // twice what is in use has come together, which is little here. A collection takes away the buffers of the pools, too, and to map and
