@@ -177,6 +177,9 @@ func peerDrift(planned []mesh.Peer, device []wgdevice.PeerStatus) []string {
 			drift = append(drift, fmt.Sprintf("the tunnel lacks node %s as a peer", p.Node))
 			continue
 		}
+		if byKey[p.PublicKey].Preshared || byKey[p.Next].Preshared {
+			drift = append(drift, fmt.Sprintf("the tunnel's peer %s has a preshared key, which its node has not", p.Node))
+		}
 		allowed := slices.Concat(byKey[p.PublicKey].AllowedIPs, byKey[p.Next].AllowedIPs)
 		delete(byKey, p.PublicKey)
 		delete(byKey, p.Next)

@@ -184,6 +184,11 @@ func TestPeerDrift(t *testing.T) {
 		"after the new key":    {changing, []wgdevice.PeerStatus{with(3, prefix)}, nil},
 		"missing":              {plan, nil, []string{"the tunnel lacks node worker-2 as a peer"}},
 		"with another prefix":  {plan, []wgdevice.PeerStatus{with(2, foreign)}, []string{"the tunnel's peer worker-2 lacks 10.244.2.0/24 and has 10.244.9.0/24 besides"}},
+		"with a preshared key": {
+			plan,
+			[]wgdevice.PeerStatus{{PublicKey: [32]byte{2}, AllowedIPs: []netip.Prefix{prefix}, Preshared: true}},
+			[]string{"the tunnel's peer worker-2 has a preshared key, which its node has not"},
+		},
 		"a stranger": {
 			plan,
 			[]wgdevice.PeerStatus{with(2, prefix), with(4, foreign)},

@@ -118,6 +118,9 @@ func (m *memory) step(p *mesh.Peer, key wgtypes.Key, interval time.Duration, now
 	if before.keepalive != interval {
 		s.config.PersistentKeepaliveInterval, s.after.keepalive = &interval, interval
 	}
+	if before.preshared {
+		s.config.PresharedKey, s.after.preshared = &wgtypes.Key{}, false
+	}
 	s.after.allowed = slices.Concat(p.AllowedIPs, m.usable(p))
 	slices.SortFunc(s.after.allowed, comparePrefixes)
 	if !slices.Equal(before.allowed, s.after.allowed) {
@@ -131,7 +134,7 @@ func (m *memory) step(p *mesh.Peer, key wgtypes.Key, interval time.Duration, now
 
 // isEmpty says whether nothing changes in a peer that is there.
 func (s *step) isEmpty() bool {
-	return s.config.Endpoint == nil && s.config.PersistentKeepaliveInterval == nil && !s.config.ReplaceAllowedIPs
+	return s.config.Endpoint == nil && s.config.PersistentKeepaliveInterval == nil && s.config.PresharedKey == nil && !s.config.ReplaceAllowedIPs
 }
 
 // moves says whether a peer has to be given its planned endpoint. WireGuard answers to where a peer's last authentic packet came

@@ -116,6 +116,14 @@ func TestDelta(t *testing.T) {
 	}
 	device.Peers[0].PersistentKeepaliveInterval = keepalive
 
+	// A preshared key that somebody gave goes.
+	device.Peers[0].PresharedKey = wgtypes.Key{7}
+	wantPeers = []wgtypes.PeerConfig{{PublicKey: wgtypes.Key{1}, UpdateOnly: true, PresharedKey: &wgtypes.Key{}}}
+	if diff := cmp.Diff(wantPeers, change(m, device, start(), one, two)); diff != "" {
+		t.Errorf("with a preshared key (-want +got):\n%s", diff)
+	}
+	settle(t, m, device, start(), one, two)
+
 	// A changed endpoint leaves the allowed IPs alone, and the other way round.
 	one.Endpoint, two.AllowedIPs = netip.MustParseAddrPort("[2001:db8::1]:1"), two.AllowedIPs[:1]
 	wantPeers = []wgtypes.PeerConfig{
@@ -635,6 +643,9 @@ func pretend(t *testing.T, device *wgtypes.Device, c wgtypes.PeerConfig) {
 	}
 	if c.PersistentKeepaliveInterval != nil {
 		device.Peers[i].PersistentKeepaliveInterval = *c.PersistentKeepaliveInterval
+	}
+	if c.PresharedKey != nil {
+		device.Peers[i].PresharedKey = *c.PresharedKey
 	}
 	if c.ReplaceAllowedIPs {
 		device.Peers[i].AllowedIPs = nil

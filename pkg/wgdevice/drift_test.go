@@ -62,6 +62,7 @@ func TestDriftIsClosedAndRepaired(t *testing.T) {
 		{"its allowed IPs removed", peers(wgtypes.PeerConfig{ReplaceAllowedIPs: true}), true, wgdevice.Changes{Peers: 1}},
 		{"more allowed to it", peers(wgtypes.PeerConfig{AllowedIPs: []net.IPNet{{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}}}), false, wgdevice.Changes{Peers: 1}},
 		{"its keepalive turned off", peers(wgtypes.PeerConfig{PersistentKeepaliveInterval: &never}), false, wgdevice.Changes{Peers: 1}},
+		{"a preshared key of its own", peers(wgtypes.PeerConfig{PresharedKey: &foreign}), false, wgdevice.Changes{Peers: 1}},
 		{"a foreign peer", configure(wgtypes.Config{Peers: []wgtypes.PeerConfig{{PublicKey: foreign.PublicKey()}}}), false, wgdevice.Changes{Peers: 1}},
 		{"all peers replaced", configure(wgtypes.Config{ReplacePeers: true}), true, wgdevice.Changes{Peers: 1}},
 		{"another key and port", configure(wgtypes.Config{PrivateKey: &foreign, ListenPort: &port}), false, wgdevice.Changes{Links: 1}},

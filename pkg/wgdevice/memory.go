@@ -30,6 +30,8 @@ type peerState struct {
 	endpoint  netip.AddrPort
 	allowed   []netip.Prefix
 	keepalive time.Duration
+	// preshared is true where the peer has a preshared key, which none of ours has: no handshake succeeds by a foreign one.
+	preshared bool
 	handshake time.Time
 	received  int64
 	// heard is when something of the peer was last seen to have arrived, and since when it is known.
@@ -45,7 +47,7 @@ func (m *memory) see(device *wgtypes.Device, now time.Time) {
 		p := &device.Peers[i]
 		s := peerState{
 			endpoint: endpointOf(p), allowed: allowedOf(p), keepalive: p.PersistentKeepaliveInterval,
-			handshake: p.LastHandshakeTime, received: p.ReceiveBytes, heard: now, since: now,
+			preshared: p.PresharedKey != wgtypes.Key{}, handshake: p.LastHandshakeTime, received: p.ReceiveBytes, heard: now, since: now,
 		}
 		if old, seen := m.peers[p.PublicKey]; seen {
 			s.since, s.anew = old.since, old.anew

@@ -23,6 +23,8 @@ type PeerStatus struct {
 	AllowedIPs []netip.Prefix
 	// NodeAddresses are the node's own addresses that pods reach through the tunnel now.
 	NodeAddresses []netip.Addr
+	// Preshared says that the peer has a preshared key, which none of ours has.
+	Preshared     bool
 	LastHandshake time.Time
 	ReceivedBytes int64
 	SentBytes     int64
@@ -55,6 +57,7 @@ func (d *Device) Status(ctx context.Context) (Status, error) {
 			PublicKey:     p.PublicKey,
 			Endpoint:      endpointOf(p),
 			AllowedIPs:    allowedOf(p),
+			Preshared:     p.PresharedKey != wgtypes.Key{},
 			LastHandshake: p.LastHandshakeTime,
 			ReceivedBytes: p.ReceiveBytes,
 			SentBytes:     p.TransmitBytes,
