@@ -15,11 +15,8 @@ import (
 // in their podCIDRs: nothing of it reaches a pod or a process of the node, also in fragments.
 func TestProofForgedSources(t *testing.T) {
 	t.Parallel()
-	for name, o := range map[string]lab.Options{
-		"cluster CIDR": {Name: "wpforgec", Nodes: 2},
-		"known nodes":  {Name: "wpforgek", Nodes: 2, KnownNodesOnly: true},
-	} {
-		t.Run(name, func(t *testing.T) {
+	for _, o := range guards("wpforge", 2) {
+		t.Run(guardOf(o), func(t *testing.T) {
 			t.Parallel()
 			f := newForger(t, o)
 			unknown := []netip.Addr{netip.MustParseAddr("10.244.77.9"), netip.MustParseAddr("fd00:10:244:77::9")}
@@ -37,7 +34,8 @@ func TestProofForgedSources(t *testing.T) {
 					t.Errorf("%d of %d forged packets reached the %s", n, sent, where)
 				}
 			}
-			summary(t, "%s: %d packets from %d forged sources, half of them in fragments: delivered %v", name, sent, len(sources), delivered)
+			summary(t, "%s: %d packets from %d forged sources, half of them in fragments: delivered %v", guardOf(o), sent, len(sources), delivered)
+			f.reachedAt()
 
 			f.endDaemon(0, (*lab.Process).Kill)
 			if _, err := f.Nodes[0].Run(t.Context(), "sh", "-ec", "iptables -t raw -F; ip6tables -t raw -F"); err != nil {

@@ -1,8 +1,6 @@
 package main
 
 import (
-	"bytes"
-	"crypto/rand"
 	"encoding/base64"
 	"fmt"
 	"net"
@@ -14,6 +12,7 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
+	"github.com/warren-cni/warren/pkg/keyproof"
 	"github.com/warren-cni/warren/pkg/kube"
 	"github.com/warren-cni/warren/pkg/lab"
 	"github.com/warren-cni/warren/pkg/lab/soak"
@@ -25,11 +24,8 @@ import (
 // where the daemon is told the cluster CIDR, and where it has to know the nodes.
 func TestProofNoPlaintextWithoutPeer(t *testing.T) {
 	t.Parallel()
-	for name, o := range map[string]lab.Options{
-		"cluster CIDR": {Name: "wppeerc", Nodes: 3},
-		"known nodes":  {Name: "wppeerk", Nodes: 3, KnownNodesOnly: true},
-	} {
-		t.Run(name, func(t *testing.T) {
+	for _, o := range guards("wppeer", 3) {
+		t.Run(guardOf(o), func(t *testing.T) {
 			t.Parallel()
 			s := newStageOf(t, o)
 			for i := range 2 {
@@ -50,8 +46,8 @@ func TestProofNoPlaintextWithoutPeer(t *testing.T) {
 				happen func()
 			}{
 				{"a node joins while its pods get traffic already", 1, g.join},
-				{"the annotation is gone", rounds / 2, func() { g.republish("") }},
-				{"another key is published", rounds / 2, func() { g.republish(anotherKey()) }},
+				{"the annotation is gone", rounds / 2, g.publishNothing},
+				{"another key is published", rounds / 2, g.publishForeignKey},
 				{"the Node is gone", rounds / 2, g.nodeGoes},
 				{"allowed IPs and routes are removed by hand", rounds / 2, g.cutByHand},
 				{"pods end under load", rounds, g.podsEnd},
@@ -65,7 +61,8 @@ func TestProofNoPlaintextWithoutPeer(t *testing.T) {
 				trials += state.rounds
 				inClear += counts.InClear[0] + counts.InClear[1]
 			}
-			summary(t, "%s: %d trials of 7 states in which a peer lacks something: %d packets in clear", name, trials, inClear)
+			summary(t, "%s: %d trials of 7 states in which a peer lacks something: %d packets in clear", guardOf(o), trials, inClear)
+			g.reachedAt()
 			g.unguarded(0)
 			g.strayControl()
 		})
@@ -97,31 +94,55 @@ func (g *guarded) join() {
 	g.eventually(func() error { return inFamilies(counter, tagAllowed) })
 }
 
-// anotherKey is a public key whose private one nobody has.
-func anotherKey() string {
-	var key [32]byte
-	_, _ = rand.Read(key[:]) // never fails, as documented
-	return kube.AnnotationPublicKey + ": " + base64.StdEncoding.EncodeToString(key[:])
+// publishNothing takes the key from the second Node.
+func (g *guarded) publishNothing() {
+	g.t.Helper()
+	g.republish(map[string]string{kube.AnnotationPublicKey: "# taken away"}, func() error { return nil })
 }
 
-// republish lets the second Node have another annotation of its key, or none, while its daemon is away to heal it.
-func (g *guarded) republish(annotation string) {
+// publishForeignKey gives the second Node a key that its device has not. It is proven, so the first node takes it, and encrypts for it.
+func (g *guarded) publishForeignKey() {
+	g.t.Helper()
+	private, err := wgtypes.GeneratePrivateKey()
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	proof, err := keyproof.Sign(private, "node-2", "")
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	foreign := private.PublicKey().String()
+	g.republish(map[string]string{
+		kube.AnnotationPublicKey: kube.AnnotationPublicKey + ": " + foreign,
+		kube.AnnotationKeyProof:  kube.AnnotationKeyProof + ": " + base64.StdEncoding.EncodeToString(proof[:]),
+	}, func() error {
+		for _, peer := range g.status(0).Peers {
+			if peer.Node == "node-2" && peer.PublicKey == foreign && len(peer.AllowedIPs) > 0 {
+				return nil
+			}
+		}
+		return fmt.Errorf("the first node's device does not have the foreign key %s", foreign)
+	})
+}
+
+// republish replaces annotations of the second Node while its daemon is away to heal it, until the first node has taken that in and
+// nothing arrives any more.
+func (g *guarded) republish(annotations map[string]string, taken func() error) {
 	g.t.Helper()
 	g.endDaemon(1, (*lab.Process).Kill)
 	text, err := g.ReadText("node-2")
 	if err != nil {
 		g.t.Fatal(err)
 	}
-	published := regexp.MustCompile(regexp.QuoteMeta(kube.AnnotationPublicKey) + `: \S+`)
-	replacement := []byte(annotation)
-	if annotation == "" {
-		replacement = fmt.Appendf(nil, "other-%d: none", len(text)) // a name that it has not yet
+	for name, replacement := range annotations {
+		published := regexp.MustCompile(regexp.QuoteMeta(name) + `: \S+`)
+		if !published.Match(text) {
+			g.t.Fatalf("the Node has no annotation %s:\n%s", name, text)
+		}
+		text = published.ReplaceAllLiteral(text, []byte(replacement))
 	}
-	changed := published.ReplaceAll(text, replacement)
-	if bytes.Equal(changed, text) {
-		g.t.Fatalf("the Node publishes no key:\n%s", text)
-	}
-	g.writeText("node-2", string(changed))
+	g.writeText("node-2", string(text))
+	g.eventually(taken)
 	g.silent(1, g.pods[0])
 	g.startDaemon(1, nil)
 	g.ready(1)

@@ -218,6 +218,22 @@ func endpointsOf(o lab.Options) string {
 	return "IPv4 endpoints"
 }
 
+// guards are labs of both ways in which a daemon knows what to guard, each with endpoints of either family.
+func guards(name string, nodes int) []lab.Options {
+	return []lab.Options{
+		{Name: name + "c", Nodes: nodes}, {Name: name + "c6", Nodes: nodes, IPv6Nodes: true},
+		{Name: name + "k", Nodes: nodes, KnownNodesOnly: true}, {Name: name + "k6", Nodes: nodes, KnownNodesOnly: true, IPv6Nodes: true},
+	}
+}
+
+// guardOf says of which of those a lab is.
+func guardOf(o lab.Options) string {
+	if o.KnownNodesOnly {
+		return "known nodes, " + endpointsOf(o)
+	}
+	return "cluster CIDR, " + endpointsOf(o)
+}
+
 // reachedAt demands that the tunnels of all nodes lead to addresses of the family that the Nodes have first.
 func (s *stage) reachedAt() {
 	s.t.Helper()
