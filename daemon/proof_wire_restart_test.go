@@ -61,8 +61,8 @@ func (s *stage) lasts(from ns.NetNS, address netip.Addr) *lasting {
 	return f
 }
 
-// A restart of the daemon costs nothing while the tunnel goes on: no connection is reset, on the node or across nodes, and no packet
-// that pods send meanwhile is lost. The families of the endpoints share the kills.
+// A restart of the daemon and its rollout cost nothing while the tunnel goes on: no connection is reset, on the node or across nodes, and no
+// packet that pods send meanwhile is lost. The families of the endpoints share the restarts.
 func TestProofRestartCostsNothing(t *testing.T) {
 	t.Parallel()
 	for _, o := range []lab.Options{{Name: "wpfree", Nodes: 2}, {Name: "wpfree6", Nodes: 2, IPv6Nodes: true}} {
@@ -73,7 +73,7 @@ func TestProofRestartCostsNothing(t *testing.T) {
 	}
 }
 
-// restartsCostNothing kills both daemons again and again.
+// restartsCostNothing kills both daemons and replaces them by others, again and again.
 func (s *stage) restartsCostNothing() {
 	s.t.Helper()
 	client, near, far := s.pod(0, "client"), s.pod(0, "near"), s.pod(1, "far")
@@ -93,14 +93,20 @@ func (s *stage) restartsCostNothing() {
 	}
 	s.arrives(counters[1], 100, nil)
 
-	kills := soak.Shared(20, 2)
-	for range kills {
+	anew := func(end func(*lab.Process) error) {
+		s.t.Helper()
 		for i := range s.Nodes {
-			s.endDaemon(i, (*lab.Process).Kill)
+			s.endDaemon(i, end)
 		}
 		s.pause(5 * often)
 		s.startDaemons()
 		s.pause(5 * often)
+	}
+	rounds := soak.Shared(20, 2)
+	for range rounds {
+		anew((*lab.Process).Kill)
+		replaceWarrend(s.t)
+		anew((*lab.Process).Stop)
 	}
 	var sent, lost int64
 	for i, gun := range guns {
@@ -112,7 +118,7 @@ func (s *stage) restartsCostNothing() {
 	if lost != 0 || broken > 0 {
 		s.t.Errorf("%d of %d packets were lost, %d connections broken", lost, sent, broken)
 	}
-	summary(s.t, "%d kills of both daemons: %d of %d connections broken, %d of %d pings, datagrams and SYNs lost", kills, broken, len(flows), lost, sent)
+	summary(s.t, "%[1]d kills and %[1]d upgrades of both daemons: %[2]d of %[3]d connections broken, %[4]d of %[5]d pings, datagrams and SYNs lost", rounds, broken, len(flows), lost, sent)
 	s.reachedAt()
 	s.restartControl(flows[1], far, client) // over IPv4, across nodes
 }
