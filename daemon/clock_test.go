@@ -19,66 +19,74 @@ const clockPatience = 30 * time.Second
 
 // The clock of all nodes is an hour off, one way or the other, while they shake hands, and is then corrected: a new session can be had
 // both ways soon, though WireGuard takes no handshake that is older than one it has seen. Only a virtual machine has a clock of its own;
-// elsewhere the clock stays right, and no key changes.
+// elsewhere the clock stays right, and no key changes. There is one clock, so the families of the endpoints come one after the other.
 func TestClockIsCorrected(t *testing.T) {
 	t.Parallel()
-	r := newRotating(t, lab.Options{Name: "wdclock"})
+	for _, o := range []lab.Options{{Name: "wdclock"}, {Name: "wdclock6", IPv6Nodes: true}} {
+		t.Run(endpointsOf(o), func(t *testing.T) { newRotating(t, o).correctClock() })
+	}
+}
+
+// correctClock sets the clock, corrects it and starts all sessions anew each time.
+func (r *rotating) correctClock() {
+	r.t.Helper()
 	var counters [2]*tagged.Counter
 	for i, pod := range r.pods {
 		counters[i] = r.counter(pod.Netns())
 		gun := r.fire(r.pods[1-i], tagged.Fire{Tag: tagAllowed, Targets: pod.Addresses, Port: port, Every: often})
-		t.Cleanup(gun.Cease)
+		r.t.Cleanup(gun.Cease)
 	}
 	anew := func(what string, nodes []*lab.Node) {
-		t.Helper()
+		r.t.Helper()
 		since := now()
 		r.forgetSessions(nodes)
 		for i := range counters {
 			r.arrives(counters[i], 50, nil)
 		}
 		took := time.Since(since)
-		t.Logf("%s: traffic both ways after %v", what, took)
+		r.t.Logf("%s: traffic both ways after %v", what, took)
 		if took > clockPatience {
-			t.Errorf("%s: it took %v until traffic flowed both ways", what, took)
+			r.t.Errorf("%s: it took %v until traffic flowed both ways", what, took)
 		}
 	}
 	keys := [2]string{r.status(0).Encryption.PublicKey, r.status(1).Encryption.PublicKey}
 	anew("the clock is right", r.Nodes[:1]) // of both, handshakes would cross, for 5 s each time
+	r.reachedAt()
 	if !soak.Emulated() {
 		for i, key := range keys {
 			if now := r.status(i).Encryption.PublicKey; now != key {
-				t.Errorf("the key of %s changed", r.Nodes[i].Name)
+				r.t.Errorf("the key of %s changed", r.Nodes[i].Name)
 			}
 		}
 		return
 	}
 
-	setClock(t, time.Hour)
+	setClock(r.t, time.Hour)
 	r.rotate(0) // so that both have seen handshakes of that hour
 	r.rotate(1)
 	anew("an hour ahead", r.Nodes)
-	setClock(t, -time.Hour)
+	setClock(r.t, -time.Hour)
 	anew("corrected from an hour ahead", r.Nodes)
-	setClock(t, -time.Hour)
+	setClock(r.t, -time.Hour)
 	anew("an hour behind", r.Nodes)
-	setClock(t, time.Hour)
+	setClock(r.t, time.Hour)
 	anew("corrected from an hour behind", r.Nodes)
 
 	// The clock is corrected while no daemon runs. The control: without one nobody helps.
-	setClock(t, time.Hour)
+	setClock(r.t, time.Hour)
 	r.rotate(0)
 	r.rotate(1)
 	anew("an hour ahead again", r.Nodes)
 	for i := range r.Nodes {
 		r.endDaemon(i, (*lab.Process).Kill)
 	}
-	setClock(t, -time.Hour)
+	setClock(r.t, -time.Hour)
 	r.forgetSessions(r.Nodes)
 	r.pause(time.Second) // what is under way arrives
 	before := counters[0].Packets(nil) + counters[1].Packets(nil)
 	r.pause(7 * time.Second) // a handshake is tried again after five
 	if more := counters[0].Packets(nil) + counters[1].Packets(nil) - before; more > 0 {
-		t.Errorf("without a daemon %d packets arrive: this test shows nothing", more)
+		r.t.Errorf("without a daemon %d packets arrive: this test shows nothing", more)
 	}
 	for i := range r.Nodes {
 		r.startDaemon(i)
