@@ -9,9 +9,12 @@ import (
 	"io"
 	"io/fs"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -95,7 +98,7 @@ func TestKeysStaySecret(t *testing.T) {
 	s := newStage(t, "wdsecret", 2)
 	start := func(i int) {
 		var err error
-		s.daemons[i], err = s.Nodes[i].StartDaemon(t.Context(), nil, "--wireguard", "userspace", "--log-level", "debug", "--metrics-address", "127.0.0.1:9476")
+		s.daemons[i], err = s.Nodes[i].StartDaemon(t.Context(), nil, "--log-level", "debug", "--metrics-address", "127.0.0.1:9476")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -143,7 +146,11 @@ func TestKeysStaySecret(t *testing.T) {
 	}
 
 	for i, node := range s.Nodes {
-		for _, process := range []int{s.daemons[i].PID(), s.childOf(s.tunnels[i])} {
+		processes := []int{s.daemons[i].PID()}
+		if lab.TestedWireGuard() == string(wgdevice.ModeUserspace) { // else the kernel has the tunnel
+			processes = append(processes, s.childOf(s.tunnels[i]))
+		}
+		for _, process := range processes {
 			if limits, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", process)); err != nil || !noCore.Match(limits) {
 				t.Errorf("process %d on %s may leave a core dump (%v):\n%s", process, node.Name, err, limits)
 			}
@@ -220,28 +227,13 @@ func TestOnlyWireGuardListens(t *testing.T) {
 	s.startTunnel(0)
 	var err error
 	// The defaults of all flags that say where something listens.
-	if s.daemons[0], err = s.Nodes[0].StartDaemon(t.Context(), nil, "--wireguard", "userspace", "--metrics-address", "127.0.0.1:9476"); err != nil {
+	if s.daemons[0], err = s.Nodes[0].StartDaemon(t.Context(), nil, "--metrics-address", "127.0.0.1:9476"); err != nil {
 		t.Fatal(err)
 	}
 	s.ready(0)
 	s.pod(0, "pod")
-	listening := func() (beyond, loopback []string) {
-		text, err := s.Nodes[0].Run(t.Context(), "ss", "-Hlntuw")
-		if err != nil {
-			t.Fatal(err)
-		}
-		for line := range strings.Lines(text) {
-			fields := strings.Fields(line)
-			if at := fields[0] + " " + fields[4]; strings.HasPrefix(fields[4], "127.0.0.1:") || strings.HasPrefix(fields[4], "[::1]:") {
-				loopback = append(loopback, at)
-			} else {
-				beyond = append(beyond, at)
-			}
-		}
-		return beyond, loopback
-	}
-	beyond, loopback := listening()
-	if got := strings.Join(beyond, ", "); got != "udp 0.0.0.0:51820, udp [::]:51820" && got != "udp *:51820" {
+	beyond, loopback := s.listening()
+	if got := strings.Join(beyond, ", "); got != "udp 0.0.0.0:51820, udp6 [::]:51820" {
 		t.Errorf("beyond loopback it listens on %s", got)
 	}
 	if got := strings.Join(loopback, ", "); got != "tcp 127.0.0.1:9476" {
@@ -251,10 +243,54 @@ func TestOnlyWireGuardListens(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if more, _ := listening(); len(more) == len(beyond) {
+	if more, _ := s.listening(); len(more) == len(beyond) {
 		t.Error("a server that listens is not seen")
 	}
 	if err = server.Close(); err != nil {
 		t.Error(err)
 	}
+}
+
+// listening returns where sockets of the first node wait for what somebody sends: those that listen, and those without another end.
+func (s *stage) listening() (beyond, loopback []string) {
+	s.t.Helper()
+	for _, protocol := range []string{"tcp", "tcp6", "udp", "udp6", "raw", "raw6"} {
+		table, err := s.Nodes[0].Run(s.t.Context(), "cat", "/proc/net/"+protocol)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		for line := range strings.Lines(table) {
+			const listens, alone = "0A", "07"
+			fields := strings.Fields(line)
+			if fields[3] != listens && fields[3] != alone {
+				continue // the heading, or a connection
+			}
+			at := socketAddress(s.t, fields[1])
+			if text := protocol + " " + at.String(); at.Addr().IsLoopback() {
+				loopback = append(loopback, text)
+			} else {
+				beyond = append(beyond, text)
+			}
+		}
+	}
+	return beyond, loopback
+}
+
+// socketAddress reads an address of those tables: words of four bytes, of which the last comes first, and the port (proc(5)).
+func socketAddress(t *testing.T, text string) netip.AddrPort {
+	t.Helper()
+	address, number, _ := strings.Cut(text, ":")
+	raw, err := hex.DecodeString(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for word := range slices.Chunk(raw, 4) {
+		slices.Reverse(word)
+	}
+	port, err := strconv.ParseUint(number, 16, 16)
+	at, ok := netip.AddrFromSlice(raw)
+	if err != nil || !ok {
+		t.Fatalf("%s is no address of a socket: %v", text, err)
+	}
+	return netip.AddrPortFrom(at, uint16(port))
 }
