@@ -6,10 +6,12 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/lab"
 	"github.com/warren-cni/warren/pkg/lab/soak"
 	"github.com/warren-cni/warren/pkg/lab/tagged"
@@ -17,11 +19,11 @@ import (
 )
 
 // How long traffic between two nodes may be interrupted: by a restart of the tunnel with the same key, from the publication of a new
-// key, and from a change of the Node; an emulated processor takes longer.
+// key or address, and from a Node that is made again or has another podCIDR; an emulated processor takes longer.
 var (
-	healSameKey = soak.Patience(2 * time.Second)
-	healNewKey  = soak.Patience(3 * time.Second)
-	healNode    = soak.Patience(5 * time.Second)
+	healSameKey   = soak.Patience(2 * time.Second)
+	healPublished = soak.Patience(3 * time.Second)
+	healNode      = soak.Patience(5 * time.Second)
 )
 
 // peers is a stage on which the pods of the first two of three nodes send to each other.
@@ -73,11 +75,11 @@ func (p *peers) heal() {
 	}
 	rounds := soak.Trials(20)
 	for range rounds {
-		note("tunnel restarted", p.interrupted(func() time.Time { return p.restartTunnels(1) }), healSameKey)
-		note("both tunnels restarted", p.interrupted(func() time.Time { return p.restartTunnels(0, 1) }), healSameKey)
-		note("new key", p.interrupted(p.changeKey), healNewKey)
+		note("tunnel restarted", p.interrupted(func() (time.Time, fault) { return p.restartTunnels(1) }), healSameKey)
+		note("both tunnels restarted", p.interrupted(func() (time.Time, fault) { return p.restartTunnels(0, 1) }), healSameKey)
+		note("new key", p.interrupted(p.changeKey), healPublished)
 		note("Node deleted and made again", p.interrupted(p.remakeNode), healNode)
-		note("address changed", p.interrupted(p.changeAddress), healNode)
+		note("address changed", p.interrupted(p.changeAddress), healPublished)
 	}
 	note("podCIDR changed", p.changePodCIDR(), healNode)
 	summary(p.t, "%d rounds on 3 nodes, traffic both ways in both families; longest until it was back: %v", rounds, longest)
@@ -100,16 +102,57 @@ func (p *peers) awaitArrivals() {
 	}
 }
 
-// interrupted returns how long it took from the moment that the event returns until traffic flows both ways in both families.
-func (p *peers) interrupted(event func() time.Time) time.Duration {
+// fault says by what the first node shows that it has come over what happened to the second one, so that what arrives then cannot be what
+// went on as before.
+type fault func(second agentapi.Peer) error
+
+// interrupted returns how long it took from the moment that the event returns until the fault is over and traffic flows both ways in both
+// families.
+func (p *peers) interrupted(event func() (time.Time, fault)) time.Duration {
 	p.t.Helper()
-	since := event()
+	since, over := event()
+	p.eventually(func() error {
+		status, err := p.Nodes[0].Status(p.t.Context())
+		if err != nil {
+			return err
+		}
+		for _, peer := range status.Peers {
+			if peer.Node == p.Nodes[1].Name {
+				return over(peer)
+			}
+		}
+		return fmt.Errorf("no peer %s in %+v", p.Nodes[1].Name, status.Peers)
+	})
 	p.awaitArrivals()
 	return time.Since(since)
 }
 
-// restartTunnels kills the tunnels of nodes and starts others. Of two that know each other again at one moment, the handshakes cross.
-func (p *peers) restartTunnels(nodes ...int) time.Time {
+// shakenSince is over once there was a handshake after a moment at which no session was left.
+func shakenSince(moment time.Time) fault {
+	return func(second agentapi.Peer) error {
+		if !second.LastHandshake.After(moment) {
+			return fmt.Errorf("the last handshake was at %v, before %v", second.LastHandshake, moment)
+		}
+		return nil
+	}
+}
+
+// quiet waits until nothing arrives at either pod any more.
+func (p *peers) quiet() {
+	p.t.Helper()
+	p.eventually(func() error {
+		before := p.counters[0].Packets(nil) + p.counters[1].Packets(nil)
+		p.pause(10 * often)
+		if more := p.counters[0].Packets(nil) + p.counters[1].Packets(nil) - before; more > 0 {
+			return fmt.Errorf("%d packets arrive", more)
+		}
+		return nil
+	})
+}
+
+// restartTunnels kills the tunnels of nodes and starts others. Of two that know each other again at one moment, the handshakes cross. The
+// kernel's WireGuard is none of theirs and goes on.
+func (p *peers) restartTunnels(nodes ...int) (time.Time, fault) {
 	p.t.Helper()
 	since := now()
 	for _, i := range nodes {
@@ -117,14 +160,18 @@ func (p *peers) restartTunnels(nodes ...int) time.Time {
 			p.t.Fatal(err)
 		}
 	}
+	over := shakenSince(now())
+	if lab.TestedWireGuard() == string(wgdevice.ModeKernel) {
+		over = func(agentapi.Peer) error { return nil }
+	}
 	for _, i := range nodes {
 		p.startTunnel(i)
 	}
-	return since
+	return since, over
 }
 
 // changeKey gives the second node another key, as where its disk was lost, and returns when it was published.
-func (p *peers) changeKey() time.Time {
+func (p *peers) changeKey() (time.Time, fault) {
 	p.t.Helper()
 	node := p.Nodes[1]
 	before := p.status(1).Encryption.PublicKey
@@ -140,11 +187,16 @@ func (p *peers) changeKey() time.Time {
 		}
 		return err
 	})
-	return now()
+	return now(), func(second agentapi.Peer) error {
+		if second.PublicKey == before || second.LastHandshake.IsZero() {
+			return fmt.Errorf("no handshake by another key than %s, but %+v", before, second)
+		}
+		return nil
+	}
 }
 
 // remakeNode deletes the second Node and makes it again once it is gone everywhere.
-func (p *peers) remakeNode() time.Time {
+func (p *peers) remakeNode() (time.Time, fault) {
 	p.t.Helper()
 	node, err := p.ReadText("node-2")
 	if err == nil {
@@ -160,15 +212,16 @@ func (p *peers) remakeNode() time.Time {
 		return nil
 	})
 	p.problem(1, "NodeUnknown", "node-2")
+	p.quiet()
 	since := now()
 	p.writeText("node-2", string(node))
 	p.ready(0)
 	p.ready(1)
-	return since
+	return since, shakenSince(since)
 }
 
-// changeAddress gives the second node another InternalIP of each family.
-func (p *peers) changeAddress() time.Time {
+// changeAddress gives the second node another InternalIP of each family, and returns when it was published.
+func (p *peers) changeAddress() (time.Time, fault) {
 	p.t.Helper()
 	node := p.Nodes[1]
 	text, err := p.ReadText(node.Name)
@@ -189,12 +242,18 @@ func (p *peers) changeAddress() time.Time {
 		node.Addresses[i] = next
 	}
 	commands = append(commands, "ip route replace $default") // it went with the address
-	since := now()
 	if out, runErr := node.Run(p.t.Context(), "sh", "-ec", strings.Join(commands, "\n")); runErr != nil {
 		p.t.Fatal(out, runErr)
 	}
+	since := now()
 	p.writeText(node.Name, changed)
-	return since
+	return since, func(second agentapi.Peer) error {
+		at, err := netip.ParseAddrPort(second.Endpoint)
+		if err == nil && !slices.Contains(node.Addresses, at.Addr()) {
+			err = fmt.Errorf("the peer is at %v, its node at %v", at, node.Addresses)
+		}
+		return err
+	}
 }
 
 // changePodCIDR gives the second node other podCIDRs, and returns how long it takes until a pod with one of their addresses is reached.
