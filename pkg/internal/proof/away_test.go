@@ -5,14 +5,17 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/warren-cni/warren/pkg/lab"
@@ -46,6 +49,7 @@ type outage struct {
 	network          *lab.Lab
 	members          [2]*member
 	marker           [lab.MarkerSize]byte
+	family           func(netip.Addr) bool
 	atClosed, atOpen *tagged.Counter
 	// gap is the longest time in which nothing of what is allowed arrived, and gapOfTunnel is that when the tunnel ends. load is what the
 	// busier one of the daemons takes of a processor, and loadOfRestarted that when both were restarted.
@@ -53,10 +57,11 @@ type outage struct {
 	load, loadOfRestarted float64
 }
 
-// newOutage starts the nodes and the traffic.
-func newOutage(t *testing.T, name string) *outage {
+// newOutage starts the nodes, whose endpoints are of a family, and the traffic.
+func newOutage(t *testing.T, name string, family func(netip.Addr) bool) *outage {
 	t.Helper()
-	o := &outage{cluster: newServer(t), marker: lab.NewMarker()}
+	o := &outage{cluster: newServer(t), marker: lab.NewMarker(), family: family}
+	o.keepAddresses()
 	o.network = o.newLab(name, 2)
 	for i, node := range o.network.Nodes {
 		o.members[i] = o.start(node, i)
@@ -76,21 +81,26 @@ func newOutage(t *testing.T, name string) *outage {
 
 // The API server is away, answers errors or nothing at all: what stands stays in force and what is allowed goes on, across nodes and
 // never in clear, for a daemon that restarts meanwhile, too, which waits without wasting the processor. A tunnel that ends then comes
-// back with its peers. When the server is back the nodes do within 10 s what happened meanwhile.
+// back with its peers. When the server is back the nodes do within 10 s what happened meanwhile. The families of the endpoints take turns.
 func TestProofServerAway(t *testing.T) {
-	for name, begin := range map[string]func(c *cluster, m *member) (end func()){
-		"refused":     (*cluster).refuse,
-		"black-holed": (*cluster).blackHole,
+	for name, test := range map[string]struct {
+		lab    string
+		begin  func(c *cluster, m *member) (end func())
+		family func(netip.Addr) bool
+	}{
+		"refused, IPv4 endpoints":     {"wpaway", (*cluster).refuse, netip.Addr.Is4},
+		"black-holed, IPv6 endpoints": {"wphole", (*cluster).blackHole, netip.Addr.Is6},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			o := newOutage(t, map[string]string{"refused": "wpaway", "black-holed": "wphole"}[name])
+			o := newOutage(t, test.lab, test.family)
 			capture, err := o.network.Capture(o.marker)
 			if err != nil {
 				t.Fatal(err)
 			}
-			end := o.holds(begin)
+			end := o.holds(test.begin)
 			o.tunnelReturns()
+			o.reachedAt()
 			o.tunnelStays()
 			if denied := o.atClosed.Packets(tagged.Of(tagDenied)); denied > 0 {
 				t.Errorf("%d packets arrived that the policy denies", denied)
@@ -108,6 +118,43 @@ func TestProofServerAway(t *testing.T) {
 			o.unguarded()
 		})
 	}
+}
+
+// keepAddresses leaves the Nodes their addresses of the family alone.
+func (o *outage) keepAddresses() {
+	o.t.Helper()
+	nodes, err := o.client.CoreV1().Nodes().List(o.t.Context(), metav1.ListOptions{})
+	if err != nil {
+		o.t.Fatal(err)
+	}
+	for _, node := range nodes.Items {
+		node.Status.Addresses = slices.DeleteFunc(node.Status.Addresses, func(a corev1.NodeAddress) bool {
+			return !o.family(netip.MustParseAddr(a.Address))
+		})
+		if _, err = o.client.CoreV1().Nodes().UpdateStatus(o.t.Context(), &node, metav1.UpdateOptions{}); err != nil {
+			o.t.Fatal(err)
+		}
+	}
+}
+
+// reachedAt demands that the tunnel leads to an address of the family.
+func (o *outage) reachedAt() {
+	o.t.Helper()
+	status, err := o.members[0].node.Status(o.t.Context())
+	if err != nil {
+		o.t.Fatal(err)
+	}
+	for _, peer := range status.Peers {
+		if peer.Node != o.members[1].node.Name {
+			continue // it is not there
+		}
+		at, err := netip.ParseAddrPort(peer.Endpoint)
+		if err != nil || !o.family(at.Addr()) {
+			o.t.Errorf("%s is reached at %q (%v)", peer.Node, peer.Endpoint, err)
+		}
+		return
+	}
+	o.t.Errorf("no peer %s in %+v", o.members[1].node.Name, status.Peers)
 }
 
 // holds begins the outage and restarts the daemons in the middle of it.
@@ -151,7 +198,7 @@ func (o *outage) tunnelReturns() {
 		}
 		return nil
 	})
-	if o.gapOfTunnel = o.atOpen.Gap(nil); o.gapOfTunnel > 2*backWithin {
+	if o.gapOfTunnel = o.atOpen.Gap(nil); o.gapOfTunnel > backWithin {
 		o.t.Errorf("nothing arrived for %v when the tunnel had ended", o.gapOfTunnel)
 	}
 }
