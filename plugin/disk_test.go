@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -28,17 +29,19 @@ func (n *node) disk(t *testing.T) (dir string) {
 	return dir
 }
 
-// pin makes a mount point of a file or directory, which nobody can move then.
-func pin(t *testing.T, path string) {
+// pin makes a mount point of a file or directory, which nobody can move then, until unpin or the end of the test.
+func pin(t *testing.T, path string) (unpin func()) {
 	t.Helper()
 	if err := unix.Mount(path, path, "", unix.MS_BIND, ""); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
+	unpin = sync.OnceFunc(func() {
 		if err := unix.Unmount(path, unix.MNT_DETACH); err != nil {
 			t.Error(err)
 		}
 	})
+	t.Cleanup(unpin)
+	return unpin
 }
 
 // readOnly makes it so, or not any more.

@@ -308,10 +308,11 @@ func TestGCGoesOn(t *testing.T) {
 	for _, name := range []string{"one", "two", "three"} {
 		n.mustAdd(n.newPod(name))
 	}
-	obstacle := filepath.Join(n.runDir, "ipam", ".cooling", "10.244.1.3", "x") // where the address of the second would cool down
-	if err := os.MkdirAll(obstacle, 0o700); err != nil {
+	obstacle := filepath.Join(n.runDir, "ipam", ".cooling", "10.244.1.3") // where the address of the second would cool down
+	if err := os.Mkdir(obstacle, 0o700); err != nil {
 		t.Fatal(err)
 	}
+	unpin := pin(t, obstacle)
 	out, _, err := n.exec(&pod{}, "GC", nothingValid)
 	if err == nil || !strings.Contains(out, "c-two@eth0") || strings.Contains(out, "c-one") || strings.Contains(out, "c-three") {
 		t.Errorf("GC: %v: %s, want an error that names the second alone", err, out)
@@ -320,9 +321,7 @@ func TestGCGoesOn(t *testing.T) {
 	if strings.TrimSpace(left) != "10.244.1.3" || len(n.open()) > 0 {
 		t.Errorf("GC left %q and %v", left, n.open())
 	}
-	if err = os.RemoveAll(filepath.Dir(obstacle)); err != nil {
-		t.Fatal(err)
-	}
+	unpin()
 	n.mustExec(&pod{}, "GC", nothingValid)
 	n.unchanged(before)
 }

@@ -168,7 +168,7 @@ func (s *Store) remembered() (time.Duration, []netip.Addr, error) {
 		switch {
 		case !isAddress: // foreign, and does no harm
 		case now.free(file.released):
-			_ = unlink(s.coolingPath(file.name)) // it is leased as well with that name
+			_ = s.vacate(a) // it is leased as well with that name
 		case now.unforgotten(file.released):
 			addresses = append(addresses, a)
 		}
@@ -228,6 +228,9 @@ func (s *Store) cool(l lock, addresses []netip.Addr, now time.Duration) error {
 			continue
 		}
 		if err == nil {
+			err = s.vacate(a)
+		}
+		if err == nil {
 			err = rename(held, s.coolingPath(a.String()))
 		}
 		if err != nil {
@@ -243,7 +246,22 @@ func (s *Store) warm(a netip.Addr) error {
 	if err := s.makeCooling(); err != nil { // nothing is removed by way of a link
 		return err
 	}
-	return unlink(s.coolingPath(a.String()))
+	return s.vacate(a)
+}
+
+// vacate makes the place free that an address has among those that cool down: of its name, and of anything else, which is set aside.
+func (s *Store) vacate(a netip.Addr) error {
+	file, err := lstat(s.coolingPath(a.String()))
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case file.Mode&unix.S_IFMT != unix.S_IFREG:
+		return s.setAside(cooling + "/" + a.String())
+	default:
+		return unlink(s.coolingPath(a.String()))
+	}
 }
 
 // taken says whether an address is held or cools down, and whether it has cooled down but still has the name.

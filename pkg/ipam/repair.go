@@ -193,12 +193,13 @@ func (s *Store) newPlace(name string, move func(from, to string) error) (path st
 	if err = makeDirectory(s.path(aside), moveBeside); err != nil {
 		return "", fmt.Errorf("making the directory of what is set aside: %w", err)
 	}
-	path = filepath.Join(s.path(aside), name)
+	first := s.path(aside) + "/" + filepath.Base(name) // also of what cools down
+	path = first
 	for i := 1; ; i++ {
 		if _, err = os.Lstat(path); err != nil {
 			break
 		}
-		path = fmt.Sprintf("%s.%d", filepath.Join(s.path(aside), name), i)
+		path = fmt.Sprintf("%s.%d", first, i)
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
 		return "", err

@@ -63,10 +63,13 @@ func foreign() map[string]func(path string) error {
 // because something else is in its place.
 func TestForeignFilesBlockNothing(t *testing.T) {
 	for kind, put := range foreign() {
-		for _, name := range []string{"notes", ".notes", "c9@eth0", "@", "10.0.0.2", "fd00::2", "FD00::3", ".new", ".cooling", ".boot", ".lock", ".aside"} {
+		for _, name := range []string{
+			"notes", ".notes", "c9@eth0", "@", "10.0.0.2", "fd00::2", "FD00::3", ".new", ".cooling", ".boot", ".lock", ".aside",
+			".cooling/notes", ".cooling/10.0.0.2", ".cooling/fd00::2",
+		} {
 			t.Run(kind+"/"+name, func(t *testing.T) {
 				dir := t.TempDir()
-				if err := put(filepath.Join(dir, name)); err != nil {
+				if err := put(under(t, dir, name)); err != nil {
 					t.Fatal(err)
 				}
 				blocksNothing(t, dir)
@@ -77,7 +80,7 @@ func TestForeignFilesBlockNothing(t *testing.T) {
 				}
 				t.Run(kind+"/"+name+"/.aside/"+other, func(t *testing.T) {
 					dir := t.TempDir()
-					if err := errors.Join(put(filepath.Join(dir, name)), foreign()[other](filepath.Join(dir, ".aside"))); err != nil {
+					if err := errors.Join(put(under(t, dir, name)), foreign()[other](filepath.Join(dir, ".aside"))); err != nil {
 						t.Fatal(err)
 					}
 					blocksNothing(t, dir)
@@ -93,6 +96,16 @@ func TestForeignFilesBlockNothing(t *testing.T) {
 			}
 		}
 	}
+}
+
+// under returns the path of a name in the store's directory, and makes the directory of what cools down where it is there.
+func under(t *testing.T, dir, name string) string {
+	t.Helper()
+	path := filepath.Join(dir, name)
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
 func isNoDirectory(path string) bool {
@@ -125,6 +138,55 @@ func blocksNothing(t *testing.T, dir string) {
 	left := slices.DeleteFunc(names(t, dir), func(name string) bool { return name == ".aside" || name == ".boot" })
 	if len(left) > 0 {
 		t.Errorf("left: %v", left)
+	}
+}
+
+// What is in the place that an address has while it cools down is kept, whether it is there before the lease or comes with it; the address
+// cools down all the same.
+func TestForeignAmongWhatCoolsDown(t *testing.T) {
+	ranges := prefixes("10.0.0.0/24", "fd00::/64")
+	for kind, put := range foreign() {
+		if kind == "file" || kind == "empty" { // which are as those of addresses
+			continue
+		}
+		for _, when := range []string{"before", "with"} {
+			t.Run(kind+"/"+when, func(t *testing.T) {
+				dir := t.TempDir()
+				s := open(t, dir)
+				var kept []os.FileInfo
+				place := func() {
+					for _, a := range []string{"10.0.0.2", "fd00::2"} {
+						path := under(t, dir, ".cooling/"+a)
+						if err := put(path); err != nil {
+							t.Fatal(err)
+						}
+						file, err := os.Lstat(path)
+						if err != nil {
+							t.Fatal(err)
+						}
+						kept = append(kept, file)
+					}
+				}
+				if when == "before" {
+					place()
+				}
+				leased := allocate(t, s, ranges, owner(1))
+				if when == "with" {
+					place()
+				}
+				if diff := cmp.Diff(leased, release(t, s, owner(1)), equal); diff != "" {
+					t.Errorf("released (-want +got):\n%s", diff)
+				}
+				for i, a := range []string{"10.0.0.2", "fd00::2"} {
+					if file, err := os.Lstat(filepath.Join(dir, ".aside", a)); err != nil || !os.SameFile(kept[i], file) {
+						t.Errorf("set aside for %s is another, %v", a, err)
+					}
+				}
+				if diff := cmp.Diff([]string{"10.0.0.2", "fd00::2"}, cooling(t, dir)); diff != "" {
+					t.Errorf("cools down (-want +got):\n%s", diff)
+				}
+			})
+		}
 	}
 }
 
