@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -126,20 +127,74 @@ func (f file) locked(found []span, within span) ([]span, error) {
 // file is the file of the locks, opened once for each who locks: the locks belong to the opening.
 type file struct{ *os.File }
 
-// open opens the file. A directory in its place is set aside: by a rename of what is a directory, because another may have done it just
-// now, whose new file must stay.
+// open opens the file, which is made where there is none, in the place of anything else.
 func (l Locks) open() (file, error) {
-	f, err := os.OpenFile(l.path, os.O_RDWR|os.O_CREATE, 0o600)
-	if errors.Is(err, unix.EISDIR) {
-		err = unix.Rename(l.path+"/", fmt.Sprintf("%s.aside-%d", l.path, rand.Uint64())) //nolint:gosec // no secret
-		if err == nil || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ENOENT) {
-			f, err = os.OpenFile(l.path, os.O_RDWR|os.O_CREATE, 0o600)
-		}
+	f, err := l.openFile()
+	if isForeign(err) {
+		f, err = l.replace()
 	}
 	if err != nil {
 		return file{}, fmt.Errorf("opening the locks of attachments: %w", err)
 	}
 	return file{f}, nil
+}
+
+// openFile opens the file where it is one, or none yet.
+func (l Locks) openFile() (*os.File, error) {
+	return os.OpenFile(l.path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+}
+
+// isForeign says whether the file could not be opened because it is a directory, a link or a socket.
+func isForeign(err error) bool {
+	return errors.Is(err, unix.EISDIR) || errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENXIO)
+}
+
+// replace sets aside what is in the place of the file and is none, and opens a new one. Who else does so meanwhile has to wait, and to look
+// again: the file that another has just made must stay.
+func (l Locks) replace() (*os.File, error) {
+	if err := os.Mkdir(l.aside(), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, err
+	}
+	dir, err := l.openAside()
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = dir.Close() }()
+	if err = unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
+		return nil, err
+	}
+	f, err := l.openFile()
+	if !isForeign(err) {
+		return f, err
+	}
+	if err = os.Rename(l.path, fmt.Sprintf("%s/%d", l.aside(), rand.Uint64())); err != nil { //nolint:gosec // no secret
+		return nil, err
+	}
+	return l.openFile()
+}
+
+// Aside returns the paths of what was found in the place of the file, and is kept for the operator.
+func (l Locks) Aside() (paths []string, err error) {
+	dir, err := l.openAside()
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = dir.Close() }()
+	names, err := dir.Readdirnames(-1)
+	for _, name := range names {
+		paths = append(paths, filepath.Join(l.aside(), name))
+	}
+	return paths, err
+}
+
+// aside is the directory of what is set aside, and openAside opens it.
+func (l Locks) aside() string { return l.path + ".aside" }
+
+func (l Locks) openAside() (*os.File, error) {
+	return os.OpenFile(l.aside(), unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 }
 
 // wait locks a byte when it is free. After the context the file must be closed: the wait goes on until then.

@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/warren-cni/warren/pkg/inflight"
 )
 
@@ -230,35 +232,59 @@ func TestWithoutDirectory(t *testing.T) {
 	}
 }
 
-// A directory in the place of the file keeps nobody from working, and is there afterwards; whoever finds it at the same time gets the
+// What is no file in the place of the file keeps nobody from working, and is there afterwards; whoever finds it at the same time gets the
 // locks of one file.
-func TestDirectoryInTheWay(t *testing.T) {
-	for range 20 {
-		dir := t.TempDir()
-		if err := os.MkdirAll(filepath.Join(dir, inflight.FileName, "x"), 0o700); err != nil {
-			t.Fatal(err)
-		}
-		var working, most atomic.Int64
-		var group sync.WaitGroup
-		for range 8 {
-			group.Go(func() {
-				end, err := inflight.In(dir).Begin(t.Context(), "wrna")
-				if err != nil {
-					t.Error(err)
-					return
-				}
-				most.Store(max(most.Load(), working.Add(1)))
-				runtime.Gosched()
-				working.Add(-1)
-				end()
-			})
-		}
-		group.Wait()
-		if most.Load() != 1 {
-			t.Errorf("%d worked on one attachment at a time", most.Load())
-		}
-		if aside, err := filepath.Glob(filepath.Join(dir, inflight.FileName+".aside-*", "x")); err != nil || len(aside) != 1 {
-			t.Errorf("set aside: %v, %v", aside, err)
-		}
+func TestForeignInTheWay(t *testing.T) {
+	for kind, put := range map[string]func(path string) error{
+		"directory": func(path string) error { return os.MkdirAll(filepath.Join(path, "x"), 0o700) },
+		"link":      func(path string) error { return os.Symlink("/dev/zero", path) },
+		"elsewhere": func(path string) error { return os.Symlink("/proc", path) },
+		"dangling":  func(path string) error { return os.Symlink("/nowhere", path) },
+		"socket":    func(path string) error { return unix.Mknod(path, unix.S_IFSOCK|0o600, 0) },
+	} {
+		t.Run(kind, func(t *testing.T) {
+			for range 20 {
+				foreignInTheWay(t, put)
+			}
+		})
+	}
+}
+
+func foreignInTheWay(t *testing.T, put func(path string) error) {
+	t.Helper()
+	dir := t.TempDir()
+	path := filepath.Join(dir, inflight.FileName)
+	if err := put(path); err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.Lstat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var working, most atomic.Int64
+	var group sync.WaitGroup
+	for range 8 {
+		group.Go(func() {
+			end, err := inflight.In(dir).Begin(t.Context(), "wrna")
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			most.Store(max(most.Load(), working.Add(1)))
+			runtime.Gosched()
+			working.Add(-1)
+			end()
+		})
+	}
+	group.Wait()
+	if most.Load() != 1 {
+		t.Errorf("%d worked on one attachment at a time", most.Load())
+	}
+	aside, err := inflight.In(dir).Aside()
+	if err != nil || len(aside) != 1 {
+		t.Fatalf("set aside: %q, %v", aside, err)
+	}
+	if after, err := os.Lstat(aside[0]); err != nil || !os.SameFile(before, after) {
+		t.Errorf("set aside is another: %v", err)
 	}
 }
