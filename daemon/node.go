@@ -81,6 +81,8 @@ type node struct {
 	attached map[cluster.Holder]bool
 	// listed says that the leases were read as a whole. Only the loop touches it.
 	listed bool
+	// aside are the paths of what is set aside, as of the last audit. Only the loop touches it.
+	aside map[string]bool
 	// tunnelNews gets a value when a tunnel has begun to answer, or the kernel's was deleted.
 	tunnelNews chan struct{}
 	// remembered says that the mesh which is wanted stands, and is written down. Only the loop touches it.

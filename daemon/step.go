@@ -14,6 +14,7 @@ import (
 	"github.com/warren-cni/warren/pkg/cluster"
 	"github.com/warren-cni/warren/pkg/cniconf"
 	"github.com/warren-cni/warren/pkg/firewall"
+	"github.com/warren-cni/warren/pkg/inflight"
 	"github.com/warren-cni/warren/pkg/ipam"
 	"github.com/warren-cni/warren/pkg/kube"
 	"github.com/warren-cni/warren/pkg/mesh"
@@ -266,18 +267,31 @@ func unreadableRemedy(leases []ipam.Lease) string {
 // repairLeases moves away what is no lease, and completes those that are. An address that nobody can be told to hold stays taken while a
 // route leads to it.
 func (n *node) repairLeases() []cluster.Problem {
-	done, err := n.leases.Repair(podlink.Routed)
-	for _, path := range done.Aside {
-		n.log.Warn("set aside a file among the leases that is none", "path", path)
-	}
-	for _, a := range done.Restored {
+	restored, err := n.leases.Repair(podlink.Routed)
+	for _, a := range restored {
 		n.log.Warn("made the file of a leased address again, which was gone", "address", a)
 	}
-	if err == nil {
+	if err = errors.Join(err, n.tellAside()); err == nil {
 		return nil
 	}
 	return []cluster.Problem{applyProblem("LeasesNotRepaired", n.options.leases(), err,
 		"make the file system writable, with room for bytes and files, or remove the file named; what holds an address keeps it meanwhile")}
+}
+
+// tellAside logs what was set aside since it was called last, whoever did it: the plugin has no log. A daemon that starts names all that is
+// kept.
+func (n *node) tellAside() error {
+	leases, err := n.leases.Aside()
+	locks, locksErr := inflight.In(n.options.runDir).Aside()
+	aside := make(map[string]bool, len(leases)+len(locks))
+	for _, path := range slices.Sorted(slices.Values(slices.Concat(leases, locks))) {
+		if !n.aside[path] {
+			n.log.Warn("set aside what was in the way and is none of ours; delete it when nobody needs it", "path", path)
+		}
+		aside[path] = true
+	}
+	n.aside = aside
+	return errors.Join(err, locksErr)
 }
 
 // attachmentsOf returns what is leased to those that asked. A lease that cannot be read is a problem of the next full step; its pod

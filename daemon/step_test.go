@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -19,6 +20,7 @@ import (
 	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/cluster"
 	"github.com/warren-cni/warren/pkg/firewall"
+	"github.com/warren-cni/warren/pkg/inflight"
 	"github.com/warren-cni/warren/pkg/ipam"
 	"github.com/warren-cni/warren/pkg/kube"
 	"github.com/warren-cni/warren/pkg/mesh"
@@ -356,20 +358,39 @@ func TestLeasesThatCannotBeRead(t *testing.T) {
 	}
 }
 
-// What is no lease is set aside by an audit, and keeps no pod from its place.
+// What is no lease is set aside by an audit, and keeps no pod from its place. An audit also tells what the plugin has set aside, and each
+// once.
 func TestAuditSetsAsideWhatIsNoLease(t *testing.T) {
 	n, _, _, pod := newStepped(t, "192.168.0.1")
-	for _, name := range []string{"notes", "10.244.1.9"} {
-		if err := os.WriteFile(filepath.Join(n.options.leases(), name), nil, 0o600); err != nil {
+	var log bytes.Buffer
+	n.log = slog.New(slog.NewTextHandler(&log, nil))
+	leases, locks := n.options.leases(), filepath.Join(n.options.runDir, inflight.FileName)
+	for _, path := range []string{leases + "/notes", leases + "/10.244.1.9", leases + ".aside-1"} {
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := n.step(t.Context(), true); err != nil || !n.isOpen(pod) {
-		t.Errorf("error %v, and the pod is open: %v", err, n.isOpen(pod))
+	if err := os.Symlink("nowhere", locks); err != nil {
+		t.Fatal(err)
+	}
+	end, _, err := inflight.In(n.options.runDir).Try("wrna")
+	if err != nil {
+		t.Fatal(err)
+	}
+	end()
+	for range 2 {
+		if err = n.step(t.Context(), true); err != nil || !n.isOpen(pod) {
+			t.Errorf("error %v, and the pod is open: %v", err, n.isOpen(pod))
+		}
 	}
 	for _, name := range []string{"notes", "10.244.1.9"} {
-		if _, err := os.Stat(filepath.Join(n.options.leases(), ".aside", name)); err != nil {
+		if _, err = os.Stat(filepath.Join(leases, ".aside", name)); err != nil {
 			t.Error(err)
+		}
+	}
+	for _, path := range []string{leases + "/.aside/notes", leases + "/.aside/10.244.1.9", leases + ".aside-1", locks + ".aside/"} {
+		if told := strings.Count(log.String(), path); told != 1 {
+			t.Errorf("%s is told %d times in:\n%s", path, told, log.String())
 		}
 	}
 	if problems := n.outcomeNow().problems; len(problems) > 0 {

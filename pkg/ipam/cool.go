@@ -281,14 +281,14 @@ func (s *Store) taken(a netip.Addr, now func() (moment, error)) (taken, cooled b
 // released returns when an address was released that has the name of one that cools down. is says whether it has.
 func (s *Store) released(a netip.Addr) (since time.Duration, is bool, err error) {
 	file, err := lstat(s.coolingPath(a.String()))
-	if nothingCools(err) {
+	if isNowhere(err) {
 		return 0, false, nil
 	}
 	return modified(&file), err == nil, err
 }
 
-// nothingCools says whether an error is one because nothing cools down there, or because there is no directory of ours yet.
-func nothingCools(err error) bool {
+// isNowhere says whether an error is one because nothing is there, or because there is no directory of ours yet.
+func isNowhere(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP)
 }
 
@@ -365,17 +365,7 @@ type released struct {
 
 // cooled returns the files of all addresses that cool down, and of those that have cooled down and still have the name.
 func (s *Store) cooled() ([]released, error) {
-	path := s.path(cooling)
-	fd, err := open(path, unix.O_RDONLY|unix.O_DIRECTORY) // no link
-	if nothingCools(err) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("listing what cools down: %w", err)
-	}
-	dir := os.NewFile(uintptr(fd), path)
-	defer func() { _ = dir.Close() }()
-	names, err := dir.Readdirnames(-1)
+	names, err := s.list(cooling)
 	if err != nil {
 		return nil, fmt.Errorf("listing what cools down: %w", err)
 	}
@@ -391,4 +381,19 @@ func (s *Store) cooled() ([]released, error) {
 		files = append(files, released{name, modified(&file)})
 	}
 	return files, nil
+}
+
+// list returns the names in a directory of the store's own, in no order: none where there is none, or something else in its place.
+func (s *Store) list(directory string) ([]string, error) {
+	path := s.path(directory)
+	fd, err := open(path, unix.O_RDONLY|unix.O_DIRECTORY) // no link
+	if isNowhere(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	dir := os.NewFile(uintptr(fd), path)
+	defer func() { _ = dir.Close() }()
+	return dir.Readdirnames(-1)
 }

@@ -15,14 +15,6 @@ import (
 // aside is the directory of what was found in the way, kept for the operator.
 const aside = ".aside"
 
-// Repaired is what Repair did.
-type Repaired struct {
-	// Aside are the paths that it set something aside at.
-	Aside []string
-	// Restored are the addresses that have a file again.
-	Restored []netip.Addr
-}
-
 // Repair gives an address its file again that a lease names and that has none, and sets aside what is in the directory and belongs to no
 // lease:
 //   - a file whose name is that of no lease;
@@ -31,97 +23,105 @@ type Repaired struct {
 //     leads to it, and cools down then.
 //
 // A lease whose content is lost but whose names are there is left: its addresses end with its attachment.
-func (s *Store) Repair(stands func(netip.Addr) (bool, error)) (done Repaired, err error) {
+//
+// It returns the addresses that have a file again; Aside says what is set aside.
+func (s *Store) Repair(stands func(netip.Addr) (bool, error)) (restored []netip.Addr, err error) {
 	leases, _ := s.List() // what is no lease is what is looked for
 	names, err := s.names()
 	if err != nil {
-		return Repaired{}, err
+		return nil, err
 	}
 	short := incomplete(leases, addressesNamed(names))
 	if names = unexplained(names, leases); len(names)+len(short) == 0 {
-		return Repaired{}, nil
+		return nil, nil
 	}
 	l, err := s.lock()
 	if err != nil {
-		return Repaired{}, err
+		return nil, err
 	}
 	defer l.unlock()
 	var errs []error
 	for _, lease := range short {
-		restored, completeErr := s.complete(attachment(lease.ContainerID, lease.Interface))
-		done.Restored = append(done.Restored, restored...)
+		completed, completeErr := s.complete(attachment(lease.ContainerID, lease.Interface))
+		restored = append(restored, completed...)
 		errs = append(errs, completeErr)
 	}
-	if done.Aside, err = s.repair(l, names, stands); err != nil {
+	if err = s.repair(l, names, stands); err != nil {
 		errs = append(errs, fmt.Errorf("setting aside what is no lease: %w", err))
 	}
-	return done, errors.Join(errs...)
+	return restored, errors.Join(errs...)
+}
+
+// Aside returns the paths of what was set aside, and is kept for the operator: of what was in the directory, and what was in its place.
+func (s *Store) Aside() ([]string, error) {
+	paths, err := filepath.Glob(s.dir + aside + "-*")
+	names, listErr := s.list(aside)
+	for _, name := range names {
+		paths = append(paths, s.path(aside)+"/"+name)
+	}
+	return paths, errors.Join(err, listErr)
 }
 
 // repair sets aside under the lock, of files that may be gone by now or be those of a lease, what is none. It goes on after an error.
-func (s *Store) repair(l lock, names []string, stands func(netip.Addr) (bool, error)) (moved []string, err error) {
+func (s *Store) repair(l lock, names []string, stands func(netip.Addr) (bool, error)) error {
 	now, err := s.now()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	var errs []error
 	for _, name := range names {
-		var path string
 		if a, ok := addressNamed(name); ok {
-			path, err = s.repairAddress(l, a, stands, now)
+			err = s.repairAddress(l, a, stands, now)
 		} else {
-			path, err = s.repairName(name)
-		}
-		if path != "" {
-			moved = append(moved, path)
+			err = s.repairName(name)
 		}
 		if !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}
 	}
-	return moved, errors.Join(errs...)
+	return errors.Join(errs...)
 }
 
-// repairName sets a file aside that is no attachment's, or no longer. It returns its new path, or nothing where it is left.
-func (s *Store) repairName(name string) (path string, err error) {
+// repairName sets a file aside that is no attachment's, or no longer.
+func (s *Store) repairName(name string) error {
 	if isAttachment(name) {
 		lease, err := s.read(name)
 		if err != nil && !errors.Is(err, errNoLease) {
-			return "", nil // that cannot be told now
+			return nil // that cannot be told now
 		}
 		held, err := s.addressesOf(name, lease.Addresses)
 		if err != nil || len(held) > 0 {
-			return "", err
+			return err
 		}
 	}
-	return s.newPlace(name, rename)
+	return s.setAside(name)
 }
 
-// repairAddress frees an address that is nobody's. It returns the new path of its file, or nothing where it is left.
-func (s *Store) repairAddress(l lock, a netip.Addr, stands func(netip.Addr) (bool, error), now time.Duration) (path string, err error) {
+// repairAddress frees an address that is nobody's, and sets its file aside.
+func (s *Store) repairAddress(l lock, a netip.Addr, stands func(netip.Addr) (bool, error), now time.Duration) error {
 	name := a.String()
-	if _, err = s.read(name); !errors.Is(err, errNoLease) {
-		return "", nil // somebody can be told to hold it, or that cannot be told now
+	if _, err := s.read(name); !errors.Is(err, errNoLease) {
+		return nil // somebody can be told to hold it, or that cannot be told now
 	}
 	claimed, err := s.claimed(name)
 	if err != nil || claimed {
-		return "", err
+		return err
 	}
 	standing, err := stands(a)
 	if err != nil || standing {
-		return "", err
+		return err
 	}
 	info, err := os.Lstat(s.path(name))
 	if err != nil {
-		return "", err
+		return err
 	}
 	if info.IsDir() {
-		return s.newPlace(name, rename)
+		return s.setAside(name)
 	}
-	if path, err = s.newPlace(name, os.Link); err != nil {
-		return "", err
+	if err = s.newPlace(name, os.Link); err != nil {
+		return err
 	}
-	return path, s.cool(l, []netip.Addr{a}, now)
+	return s.cool(l, []netip.Addr{a}, now)
 }
 
 // claimed says whether the file of that name is also that of an attachment.
@@ -146,10 +146,7 @@ func (s *Store) claimed(name string) (bool, error) {
 }
 
 // setAside moves a file away that is in the way.
-func (s *Store) setAside(name string) error {
-	_, err := s.newPlace(name, rename)
-	return err
-}
+func (s *Store) setAside(name string) error { return s.newPlace(name, rename) }
 
 // makeDirectory makes a directory in the place of anything else, also of a link, which away moves.
 func makeDirectory(path string, away func(path string) error) error {
@@ -189,12 +186,13 @@ func moveBeside(path string) error {
 }
 
 // newPlace gives a file a path that nothing has where it is aside, by rename or link.
-func (s *Store) newPlace(name string, move func(from, to string) error) (path string, err error) {
-	if err = makeDirectory(s.path(aside), moveBeside); err != nil {
-		return "", fmt.Errorf("making the directory of what is set aside: %w", err)
+func (s *Store) newPlace(name string, move func(from, to string) error) error {
+	err := makeDirectory(s.path(aside), moveBeside)
+	if err != nil {
+		return fmt.Errorf("making the directory of what is set aside: %w", err)
 	}
 	first := s.path(aside) + "/" + filepath.Base(name) // also of what cools down
-	path = first
+	path := first
 	for i := 1; ; i++ {
 		if _, err = os.Lstat(path); err != nil {
 			break
@@ -202,7 +200,7 @@ func (s *Store) newPlace(name string, move func(from, to string) error) (path st
 		path = fmt.Sprintf("%s.%d", first, i)
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
-		return "", err
+		return err
 	}
-	return path, move(s.path(name), path)
+	return move(s.path(name), path)
 }

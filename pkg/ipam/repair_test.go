@@ -31,18 +31,32 @@ func write(t *testing.T, dir, name, text string) {
 // repair repairs and returns the names of what was moved.
 func repair(t *testing.T, s *ipam.Store, stands func(netip.Addr) (bool, error)) (moved []string) {
 	t.Helper()
-	done, err := s.Repair(stands)
-	if err != nil {
+	before := setAside(t, s)
+	if _, err := s.Repair(stands); err != nil {
 		t.Error(err)
 	}
-	for _, path := range done.Aside {
-		if _, err = os.Lstat(path); err != nil {
-			t.Error(err)
+	for _, path := range setAside(t, s) {
+		if !slices.Contains(before, path) {
+			moved = append(moved, filepath.Base(path))
 		}
-		moved = append(moved, filepath.Base(path))
 	}
 	slices.Sort(moved)
 	return moved
+}
+
+// setAside returns the paths of what is set aside.
+func setAside(t *testing.T, s *ipam.Store) []string {
+	t.Helper()
+	paths, err := s.Aside()
+	if err != nil {
+		t.Error(err)
+	}
+	for _, path := range paths {
+		if _, err = os.Lstat(path); err != nil {
+			t.Error(err)
+		}
+	}
+	return paths
 }
 
 // foreign puts what is none of ours at a path.
@@ -223,9 +237,9 @@ func TestForeignDirectory(t *testing.T) {
 				if leases, err := open(t, path).List(); err != nil || len(leases) != 16 {
 					t.Errorf("%d leases, %v", len(leases), err)
 				}
-				kept, err := filepath.Glob(filepath.Join(dir, "ipam.aside-*"))
-				if err != nil || len(kept) != 1 {
-					t.Fatalf("kept %q, %v", kept, err)
+				kept := setAside(t, open(t, path))
+				if len(kept) != 1 {
+					t.Fatalf("kept %q", kept)
 				}
 				if after, err := os.Lstat(kept[0]); err != nil || !os.SameFile(before, after) {
 					t.Errorf("kept another: %v", err)
@@ -444,8 +458,8 @@ func TestAddressWithoutHolder(t *testing.T) {
 		}
 	}
 	unknown := func(netip.Addr) (bool, error) { return false, unix.EIO }
-	if done, err := s.Repair(unknown); err == nil || len(done.Aside) > 0 {
-		t.Errorf("moved %v, %v, without knowing what stands", done.Aside, err)
+	if _, err := s.Repair(unknown); err == nil || len(setAside(t, s)) > 0 {
+		t.Errorf("moved %v, %v, without knowing what stands", setAside(t, s), err)
 	}
 	if moved := repair(t, s, everywhere); len(moved) > 0 {
 		t.Errorf("moved %v, which stands", moved)
@@ -499,9 +513,12 @@ func TestLostNameFreesNothing(t *testing.T) {
 				}
 			}
 			if tt.repaired {
-				done, err := s.Repair(nowhere)
-				if diff := cmp.Diff(ipam.Repaired{Restored: held}, done, equal); diff != "" || err != nil {
-					t.Errorf("repaired (-want +got):\n%s, %v", diff, err)
+				restored, err := s.Repair(nowhere)
+				if diff := cmp.Diff(held, restored, equal); diff != "" || err != nil {
+					t.Errorf("restored (-want +got):\n%s, %v", diff, err)
+				}
+				if moved := setAside(t, s); len(moved) > 0 {
+					t.Errorf("moved %v", moved)
 				}
 			}
 			if !tt.remembered {
