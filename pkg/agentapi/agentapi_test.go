@@ -155,6 +155,11 @@ func TestListenReplacesStaleSocket(t *testing.T) {
 	if _, err := agentapi.Call(t.Context(), socket, agentapi.Request{}); err == nil {
 		t.Fatal("a socket without a daemon answered")
 	}
+	// What the daemon would have left if it had been killed before its socket was in its place.
+	left := filepath.Join(dir, ".s123")
+	if err := errors.Join(os.Mkdir(left, 0o700), os.WriteFile(filepath.Join(left, "s"), nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
 	start(t, socket, handle)
 	if _, err := agentapi.Call(t.Context(), socket, agentapi.Request{}); err != nil {
 		t.Errorf("after the restart: %v", err)

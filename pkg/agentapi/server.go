@@ -43,8 +43,13 @@ func Serve(ctx context.Context, socket string, handle Handler) error {
 //
 // It is made in a directory that nobody else may enter and then renamed into its place, so that there is neither a
 // moment with wider rights nor one without a socket. The file stays when the listener closes: by then it may be that
-// of the next daemon, and a socket without a listener refuses every connection.
+// of the next daemon, and a socket without a listener refuses every connection. A directory is removed that a daemon has left which was
+// killed meanwhile; no two of them may listen in the same place at once.
 func listen(socket string) (*listener, error) {
+	left, _ := filepath.Glob(filepath.Join(filepath.Dir(socket), ".s[0-9]*"))
+	for _, dir := range left {
+		_ = os.RemoveAll(dir) // what stays does no harm
+	}
 	dir, err := os.MkdirTemp(filepath.Dir(socket), ".s")
 	if err != nil {
 		return nil, fmt.Errorf("making a directory for the socket %s: %w", socket, err)
