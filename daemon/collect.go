@@ -121,7 +121,10 @@ func (c *collector) release(ctx context.Context, o ipam.Owner) error {
 	if err = c.removeChained(ctx, o.ContainerID); err != nil {
 		return err
 	}
-	if _, err = c.leases.Release(o.ContainerID, o.Interface); err != nil {
+	if addresses, err = c.leases.Release(o.ContainerID, o.Interface); err != nil {
+		return err
+	}
+	if err = gate.CloseBehind(addresses); err != nil { // an audit may have opened it again, until the lease was gone
 		return err
 	}
 	c.log.Info("ended the lease of an attachment that is gone and was not deleted",

@@ -70,7 +70,7 @@ func add(ctx context.Context, args *skel.CmdArgs) error {
 }
 
 // attach wires the pod, and meanwhile has the daemon put its policies into the kernel and let its traffic pass. It is over when both
-// are: an undoing must not be overtaken by the daemon.
+// are; what the daemon has begun and does after it refused or was not heard any more, free undoes.
 func attach(ctx context.Context, conf *config, netns string, owner ipam.Owner, pair podlink.Pair) error {
 	addresses := addressesOf(pair)
 	// The daemon may not yet know that the addresses have another pod now: without this, the new pod would pass the gate as

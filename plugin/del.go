@@ -61,10 +61,12 @@ func retire(leases *ipam.Store, containerID, ifname string) error {
 	return errors.Join(err, gate.CloseBehind(addresses), podlink.Detach(podlink.HostName(containerID, ifname)))
 }
 
-// free ends the lease of an attachment.
+// free ends the lease of an attachment. The daemon may have let the addresses through the gate again meanwhile, by an audit or an attach
+// that nobody waits for any more: it does for those that hold a lease. Now it does not, so the gate is closed once more, and for nobody
+// else: nobody gets an address that cools down.
 func free(leases *ipam.Store, containerID, ifname string) error {
-	_, err := leases.Release(containerID, ifname)
-	return laterIfUnwritable(err)
+	addresses, err := leases.Release(containerID, ifname)
+	return errors.Join(laterIfUnwritable(err), gate.CloseBehind(addresses))
 }
 
 // laterIfUnwritable returns no error where it is that a file system takes no changes. A lease that is left then keeps its address, and ends

@@ -2,11 +2,16 @@ package main
 
 import (
 	"fmt"
+	"net/netip"
+	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 
+	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/warren-cni/warren/pkg/agentapi"
 )
@@ -81,6 +86,68 @@ func TestDelDoesTheDaemonsPart(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestDaemonOpensMeanwhile: until a lease has ended the daemon may let its addresses through the gate again that DEL, GC or an ADD that is
+// undone has closed. They are closed when the command is over.
+func TestDaemonOpensMeanwhile(t *testing.T) {
+	for _, command := range []string{"DEL", "GC", "ADD"} {
+		t.Run(command, func(t *testing.T) {
+			n := newNode(t)
+			p := n.newPod("web")
+			before := n.state(p)
+			var opened <-chan struct{}
+			n.daemon.answers(func(req agentapi.Request) *agentapi.Error {
+				if req.Op != agentapi.OpAttach || command != "ADD" {
+					return nil
+				}
+				opened = n.overtake(req.Pod.Addresses)
+				return &agentapi.Error{Code: types.ErrTryAgainLater, Message: "too late"}
+			})
+			if command != "ADD" {
+				n.mustAdd(p)
+				opened = n.overtake([]netip.Addr{netip.MustParseAddr("10.244.1.2"), netip.MustParseAddr("fd00:10:244:1::2")})
+			}
+			if out, stderr, err := n.exec(p, command, nothingValid); (err != nil) != (command == "ADD") || stderr != "" {
+				t.Errorf("%v\n%s%s", err, out, stderr)
+			}
+			select {
+			case <-opened:
+			default:
+				t.Error("nothing was opened meanwhile")
+			}
+			n.unchanged(before, p)
+		})
+	}
+}
+
+// overtake opens the gate for addresses, and once more when it is closed and their lease about to end.
+func (n *node) overtake(addresses []netip.Addr) (opened <-chan struct{}) {
+	n.t.Helper()
+	lock, err := os.Open(filepath.Join(n.runDir, "ipam", ".lock"))
+	if err == nil {
+		err = unix.Flock(int(lock.Fd()), unix.LOCK_EX)
+	}
+	if err != nil {
+		n.t.Error(err)
+		return nil
+	}
+	open := func() {
+		if err := openGate(addresses...); err != nil {
+			n.t.Error(err)
+		}
+	}
+	n.within(open)
+	done := make(chan struct{})
+	go n.within(func() {
+		for len(n.open()) > 0 && n.t.Context().Err() == nil {
+			runtime.Gosched()
+		}
+		open()
+		close(done)
+		_ = lock.Close() // which ends the lock
+	})
+	return done
 }
 
 // TestKilledDel kills DEL at each of its system calls that change something, in turn. What is left has no usable link once the lease
