@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -17,10 +18,11 @@ import (
 )
 
 // goneWithin is how long after a DEL something of its pod may be left. A machine that is busy with other things takes longer by itself, so it
-// is the best of goneTries that counts.
+// is the median of goneTries that counts; but none of them may wait for an audit, which repairs what was forgotten.
 const (
 	goneWithin = time.Second
-	goneTries  = 10
+	goneTries  = 5
+	goneAlways = 5 * time.Second
 )
 
 // TestNothingIsLeftWithinASecond of a DEL: no link, also none that was put away, no lease, no passage, no route, no connection; whatever the
@@ -72,16 +74,14 @@ func TestNothingIsLeftWithinASecond(t *testing.T) {
 		add  func(string) []*lab.Pod
 		del  func(*lab.Pod) error
 	}{{"ended", connected, whole}, {"killed", s.killedAdd, bare}, {"lost", lost, bare}, {"alone", alone, bare}} {
-		best := time.Duration(0)
-		for i := 0; i < goneTries && (i == 0 || best > soak.Patience(goneWithin)); i++ {
-			took := s.goneAfter(c.add(fmt.Sprintf("%s-%d", c.name, i)), c.del)
-			if i == 0 || took < best {
-				best = took
-			}
+		var took []time.Duration
+		for i := range goneTries {
+			took = append(took, s.goneAfter(c.add(fmt.Sprintf("%s-%d", c.name, i)), c.del).Round(time.Millisecond))
 		}
-		t.Logf("%s: nothing is left %v after DEL", c.name, best.Round(time.Millisecond))
-		if best > soak.Patience(goneWithin) {
-			t.Errorf("%s: of %d tries the best took %v until nothing was left", c.name, goneTries, best)
+		slices.Sort(took)
+		t.Logf("%s: nothing is left after DEL and %v", c.name, took)
+		if took[goneTries/2] > soak.Patience(goneWithin) || took[goneTries-1] > soak.Patience(goneAlways) {
+			t.Errorf("%s: it took %v until nothing was left, want %v in most tries and %v in all", c.name, took, goneWithin, goneAlways)
 		}
 	}
 }
@@ -136,10 +136,13 @@ func (s *stage) killedAdd(name string) []*lab.Pod {
 	return nil
 }
 
+// listReady is a command that lists what may pass the gate.
+const listReady = "for s in WARREN-READY4 WARREN-READY6; do ipset list $s | sed '1,/^Members/d'; done"
+
 // leftOf is an error while something of the pods is left on the first node, on which nobody else is.
 func (s *stage) leftOf(pods []*lab.Pod) error {
 	left, err := s.Nodes[0].Run(s.t.Context(), "sh", "-c", "ip -o link show type veth | grep -o 'wrn[^@]*'; (ip route; ip -6 route) | grep wrn; "+
-		"for s in WARREN-READY4 WARREN-READY6; do ipset list $s | sed '1,/^Members/d'; done; ls "+s.Nodes[0].Leases())
+		listReady+"; ls "+s.Nodes[0].Leases())
 	if err == nil && strings.TrimSpace(left) != "" {
 		err = fmt.Errorf("left: %s", left)
 	}

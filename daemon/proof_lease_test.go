@@ -161,7 +161,7 @@ func (s *stage) empty() {
 				return fmt.Errorf("%s is left", e.Name())
 			}
 		}
-		out, err := s.Nodes[0].Run(s.t.Context(), "sh", "-c", "ip -o link show type veth | grep -v eth0 || true; ipset list WARREN-READY4 | grep '^10' || true")
+		out, err := s.Nodes[0].Run(s.t.Context(), "sh", "-c", "ip -o link show type veth | grep -v eth0 || true; "+listReady)
 		if err == nil && out != "" {
 			err = fmt.Errorf("left: %s", out)
 		}
