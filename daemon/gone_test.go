@@ -18,7 +18,7 @@ import (
 )
 
 // goneWithin is how long after a DEL something of its pod may be left. A machine that is busy with other things takes longer by itself, so it
-// is the best of goneTries that counts; but none of them may wait for an audit, which repairs what was forgotten.
+// is the best of goneTries that counts; but none of them may wait for an audit, which repairs what was forgotten, up to 9 s later.
 const (
 	goneWithin = time.Second
 	goneTries  = 5

@@ -21,9 +21,9 @@ import (
 // How long traffic between two nodes may be interrupted: by a restart of the tunnel with the same key, from the publication of a new
 // key or address, and from a Node that is made again or has another podCIDR; an emulated processor takes longer.
 var (
-	healSameKey   = soak.Patience(2 * time.Second)
-	healPublished = soak.Patience(3 * time.Second)
-	healNode      = soak.Patience(5 * time.Second)
+	healSameKey   = soak.Beside(2 * time.Second)
+	healPublished = soak.Beside(3 * time.Second)
+	healNode      = soak.Beside(5 * time.Second)
 )
 
 // peers is a stage on which the pods of the first two of three nodes send to each other.

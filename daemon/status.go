@@ -21,7 +21,7 @@ import (
 // notCovered is what leaves in clear although encryption is on.
 var notCovered = []string{ //nolint:gochecknoglobals // a constant list
 	"pods to addresses outside the cluster CIDR, other nodes' InternalIPs among them (host-network servers, NodePorts)",
-	"nodes to nodes (the API server, the kubelet)",
+	"nodes to nodes (the API server, the kubelet), and to Services while kube-proxy has no rules for them",
 	"hosts beside the cluster that route to a pod's address by a node, and the answers",
 	"traffic that stays on one node",
 }

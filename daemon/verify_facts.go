@@ -165,7 +165,7 @@ func (n *node) tunnelDrift(ctx context.Context) ([]string, error) {
 }
 
 // peerDrift tells where the peers of a device are not as planned. A node that changes its key is two peers, of which either may hold
-// the allowed IPs; addresses of its own come and go with its handshakes.
+// the allowed IPs; addresses of its own are there once they were found.
 func peerDrift(planned []mesh.Peer, device []wgdevice.PeerStatus) []string {
 	byKey := make(map[[32]byte]wgdevice.PeerStatus, len(device))
 	for _, d := range device {

@@ -211,7 +211,7 @@ func (s *Store) makeCooling() error {
 }
 
 // cool ends what holds the addresses, and has them cool down from now on. Each is renamed after the time is in its file: at no
-// moment is it neither held nor cooling. No step needs space on the disk.
+// moment is it neither held nor cooling. No step needs space on the disk, unless something foreign is in the way.
 func (s *Store) cool(l lock, addresses []netip.Addr, now time.Duration) error {
 	if len(addresses) == 0 {
 		return nil

@@ -53,6 +53,10 @@ type suspect struct {
 	at netip.Addr
 	// asked is its address in the tunnel.
 	asked netip.Addr
+	// holders are the peers that were found to receive at some of them before. away says that the one at which this one is was elsewhere
+	// at one of the looks.
+	holders map[netip.Addr]wgtypes.Key
+	away    bool
 
 	answered, missed int
 	// text is that of the question that is not answered, and replied says that it is since the last look. next is when the next one is asked, or this one
@@ -79,7 +83,7 @@ func (d *Device) Challenge(ctx context.Context, want mesh.Config, found func()) 
 	return interrogate(ctx, way, suspects, d.clock, func(s *suspect) {
 		d.writing.Lock()
 		defer d.writing.Unlock()
-		if d.memory.believe(s) {
+		if d.memory.believe(s, d.clock()) {
 			found()
 		}
 	})
@@ -90,7 +94,10 @@ func (m *memory) suspects(want mesh.Config) []*suspect {
 	var list []*suspect
 	for i := range want.Peers {
 		p := &want.Peers[i]
-		s := &suspect{node: p.Node, key: p.PublicKey, claimed: p.NodeAddresses}
+		s := &suspect{node: p.Node, key: p.PublicKey, claimed: p.NodeAddresses, holders: map[netip.Addr]wgtypes.Key{}}
+		for key, at := range m.receives {
+			s.holders[at] = key
+		}
 		for _, prefix := range p.AllowedIPs {
 			address := podcidr.NodeAddress(prefix)
 			if slices.ContainsFunc(want.Addresses, func(own netip.Prefix) bool { return own.Addr().Is4() == address.Is4() }) {
@@ -105,14 +112,16 @@ func (m *memory) suspects(want mesh.Config) []*suspect {
 	return list
 }
 
-// believe takes in that a peer receives where it is, unless the plan is another by now, or another peer that was found there is there still.
-func (m *memory) believe(s *suspect) bool {
+// believe takes in that a peer receives where it is, unless the plan is another by now, or another peer that was found there is there still: it is
+// heard, and was seen nowhere else meanwhile.
+func (m *memory) believe(s *suspect, now time.Time) bool {
 	p := m.planned[s.node]
 	still := p.PublicKey == s.key && slices.Contains(p.NodeAddresses, s.at) &&
 		slices.ContainsFunc(p.AllowedIPs, func(a netip.Prefix) bool { return a.Contains(s.asked) })
 	for key, at := range m.receives {
 		if at == s.at {
-			still = still && m.peers[key].endpoint.Addr() != at
+			left := m.peers[key].endpoint.Addr() != at || s.away && s.holders[at] == key
+			still = still && (left || now.Sub(m.peers[key].heard) >= silence)
 		}
 	}
 	if still {
@@ -156,7 +165,7 @@ func interrogate(ctx context.Context, w way, suspects []*suspect, clock func() t
 			}
 			every = max(lookEvery, lookShare*clock().Sub(now))
 			looks = clock().Add(random(2 * every))
-			suspects = slices.DeleteFunc(suspects, func(s *suspect) bool { return s.seen(where[s.key], clock(), spread*every) })
+			suspects = slices.DeleteFunc(suspects, func(s *suspect) bool { return s.seen(where, clock(), spread*every) })
 		}
 		suspects = slices.DeleteFunc(suspects, func(s *suspect) bool {
 			if s.answered == answers {
@@ -180,12 +189,16 @@ func interrogate(ctx context.Context, w way, suspects []*suspect, clock func() t
 }
 
 // seen takes in where a suspect is, and says whether it is convicted by that. The next question follows within the span.
-func (s *suspect) seen(at netip.Addr, now time.Time, span time.Duration) bool {
+func (s *suspect) seen(where map[wgtypes.Key]netip.Addr, now time.Time, span time.Duration) bool {
+	at := where[s.key]
 	if !slices.Contains(s.claimed, at) || s.at.IsValid() && s.at != at {
 		return true
 	}
 	first := !s.at.IsValid()
 	s.at = at
+	if holder, held := s.holders[at]; held && where[holder] != at {
+		s.away = true
+	}
 	switch {
 	case first:
 	case s.replied:

@@ -175,7 +175,7 @@ func TestInterrogateTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := &peerAt{shows: func(time.Duration) bool { return true }, honest: true, replies: make(chan echo.Reply, answers+misses)}
 		slow := netip.MustParseAddr("10.2.0.1")
-		both := &twoAt{peerAt: p, silent: slow}
+		both := &twoAt{peerAt: p, silent: slow, second: func(int) netip.Addr { return claimed }}
 		began := bubble()
 		var took []time.Duration
 		list := func() []*suspect {
@@ -204,16 +204,45 @@ func TestInterrogateTogether(t *testing.T) {
 type twoAt struct {
 	*peerAt
 	silent netip.Addr
+	// second is where the silent one is, after so many questions.
+	second func(asked int) netip.Addr
 }
 
 func (p *twoAt) look() (map[wgtypes.Key]netip.Addr, error) {
-	return map[wgtypes.Key]netip.Addr{{1}: claimed, {2}: claimed}, nil
+	return map[wgtypes.Key]netip.Addr{{1}: claimed, {2}: p.second(p.asked)}, nil
 }
 
 func (p *twoAt) ask(to netip.Addr, text []byte) {
 	if to != p.silent {
 		p.peerAt.ask(to, text)
 	}
+}
+
+// TestInterrogateSeesTheHolder: where the one is that was found at an address before shows by the looks of the interrogation, which it cannot
+// foretell.
+func TestInterrogateSeesTheHolder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for name, test := range map[string]struct {
+			second func(asked int) netip.Addr
+			away   bool
+		}{
+			"there":     {func(int) netip.Addr { return claimed }, false},
+			"elsewhere": {func(int) netip.Addr { return truly }, true},
+			"elsewhere at once": {func(asked int) netip.Addr {
+				return map[bool]netip.Addr{true: truly, false: claimed}[asked == answers/2]
+			}, true},
+		} {
+			p := &peerAt{shows: func(time.Duration) bool { return true }, honest: true, replies: make(chan echo.Reply, answers+misses)}
+			s := &suspect{key: wgtypes.Key{1}, claimed: []netip.Addr{claimed}, asked: inside, holders: map[netip.Addr]wgtypes.Key{claimed: {2}}}
+			found := false
+			if err := interrogate(t.Context(), &twoAt{peerAt: p, second: test.second}, []*suspect{s}, bubble, func(*suspect) { found = true }); err != nil {
+				t.Fatal(err)
+			}
+			if !found || s.away != test.away {
+				t.Errorf("%s: found %t, the holder was away %t, want %t", name, found, s.away, test.away)
+			}
+		}
+	})
 }
 
 // TestSuspects asks those alone whose answer would change something, and believes them as long as the plan says the same.
@@ -244,12 +273,12 @@ func TestSuspects(t *testing.T) {
 		changed := both
 		change(&changed)
 		m.planned[both.Node] = changed
-		if m.believe(s) || m.receives[both.PublicKey].IsValid() {
+		if m.believe(s, start()) || m.receives[both.PublicKey].IsValid() {
 			t.Errorf("%s: it is believed", what)
 		}
 	}
 	m.planned[both.Node] = both
-	if !m.believe(s) || m.receives[both.PublicKey] != claimed {
+	if !m.believe(s, start()) || m.receives[both.PublicKey] != claimed {
 		t.Error("it is not believed")
 	}
 }

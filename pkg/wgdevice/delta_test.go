@@ -459,9 +459,11 @@ func TestDeltaNodeAddresses(t *testing.T) {
 					}
 				}
 			}
-			answered := func(p mesh.Peer) bool {
-				return m.believe(&suspect{node: p.Node, key: p.PublicKey, at: claimed, asked: podcidr.NodeAddress(p.AllowedIPs[0])})
+			clock := start()
+			asked := func(p mesh.Peer) *suspect {
+				return &suspect{node: p.Node, key: p.PublicKey, at: claimed, asked: podcidr.NodeAddress(p.AllowedIPs[0])}
 			}
+			answered := func(p mesh.Peer) bool { return m.believe(asked(p), clock) }
 			has(0, "none found")
 			if !answered(two) {
 				t.Error("the first that is found is not believed")
@@ -479,6 +481,26 @@ func TestDeltaNodeAddresses(t *testing.T) {
 			has(1, "the other one is there")
 			device.Peers[1].Endpoint = net.UDPAddrFromAddrPort(there)
 			has(1, "the first one is back")
+			clock = clock.Add(silence - 1)
+			if answered(two) {
+				t.Error("another is believed while the one that was found is heard")
+			}
+			clock = clock.Add(1)
+			if !answered(two) {
+				t.Error("the one that answers is not believed although the other is silent")
+			}
+			has(2, "the first one is silent")
+			clock = start()
+			s := asked(one)
+			s.holders, s.away = map[netip.Addr]wgtypes.Key{claimed: {9}}, true
+			if m.believe(s, clock) {
+				t.Error("another is believed because a third one was seen elsewhere")
+			}
+			s.holders[claimed] = wgtypes.Key{2}
+			if !m.believe(s, clock) {
+				t.Error("the one that answers is not believed although the other was seen elsewhere")
+			}
+			has(1, "the other one was seen elsewhere")
 		}
 	})
 	t.Run("another daemon and another tunnel", func(t *testing.T) {

@@ -129,6 +129,7 @@ func (d *Device) makeLink(k *kernel, mtu int, changes *Changes) (netlink.Link, e
 	wanted.MTU = mtu
 	err := k.LinkAdd(wanted)
 	if errors.Is(err, unix.EOPNOTSUPP) {
+		d.chooseAgain()
 		return nil, fmt.Errorf("making link %s in the kernel: %w", mesh.Link, noTunnel(d.asked))
 	}
 	if err != nil {
@@ -213,8 +214,8 @@ func (k *kernel) deleteAddresses(link netlink.Link, stale []netip.Prefix, change
 func openWireGuard(ctx context.Context, mode Mode) (*wgctrl.Client, error) {
 	if mode == ModeUserspace {
 		if err := askTunnel(ctx); err != nil {
-			return nil, fmt.Errorf("%w that answers: asking the user-space tunnel at %s: %w; if it lasts, look at the log of its pod, and delete that pod",
-				ErrNoTunnel, uapiSocket, err)
+			return nil, fmt.Errorf("%w that answers: asking the user-space tunnel at %s: %w; if it lasts, look at the log of its pod, and delete that pod, "+
+				"or apply manifests/userspace-tunnel.yaml where it has none", ErrNoTunnel, uapiSocket, err)
 		}
 	}
 	client, err := wgctrl.New()

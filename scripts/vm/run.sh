@@ -6,14 +6,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-proofs=('./daemon:^TestProof(ForeignInnerSource|NoRouterForStolenNode|NoPlaintextWithoutPeer|ForgedSources|KeyRotationOutlivesCrashes)$'
-  './daemon:^TestProof(NoPlaintextInCrashLoops|RestartCostsNothing|PeerHeals|KeyRotation|MTU)$/IPv4'
-  './daemon:^TestProof(NoPlaintextInCrashLoops|RestartCostsNothing|PeerHeals|MTU)$/IPv6')
+proofs=('./daemon:^TestProof(ForeignInnerSource|NoRouterForStolenNode|KeyRotationOutlivesCrashes)$'
+  './daemon:^TestProof(NoPlaintextWithoutPeer|ForgedSources|NoPlaintextInCrashLoops|RestartCostsNothing|PeerHeals|KeyRotation|MTU)$/IPv4'
+  './daemon:^TestProof(NoPlaintextWithoutPeer|ForgedSources|NoPlaintextInCrashLoops|RestartCostsNothing|PeerHeals|KeyRotation|MTU)$/IPv6')
 others=('./pkg/wgdevice' './pkg/firewall:^TestListBesideALargeSet$'
-  './daemon:^Test(RestartIsNotSeen|DeleteWithoutDaemon|NodeLeaves|EncryptionOffAndOnAgain|Cleanup|TunnelGivesWay|TunnelEnds|ClockIsCorrected)$'
-  './daemon:^Test(EncryptNodeTraffic|NodesOwnTraffic|VerifyProvesAMesh|NodeBehindNAT)$'
+  './daemon:^Test(RestartIsNotSeen|DeleteWithoutDaemon|NodeLeaves|EncryptionOffAndOnAgain|Cleanup|TunnelGivesWay|TunnelEnds)$'
+  './daemon:^Test(EncryptNodeTraffic|NodesOwnTraffic|VerifyProvesAMesh|NodeBehindNAT|GuardsBeforeTheCluster)$'
+  './daemon:^Test(KeysStaySecret|OnlyWireGuardListens)$'
   './daemon:^TestDoctorOnRunningNode$/^as_root_on_the_node$'
-  'userspace=./daemon:^TestClockIsCorrected$') # this machine's clock is not a test's to set
+  './daemon:^TestClockIsCorrected$/IPv4'
+  'userspace=./daemon:^TestClockIsCorrected$/IPv6') # this machine's clock is not a test's to set
 case "$*" in
   '')     tests=("${others[@]}" "${proofs[@]}") ;;
   proofs) tests=("${proofs[@]}" './daemon:^TestProofHostileNode$') ;; # the last takes minutes

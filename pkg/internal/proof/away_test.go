@@ -195,7 +195,7 @@ func (o *outage) tunnelReturns() {
 		}
 		return nil
 	})
-	if o.gapOfTunnel = o.atOpen.Gap(nil); o.gapOfTunnel > backWithin {
+	if o.gapOfTunnel = o.atOpen.Gap(nil); o.gapOfTunnel > soak.Beside(backWithin) {
 		o.t.Errorf("nothing arrived for %v when the tunnel had ended", o.gapOfTunnel)
 	}
 }

@@ -40,9 +40,20 @@ func Patience(limit time.Duration) time.Duration {
 	return limit
 }
 
+// Short says whether the proofs are short. They then run beside other tests, and what takes time takes more.
+func Short() bool { return os.Getenv(variable) == "" }
+
+// Beside is Patience for what a short run does beside other tests: twice as long there.
+func Beside(limit time.Duration) time.Duration {
+	if Short() {
+		limit *= 2
+	}
+	return Patience(limit)
+}
+
 // Trials is how often something is tried that is tried full times in a soak.
 func Trials(full int) int {
-	if os.Getenv(variable) != "" {
+	if !Short() {
 		return full
 	}
 	return (full + 9) / 10
@@ -51,7 +62,7 @@ func Trials(full int) int {
 // Shared is Trials for each of some variants, which share the trials of a short run. A soak runs all of them of each, and an emulated
 // processor, which has time for one variant alone, all of that one.
 func Shared(full, variants int) int {
-	if os.Getenv(variable) != "" || Emulated() {
+	if !Short() || Emulated() {
 		return Trials(full)
 	}
 	return (Trials(full) + variants - 1) / variants
