@@ -221,8 +221,10 @@ func endpointsOf(o lab.Options) string {
 // guards are labs of both ways in which a daemon knows what to guard, each with endpoints of either family.
 func guards(name string, nodes int) []lab.Options {
 	return []lab.Options{
-		{Name: name + "c", Nodes: nodes}, {Name: name + "c6", Nodes: nodes, IPv6Nodes: true},
-		{Name: name + "k", Nodes: nodes, KnownNodesOnly: true}, {Name: name + "k6", Nodes: nodes, KnownNodesOnly: true, IPv6Nodes: true},
+		{Name: name + "c", Nodes: nodes},
+		{Name: name + "c6", Nodes: nodes, IPv6Nodes: true},
+		{Name: name + "k", Nodes: nodes, KnownNodesOnly: true},
+		{Name: name + "k6", Nodes: nodes, KnownNodesOnly: true, IPv6Nodes: true},
 	}
 }
 
