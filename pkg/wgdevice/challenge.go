@@ -53,7 +53,7 @@ type suspect struct {
 	at netip.Addr
 	// asked is its address in the tunnel.
 	asked netip.Addr
-	// holders are the peers that were found to receive at some of them before. away says that the one at which this one is was elsewhere
+	// holders are the peers that were found to receive somewhere before. away says that the one at which this one is was elsewhere
 	// at one of the looks.
 	holders map[netip.Addr]wgtypes.Key
 	away    bool
@@ -92,12 +92,13 @@ func (d *Device) Challenge(ctx context.Context, want mesh.Config, found func()) 
 // suspects returns the peers that are to be asked.
 func (m *memory) suspects(want mesh.Config) []*suspect {
 	var list []*suspect
+	holders := make(map[netip.Addr]wgtypes.Key, len(m.receives))
+	for key, at := range m.receives {
+		holders[at] = key
+	}
 	for i := range want.Peers {
 		p := &want.Peers[i]
-		s := &suspect{node: p.Node, key: p.PublicKey, claimed: p.NodeAddresses, holders: map[netip.Addr]wgtypes.Key{}}
-		for key, at := range m.receives {
-			s.holders[at] = key
-		}
+		s := &suspect{node: p.Node, key: p.PublicKey, claimed: p.NodeAddresses, holders: holders}
 		for _, prefix := range p.AllowedIPs {
 			address := podcidr.NodeAddress(prefix)
 			if slices.ContainsFunc(want.Addresses, func(own netip.Prefix) bool { return own.Addr().Is4() == address.Is4() }) {

@@ -9,14 +9,21 @@ import (
 	"github.com/warren-cni/warren/pkg/testnode"
 )
 
-// TestKernelHas asks without a link what the tunnel learns by making one.
-func TestKernelHas(t *testing.T) {
+// enterKernel enters a namespace of the test's own.
+func enterKernel(t *testing.T) *kernel {
+	t.Helper()
 	testnode.Enter(t)
 	k, err := openKernel()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer k.Close()
+	t.Cleanup(k.Close)
+	return k
+}
+
+// TestKernelHas asks without a link what the tunnel learns by making one.
+func TestKernelHas(t *testing.T) {
+	k := enterKernel(t)
 	want, err := k.hasWireGuard()
 	if err != nil {
 		t.Fatal(err)
@@ -31,15 +38,10 @@ func TestKernelHas(t *testing.T) {
 
 // TestChoosesAgain: where there is no tunnel, what was chosen once is chosen again, because somebody may have loaded the kernel's module.
 func TestChoosesAgain(t *testing.T) {
-	testnode.Enter(t)
-	k, err := openKernel()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer k.Close()
+	k := enterKernel(t)
 	d := New(Options{Log: slog.New(slog.NewTextHandler(t.Output(), nil)), Mode: ModeAuto})
 	d.mode = ModeUserspace
-	_, err = d.ensureLink(k, d.mode, 1420, &Changes{})
+	_, err := d.ensureLink(k, d.mode, 1420, &Changes{})
 	if !errors.Is(err, ErrNoTunnel) || !strings.Contains(err.Error(), "load the kernel module wireguard, or apply manifests/userspace-tunnel.yaml") {
 		t.Errorf("without a link: %v", err)
 	}
