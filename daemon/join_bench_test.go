@@ -22,6 +22,7 @@ import (
 	"github.com/warren-cni/warren/pkg/cluster"
 	"github.com/warren-cni/warren/pkg/firewall"
 	"github.com/warren-cni/warren/pkg/keyproof"
+	"github.com/warren-cni/warren/pkg/reconcile"
 	"github.com/warren-cni/warren/pkg/wgdevice"
 )
 
@@ -42,12 +43,12 @@ func BenchmarkJoin(b *testing.B) {
 				for turn := range 200 {
 					i := turn % len(changes)
 					s.delta.Nodes[changes[i].node] = changes[i].now
-					before, began := used(b), time.Now() //nolint:forbidigo // a measurement
+					before, began := reconcile.ProcessorTime(), time.Now() //nolint:forbidigo // a measurement
 					if err := n.step(b.Context(), false); err != nil {
 						b.Fatal(err)
 					}
 					times[i] = append(times[i], time.Since(began).Seconds()*1000)
-					processor[i] = append(processor[i], used(b)-before)
+					processor[i] = append(processor[i], float64((reconcile.ProcessorTime()-before).Microseconds())/1000)
 				}
 			}
 			for i, c := range changes {
@@ -58,16 +59,6 @@ func BenchmarkJoin(b *testing.B) {
 			}
 		})
 	}
-}
-
-// used returns the processor time that this process has used, in milliseconds.
-func used(b *testing.B) float64 {
-	b.Helper()
-	var u unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
-		b.Fatal(err)
-	}
-	return float64(u.Utime.Nano()+u.Stime.Nano()) / 1e6
 }
 
 // newCrowded returns a node that has taken its first whole step among that many others, with the benchmark's thread in namespaces of its own.

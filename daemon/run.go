@@ -76,7 +76,7 @@ func run(ctx context.Context, o runOptions, mode wgdevice.Mode, log *slog.Logger
 			return errors.Join(firewall.RemovePortsOf(ctx, cniconf.NetworkName, containers...), cniconf.RemoveShapers(cniconf.NetworkName, containers...))
 		},
 	}
-	n.loop = reconcile.New(n.step, resync, n.clock)
+	n.loop = reconcile.New(n.step, resync, n.clock, reconcile.ProcessorTime)
 	n.keys = &rotator{
 		options: o.rotation, encrypted: o.encryptionMode, node: o.nodeName, keys: keys, clock: n.clock, log: log, wake: n.loop.Trigger,
 	}

@@ -151,7 +151,7 @@ func newStepped(tb testing.TB, address string, clusterCIDRs ...netip.Prefix) (*n
 		flows: newFlowLog(o.nodeName, p, s.Event, io.Discard, clock),
 	}
 	n.news = newAnnouncer(n)
-	n.loop = reconcile.New(n.step, resync, n.clock)
+	n.loop = reconcile.New(n.step, resync, n.clock, reconcile.ProcessorTime)
 	own := netip.MustParsePrefix("10.244.1.0/24")
 	s.delta.Nodes["node-1"] = &cluster.Node{Name: "node-1", PodCIDRs: []netip.Prefix{own}, Addresses: []netip.Addr{netip.MustParseAddr(address)}}
 	pod := cluster.Pod{Namespace: "shop", Name: "web", UID: "u", Node: "node-1"}

@@ -14,6 +14,7 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/warren-cni/warren/pkg/internal/measure"
 	"github.com/warren-cni/warren/pkg/netfilter"
 )
 
@@ -29,30 +30,16 @@ func versus(b *testing.B, ours, bare func()) {
 		round++
 		for turn := range ways {
 			i := (round + turn) % len(ways)
-			before, began := cpu(b), time.Now() //nolint:forbidigo // a measurement
+			before, began := measure.CPU(), time.Now() //nolint:forbidigo // a measurement
 			ways[i]()
 			times[i] = append(times[i], time.Since(began))
-			used[i] += cpu(b) - before
+			used[i] += measure.CPU() - before
 		}
 	}
 	b.ReportMetric(float64(median(times[0]))/1e6, "ms/ours")
 	b.ReportMetric(float64(median(times[1]))/1e6, "ms/bare")
 	b.ReportMetric(float64(median(times[0]))/float64(median(times[1])), "x-bare")
 	b.ReportMetric(float64(used[0])/float64(used[1]), "x-bare-cpu")
-}
-
-// cpu returns what this process and the programs that it ran have used.
-func cpu(b *testing.B) time.Duration {
-	b.Helper()
-	var sum int64
-	for _, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} {
-		var u unix.Rusage
-		if err := unix.Getrusage(who, &u); err != nil {
-			b.Fatal(err)
-		}
-		sum += u.Utime.Nano() + u.Stime.Nano()
-	}
-	return time.Duration(sum)
 }
 
 func median(times []time.Duration) time.Duration {

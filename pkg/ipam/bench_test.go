@@ -63,11 +63,11 @@ func filled(b *testing.B, dir string, n int, r netip.Prefix) (s *ipam.Store, pas
 // timed adds the processor time that a call takes: what else the machine does hardly changes that.
 func timed(b *testing.B, sum *time.Duration, call func() error) {
 	b.Helper()
-	before := measure.CPU(b)
+	before := measure.CPU()
 	if err := call(); err != nil {
 		b.Fatal(err)
 	}
-	*sum += measure.CPU(b) - before
+	*sum += measure.CPU() - before
 }
 
 // perOperation reports the mean of a sum in microseconds.
@@ -213,7 +213,7 @@ func hostLocal(b *testing.B, n int, r netip.Prefix) time.Duration {
 	}
 	peer := allocator.NewIPAllocator(&set, store, 0)
 	const times = 5
-	before := measure.CPU(b)
+	before := measure.CPU()
 	for range times {
 		if _, err = peer.Get("c", "eth0", nil); err != nil {
 			b.Fatal(err)
@@ -222,7 +222,7 @@ func hostLocal(b *testing.B, n int, r netip.Prefix) time.Duration {
 			b.Fatal(err)
 		}
 	}
-	return (measure.CPU(b) - before) / times
+	return (measure.CPU() - before) / times
 }
 
 // BenchmarkReleaseNothing releases for an attachment that has no lease, as a DEL does that comes twice.

@@ -23,8 +23,8 @@ const (
 	maxPause = 20 * time.Millisecond
 )
 
-// auditShare is how many times longer than a full step the time to the next one is: on a node where reading the kernel is much
-// work, that work stays a small part of a core. But drift never lasts longer than maxAudit, because a step may also have been waiting.
+// auditShare is how many times what a full step worked the time to the next one is: on a node where reading the kernel is much
+// work, that work stays a small part of a core. But drift never lasts longer than maxAudit.
 const (
 	auditShare = 20
 	maxAudit   = 30 * time.Second
@@ -35,14 +35,16 @@ type Loop struct {
 	step    func(ctx context.Context, full bool) error
 	resync  time.Duration
 	clock   func() time.Time
+	worked  func() time.Duration
 	trigger chan struct{}
 	waiters chan chan<- error
 }
 
 // New returns a loop around step, which runs with full == true at the first time, after an error, and every resync (or less
-// often, where full steps take long): then it trusts nothing that it remembers.
-func New(step func(ctx context.Context, full bool) error, resync time.Duration, clock func() time.Time) *Loop {
-	return &Loop{step: step, resync: resync, clock: clock, trigger: make(chan struct{}, 1), waiters: make(chan chan<- error)}
+// often, where full steps are much work): then it trusts nothing that it remembers. What was worked so far is processor time, not the
+// clock's: on a busy node a step waits long for its turn, and drift must not wait for that as well.
+func New(step func(ctx context.Context, full bool) error, resync time.Duration, clock func() time.Time, worked func() time.Duration) *Loop {
+	return &Loop{step: step, resync: resync, clock: clock, worked: worked, trigger: make(chan struct{}, 1), waiters: make(chan chan<- error)}
 }
 
 // Trigger asks for a run of the step and returns at once.
@@ -81,14 +83,14 @@ func (l *Loop) Run(ctx context.Context) {
 	var waiting []chan<- error
 	for ctx.Err() == nil {
 		waiting = l.collect(waiting)
-		began := l.clock()
+		began, before := l.clock(), l.worked()
 		err := l.step(ctx, full)
-		took := l.clock().Sub(began)
+		took, work := l.clock().Sub(began), l.worked()-before
 		for _, w := range waiting {
 			w <- err
 		}
 		if full {
-			audit.Reset(max(l.resync, min(auditShare*took, maxAudit)))
+			audit.Reset(max(l.resync, min(auditShare*work, maxAudit)))
 		}
 		if err != nil {
 			retry.Reset(backoff)

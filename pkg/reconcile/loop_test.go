@@ -19,11 +19,14 @@ type recorder struct {
 	fulls []bool
 	err   error
 	delay time.Duration
+	// work is what a run works, and sum what all did.
+	work, sum time.Duration
 }
 
 func (r *recorder) step(ctx context.Context, full bool) error {
 	r.mu.Lock()
 	r.fulls = append(r.fulls, full)
+	r.sum += r.work
 	err, delay := r.err, r.delay
 	r.mu.Unlock()
 	select {
@@ -31,6 +34,12 @@ func (r *recorder) step(ctx context.Context, full bool) error {
 	case <-ctx.Done():
 	}
 	return err
+}
+
+func (r *recorder) worked() time.Duration {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.sum
 }
 
 func (r *recorder) set(err error, delay time.Duration) {
@@ -57,7 +66,7 @@ func bubble(t *testing.T, r *recorder, test func(t *testing.T, ctx context.Conte
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		l := reconcile.New(r.step, time.Minute, time.Now)
+		l := reconcile.New(r.step, time.Minute, time.Now, r.worked)
 		go l.Run(ctx)
 		time.Sleep(time.Second) // from here on it is idle
 		synctest.Wait()
@@ -72,7 +81,7 @@ func TestFirstRunIsFull(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
-			l := reconcile.New(r.step, time.Minute, time.Now)
+			l := reconcile.New(r.step, time.Minute, time.Now, r.worked)
 			l.Trigger()
 			go l.Run(ctx)
 			go l.Sync(ctx) //nolint:errcheck // it asks for a run
@@ -110,23 +119,28 @@ func TestLongAuditsAreRare(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		go reconcile.New(r.step, 10*time.Second, time.Now).Run(ctx)
+		go reconcile.New(r.step, 10*time.Second, time.Now, r.worked).Run(ctx)
 		for _, c := range []struct {
-			took time.Duration
-			want int
+			took, worked time.Duration
+			want         int
 		}{
-			{100 * time.Millisecond, 12}, // every 10 s
-			{time.Second, 6},             // every 20 s
-			{5 * time.Second, 4},         // every 30 s, and not every 100
+			{100 * time.Millisecond, 100 * time.Millisecond, 12}, // every 10 s
+			{time.Second, 100 * time.Millisecond, 11},            // the same: it waited for most of the time
+			{time.Second, time.Second, 6},                        // every 20 s
+			{100 * time.Millisecond, time.Second, 6},             // the same: several processors worked for it
+			{5 * time.Second, 5 * time.Second, 4},                // every 30 s, and not every 100
 		} {
 			r.set(nil, c.took)
+			r.mu.Lock()
+			r.work = c.worked
+			r.mu.Unlock()
 			time.Sleep(time.Minute) // until the last that was shorter is over
 			synctest.Wait()
 			before := r.runs()
 			time.Sleep(2 * time.Minute)
 			synctest.Wait()
 			if n := r.runs() - before; n < c.want-1 || n > c.want+1 {
-				t.Errorf("%d audits of %v in two minutes, want about %d", n, c.took, c.want)
+				t.Errorf("%d audits of %v in two minutes, want about %d", n, c, c.want)
 			}
 		}
 	})

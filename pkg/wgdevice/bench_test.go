@@ -238,7 +238,7 @@ func (n *benchNode) setconf(b *testing.B, c mesh.Config) {
 // cpu returns the processor time that the benchmark and the process that runs WireGuard have used, in a kernel's steps of 10 ms for that.
 func (n *benchNode) cpu(b *testing.B) time.Duration {
 	b.Helper()
-	used := measure.CPU(b)
+	used := measure.CPU()
 	if n.tunnel == nil {
 		return used
 	}

@@ -209,13 +209,13 @@ func compare(b *testing.B, targets []*target, run func(*target) (int64, error)) 
 	for b.Loop() {
 		var rates, perCPU [2]float64
 		for i, t := range targets {
-			used, began := measure.CPU(b), time.Now() //nolint:forbidigo // a measurement
+			used, began := measure.CPU(), time.Now() //nolint:forbidigo // a measurement
 			n, err := run(t)
 			took := time.Since(began)
 			if err != nil || n == 0 {
 				b.Fatalf("traffic to %s: %d got through, error %v", t.name, n, err)
 			}
-			rates[min(i, 1)], perCPU[min(i, 1)] = float64(n)/took.Seconds(), float64(n)/(measure.CPU(b)-used).Seconds()
+			rates[min(i, 1)], perCPU[min(i, 1)] = float64(n)/took.Seconds(), float64(n)/(measure.CPU()-used).Seconds()
 			if i == 0 {
 				first = append(first, rates[0])
 				continue

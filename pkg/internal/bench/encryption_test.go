@@ -181,14 +181,14 @@ func (w *way) run(b *testing.B, n int) (measured, error) {
 	if err != nil {
 		return measured{}, err
 	}
-	before, usedHere, began := w.arrived.Load(), measure.CPU(b), time.Now() //nolint:forbidigo // a measurement
+	before, usedHere, began := w.arrived.Load(), measure.CPU(), time.Now() //nolint:forbidigo // a measurement
 	errs := make([]error, n)
 	var group sync.WaitGroup
 	for i := range n {
 		group.Go(func() { errs[i] = write(w.streams[i], make([]byte, 1<<17), turn) })
 	}
 	group.Wait()
-	bytes, took, here := float64(w.arrived.Load()-before), time.Since(began), measure.CPU(b)-usedHere
+	bytes, took, here := float64(w.arrived.Load()-before), time.Since(began), measure.CPU()-usedHere
 	now, err := cpuOf(w.processes)
 	if err = errors.Join(append(errs, err)...); err != nil {
 		return measured{}, err

@@ -9,23 +9,11 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/warren-cni/warren/pkg/reconcile"
 )
 
-// CPU returns the processor time that this process, and the programs that it ran and that have ended, have used. The kernel's work for
-// them is in it.
-func CPU(tb testing.TB) time.Duration {
-	tb.Helper()
-	var sum int64
-	for _, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} {
-		var u unix.Rusage
-		if err := unix.Getrusage(who, &u); err != nil {
-			tb.Fatal(err)
-		}
-		sum += u.Utime.Nano() + u.Stime.Nano()
-	}
-	return time.Duration(sum)
-}
+// CPU returns the processor time that this process, and the programs that it ran and that have ended, have used.
+func CPU() time.Duration { return reconcile.ProcessorTime() }
 
 // Resident returns the resident memory of a process, in bytes.
 func Resident(pid int) (int, error) {
@@ -45,9 +33,9 @@ func Resident(pid int) (int, error) {
 // PerOperation begins to count, and returns what reports the processor time of one operation as "cpu-ns/op".
 func PerOperation(b *testing.B) (report func()) {
 	b.Helper()
-	before := CPU(b)
+	before := CPU()
 	return func() {
 		b.Helper()
-		b.ReportMetric(float64(CPU(b)-before)/float64(b.N), "cpu-ns/op")
+		b.ReportMetric(float64(CPU()-before)/float64(b.N), "cpu-ns/op")
 	}
 }
