@@ -146,7 +146,7 @@ func (e *End) steps(index int32, ipv6 bool) []nlbatch.Step {
 // (RFC 8200, section 5), there is nothing to set, and it says so.
 func (e *End) setSysctls() (ipv6 bool, err error) {
 	for _, s := range e.Sysctls {
-		if err = write(inet6+"/"+e.Name+"/"+s.Name, s.Value); err == nil {
+		if err = set(inet6+"/"+e.Name+"/"+s.Name, s.Value); err == nil {
 			continue
 		}
 		if _, statErr := os.Stat(inet6 + "/" + e.Name); !errors.Is(statErr, fs.ErrNotExist) {
@@ -160,13 +160,18 @@ func (e *End) setSysctls() (ipv6 bool, err error) {
 	return true, nil
 }
 
-// write writes to a file of the kernel, which has neither to be made nor to be waited for.
-func write(path, value string) error {
-	fd, err := unix.Open(path, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+// set gives a setting of the kernel a value that it does not have yet. To write what stands is not for nothing: for some settings the kernel
+// takes the lock of all links first, and a writer turns round and round until nobody else has it.
+func set(path, value string) error {
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}
-	_, err = unix.Write(fd, []byte(value))
+	stands := make([]byte, 16)
+	n, err := unix.Read(fd, stands)
+	if err == nil && string(stands[:n]) != value+"\n" {
+		_, err = unix.Pwrite(fd, []byte(value), 0)
+	}
 	return errors.Join(err, unix.Close(fd))
 }
 
