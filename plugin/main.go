@@ -3,12 +3,6 @@
 //
 // It does not link Kubernetes' packages, because it is started for every pod. Nothing but the result is written
 // to its standard output.
-//
-// Go's runtime would otherwise look for the limits of its cgroup when it starts, in a list of mounts that is long on a node. That took a tenth
-// of a DEL.
-//
-//go:debug containermaxprocs=0
-//go:debug updatemaxprocs=0
 package main
 
 import (
