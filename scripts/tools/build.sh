@@ -29,7 +29,7 @@ source_of() {
   case "$1" in
     golangci-lint) echo lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint ;;
     etcd)          echo etcd go.etcd.io/etcd/server/v3 ;;
-    coredns)       echo coredns github.com/coredns/coredns ;;
+    coredns)       echo coredns ./cluster ;;
     kind)          echo kind sigs.k8s.io/kind ;;
     kube-apiserver | kube-controller-manager | kube-scheduler | kube-proxy | kubelet | kubeadm | kubectl)
                    echo kubernetes "k8s.io/kubernetes/cmd/$1" ;;
