@@ -30,7 +30,7 @@ type device interface {
 	Apply(ctx context.Context, config mesh.Config, key wgdevice.Key) (wgdevice.Changes, error)
 	Patch(ctx context.Context, change mesh.Change, key wgdevice.Key) (wgdevice.Changes, error)
 	Follow(ctx context.Context, config mesh.Config) (wgdevice.Awaited, error)
-	Challenge(ctx context.Context, config mesh.Config, found func()) error
+	Challenge(ctx context.Context, config mesh.Config, later <-chan mesh.Config, found func()) error
 }
 
 // follower applies the mesh to the tunnel, and while peers change their keys or are new, looks at the tunnel in between: with the first
@@ -43,8 +43,9 @@ type follower struct {
 	log    *slog.Logger
 	// again has the mesh applied as a whole.
 	again func()
-	// applied and claimed say that a mesh was applied, to each of those who wait for that.
-	applied, claimed chan struct{}
+	// applied says that a mesh was applied, and claimed which one, the last.
+	applied chan struct{}
+	claimed chan mesh.Config
 
 	// mu is held while the tunnel is written, so that nobody writes what follows from an older mesh.
 	mu   sync.Mutex
@@ -54,7 +55,7 @@ type follower struct {
 }
 
 func newFollower(d device, clock func() time.Time, again func(), log *slog.Logger) *follower {
-	return &follower{device: d, clock: clock, again: again, log: log, applied: make(chan struct{}, 1), claimed: make(chan struct{}, 1)}
+	return &follower{device: d, clock: clock, again: again, log: log, applied: make(chan struct{}, 1), claimed: make(chan mesh.Config, 1)}
 }
 
 // apply makes the tunnel agree with a mesh: by the change alone where that is known and so is what stands, else as a whole.
@@ -65,12 +66,17 @@ func (f *follower) apply(ctx context.Context, want mesh.Config, change *mesh.Cha
 		f.since = f.clock()
 	}
 	f.mesh = want
-	for _, news := range []chan struct{}{f.applied, f.claimed} {
-		select {
-		case news <- struct{}{}:
-		default: // it will look at this one
-		}
+	select {
+	case f.applied <- struct{}{}:
+	default: // it will look at this one
 	}
+	defer func() {
+		select {
+		case <-f.claimed: // nobody came to that one
+		default:
+		}
+		f.claimed <- want
+	}()
 	if change != nil {
 		changes, err := f.device.Patch(ctx, *change, key)
 		if !errors.Is(err, wgdevice.ErrUnknown) {
@@ -134,15 +140,13 @@ func (f *follower) look(ctx context.Context) (time.Duration, error) {
 func (f *follower) challenge(ctx context.Context) {
 	failed := false
 	for {
+		var want mesh.Config
 		select {
 		case <-ctx.Done():
 			return
-		case <-f.claimed:
+		case want = <-f.claimed:
 		}
-		f.mu.Lock()
-		now := f.mesh
-		f.mu.Unlock()
-		err := f.device.Challenge(ctx, now, f.again)
+		err := f.device.Challenge(ctx, want, f.claimed, f.again)
 		if err != nil && !failed && ctx.Err() == nil {
 			f.log.Warn("asking nodes whether they receive at their InternalIPs; what pods send there stays in clear", "error", err)
 		}

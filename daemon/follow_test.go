@@ -56,7 +56,7 @@ func (w *watched) Follow(context.Context, mesh.Config) (wgdevice.Awaited, error)
 	return w.awaited, w.err
 }
 
-func (w *watched) Challenge(_ context.Context, _ mesh.Config, found func()) error {
+func (w *watched) Challenge(_ context.Context, _ mesh.Config, _ <-chan mesh.Config, found func()) error {
 	w.mu.Lock()
 	w.challenges++
 	is, err := w.found, w.err

@@ -21,7 +21,8 @@ import (
 	"github.com/warren-cni/warren/pkg/wgdevice"
 )
 
-// resync is how often the daemon reads the kernel again and repairs what others changed: within 10 s, the repair included.
+// resync is how often the daemon reads the kernel again and repairs what others changed: within 10 s, the repair included, where that is not
+// much work (see package reconcile).
 const resync = 9 * time.Second
 
 // run makes the node's parts, connects them and serves until the context ends.

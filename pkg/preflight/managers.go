@@ -46,7 +46,7 @@ func networkd(texts []string) []Finding {
 	}
 	return []Finding{{
 		Severity: Warning, Code: "NetworkdManagesRoutes", Object: "systemd-networkd",
-		Message: "it removes the routes and rules of others when it starts or a link changes: pods lose their way to other nodes until warrend repairs it, within 10 s",
+		Message: "it removes the routes and rules of others when it starts or a link changes: until the next audit of warrend repairs it pods lose their way to other nodes, and with --encrypt-node-traffic what they send to nodes is in clear",
 		// Both, because the file may be there with one of them.
 		Remedy: `mkdir -p /etc/systemd/networkd.conf.d && printf '[Network]\nManageForeignRoutes=no\nManageForeignRoutingPolicyRules=no\n' ` +
 			`> /etc/systemd/networkd.conf.d/90-warren.conf && systemctl restart systemd-networkd`,

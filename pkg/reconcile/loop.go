@@ -24,7 +24,7 @@ const (
 )
 
 // auditShare is how many times what a full step worked the time to the next one is: on a node where reading the kernel is much
-// work, that work stays a small part of a core. But drift never lasts longer than maxAudit.
+// work, that work stays a small part of a core. But no audit begins later than maxAudit after the last one, and the step that runs by then.
 const (
 	auditShare = 20
 	maxAudit   = 30 * time.Second
@@ -42,7 +42,8 @@ type Loop struct {
 
 // New returns a loop around step, which runs with full == true at the first time, after an error, and every resync (or less
 // often, where full steps are much work): then it trusts nothing that it remembers. What was worked so far is processor time, not the
-// clock's: on a busy node a step waits long for its turn, and drift must not wait for that as well.
+// clock's: on a busy node a step waits long for its turn, and drift must not wait for that as well. Beside the step's it may hold what the rest
+// of the process works.
 func New(step func(ctx context.Context, full bool) error, resync time.Duration, clock func() time.Time, worked func() time.Duration) *Loop {
 	return &Loop{step: step, resync: resync, clock: clock, worked: worked, trigger: make(chan struct{}, 1), waiters: make(chan chan<- error)}
 }

@@ -67,12 +67,16 @@ type suspect struct {
 }
 
 // Challenge asks those peers that may carry their node's address and do not whether they receive there, and calls found whenever one was
-// found to. What follows is the next Apply's. It writes nothing.
-func (d *Device) Challenge(ctx context.Context, want mesh.Config, found func()) error {
-	d.writing.Lock()
-	suspects := d.memory.suspects(want)
-	d.writing.Unlock()
-	if len(suspects) == 0 {
+// found to. What follows is the next Apply's. It writes nothing. While it asks it takes in the peers of later meshes, so that none waits for
+// another that is slow.
+func (d *Device) Challenge(ctx context.Context, want mesh.Config, later <-chan mesh.Config, found func()) error {
+	suspects := func(want mesh.Config) []*suspect {
+		d.writing.Lock()
+		defer d.writing.Unlock()
+		return d.memory.suspects(want)
+	}
+	list := suspects(want)
+	if len(list) == 0 {
 		return nil
 	}
 	way, err := d.openTunnel(ctx, want.Addresses)
@@ -80,13 +84,14 @@ func (d *Device) Challenge(ctx context.Context, want mesh.Config, found func()) 
 		return err
 	}
 	defer way.close()
-	return interrogate(ctx, way, suspects, d.clock, func(s *suspect) {
+	r := round{way: way, clock: d.clock, later: later, suspects: suspects, found: func(s *suspect) {
 		d.writing.Lock()
 		defer d.writing.Unlock()
-		if d.memory.believe(s, d.clock()) {
+		if d.memory.judge(s, d.clock(), func() (*wgtypes.Device, error) { return readDevice(way.client) }) {
 			found()
 		}
-	})
+	}}
+	return r.interrogate(ctx, list)
 }
 
 // suspects returns the peers that are to be asked.
@@ -111,6 +116,22 @@ func (m *memory) suspects(want mesh.Config) []*suspect {
 		}
 	}
 	return list
+}
+
+// judge is believe where another peer may have to give way: that it is silent, or elsewhere, has to be so now, and what is known of it may be as
+// old as the last audit. Where that cannot be read nobody gives way, and the other is asked again later.
+func (m *memory) judge(s *suspect, now time.Time, read func() (*wgtypes.Device, error)) bool {
+	for _, at := range m.receives {
+		if at == s.at {
+			device, err := read()
+			if err != nil {
+				return false
+			}
+			m.see(device, now)
+			break
+		}
+	}
+	return m.believe(s, now)
 }
 
 // believe takes in that a peer receives where it is, unless the plan is another by now, or another peer that was found there is there still: it is
@@ -142,49 +163,67 @@ type way interface {
 	answers() <-chan echo.Reply
 }
 
-// interrogate calls found with each suspect that receives where it is, as soon as that is known.
-func interrogate(ctx context.Context, w way, suspects []*suspect, clock func() time.Time, found func(*suspect)) error {
+// round is a number of peers that are asked together.
+type round struct {
+	way
+	clock func() time.Time
+	// later are meshes that were applied meanwhile, and suspects returns those of one that are to be asked.
+	later    <-chan mesh.Config
+	suspects func(mesh.Config) []*suspect
+	// found is called with each that receives where it is, as soon as that is known.
+	found func(*suspect)
+}
+
+// interrogate asks the suspects, and those that come while it asks.
+func (r round) interrogate(ctx context.Context, suspects []*suspect) error {
 	every := lookEvery
-	looks := clock()
+	looks := r.clock()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for len(suspects) > 0 {
 		select {
 		case <-ctx.Done():
 			return nil
-		case reply := <-w.answers():
+		case want := <-r.later:
+			for _, s := range r.suspects(want) {
+				if !slices.ContainsFunc(suspects, func(asked *suspect) bool { return asked.key == s.key }) {
+					suspects = append(suspects, s)
+				}
+			}
+			continue
+		case reply := <-r.answers():
 			for _, s := range suspects {
 				s.replied = s.replied || s.asked == reply.From && s.text != nil && bytes.Equal(s.text, reply.Payload)
 			}
 			continue
 		case <-timer.C:
 		}
-		if now := clock(); !now.Before(looks) {
-			where, err := w.look()
+		if now := r.clock(); !now.Before(looks) {
+			where, err := r.look()
 			if err != nil {
 				return err
 			}
-			every = max(lookEvery, lookShare*clock().Sub(now))
-			looks = clock().Add(random(2 * every))
-			suspects = slices.DeleteFunc(suspects, func(s *suspect) bool { return s.seen(where, clock(), spread*every) })
+			every = max(lookEvery, lookShare*r.clock().Sub(now))
+			looks = r.clock().Add(random(2 * every))
+			suspects = slices.DeleteFunc(suspects, func(s *suspect) bool { return s.seen(where, r.clock(), spread*every) })
 		}
 		suspects = slices.DeleteFunc(suspects, func(s *suspect) bool {
 			if s.answered == answers {
-				found(s)
+				r.found(s)
 			}
 			return s.answered == answers
 		})
-		now, next := clock(), looks
+		now, next := r.clock(), looks
 		for _, s := range suspects {
 			if s.text == nil && !now.Before(s.next) {
 				s.text, s.next = newText(), now.Add(answerPatience)
-				w.ask(s.asked, s.text)
+				r.ask(s.asked, s.text)
 			}
 			if s.text == nil && s.next.Before(next) {
 				next = s.next
 			}
 		}
-		timer.Reset(next.Sub(clock()))
+		timer.Reset(next.Sub(r.clock()))
 	}
 	return nil
 }

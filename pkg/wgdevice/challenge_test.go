@@ -73,12 +73,13 @@ func (p *peerAt) interrogate(t *testing.T) bool {
 	p.last, p.replies = bubble(), make(chan echo.Reply, 2*(answers+misses))
 	believed := 0
 	asked := &suspect{key: wgtypes.Key{1}, claimed: []netip.Addr{claimed}, asked: inside}
-	err := interrogate(t.Context(), p, []*suspect{asked}, bubble, func(s *suspect) {
+	r := round{way: p, clock: bubble, found: func(s *suspect) {
 		believed++
 		if s.at != claimed {
 			t.Errorf("believed at %v", s.at)
 		}
-	})
+	}}
+	err := r.interrogate(t.Context(), []*suspect{asked})
 	if !errors.Is(err, p.err) || believed > 1 {
 		t.Errorf("error %v, want %v; believed %d times", err, p.err, believed)
 	}
@@ -183,19 +184,47 @@ func TestInterrogateTogether(t *testing.T) {
 				{key: wgtypes.Key{2}, claimed: []netip.Addr{claimed}, asked: slow}, {key: wgtypes.Key{1}, claimed: []netip.Addr{claimed}, asked: inside},
 			}
 		}
-		err := interrogate(t.Context(), both, list(), bubble, func(s *suspect) {
+		r := round{way: both, clock: bubble, found: func(s *suspect) {
 			if s.asked != inside {
 				t.Error("the silent one is believed")
 			}
 			took = append(took, time.Since(began))
-		})
+		}}
+		err := r.interrogate(t.Context(), list())
 		if err != nil || len(took) != 1 || took[0] > answers*(spread+2)*lookEvery {
 			t.Errorf("believed after %v, error %v", took, err)
 		}
 		ended, cancel := context.WithCancel(t.Context())
 		cancel()
-		if err = interrogate(ended, both, list(), bubble, func(*suspect) { t.Error("believed after the end") }); err != nil {
+		r.found = func(*suspect) { t.Error("believed after the end") }
+		if err = r.interrogate(ended, list()); err != nil {
 			t.Error(err)
+		}
+	})
+}
+
+// TestInterrogateNewcomer believes a node that comes while another is asked as soon as it would alone, and asks nobody twice.
+func TestInterrogateNewcomer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := &peerAt{shows: func(time.Duration) bool { return true }, honest: true, replies: make(chan echo.Reply, answers+misses)}
+		slow := netip.MustParseAddr("10.2.0.1")
+		both := &twoAt{peerAt: p, silent: slow, second: func(int) netip.Addr { return claimed }}
+		suspects := func(mesh.Config) []*suspect {
+			return []*suspect{
+				{key: wgtypes.Key{2}, claimed: []netip.Addr{claimed}, asked: slow}, {key: wgtypes.Key{1}, claimed: []netip.Addr{claimed}, asked: inside},
+			}
+		}
+		began, later, found := bubble(), make(chan mesh.Config), time.Duration(0)
+		time.AfterFunc(time.Second, func() { later <- mesh.Config{} })
+		r := round{way: both, clock: bubble, later: later, suspects: suspects, found: func(*suspect) { found = time.Since(began) }}
+		if err := r.interrogate(t.Context(), suspects(mesh.Config{})[:1]); err != nil {
+			t.Fatal(err)
+		}
+		if found < time.Second || found > time.Second+answers*(spread+2)*lookEvery {
+			t.Errorf("the newcomer is believed after %v", found)
+		}
+		if took := time.Since(began); took > (misses+1)*(answerPatience+2*spread*lookEvery) {
+			t.Errorf("it took %v: the silent one is asked anew", took)
 		}
 	})
 }
@@ -235,7 +264,8 @@ func TestInterrogateSeesTheHolder(t *testing.T) {
 			p := &peerAt{shows: func(time.Duration) bool { return true }, honest: true, replies: make(chan echo.Reply, answers+misses)}
 			s := &suspect{key: wgtypes.Key{1}, claimed: []netip.Addr{claimed}, asked: inside, holders: map[netip.Addr]wgtypes.Key{claimed: {2}}}
 			found := false
-			if err := interrogate(t.Context(), &twoAt{peerAt: p, second: test.second}, []*suspect{s}, bubble, func(*suspect) { found = true }); err != nil {
+			r := round{way: &twoAt{peerAt: p, second: test.second}, clock: bubble, found: func(*suspect) { found = true }}
+			if err := r.interrogate(t.Context(), []*suspect{s}); err != nil {
 				t.Fatal(err)
 			}
 			if !found || s.away != test.away {

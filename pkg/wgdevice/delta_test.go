@@ -1,6 +1,7 @@
 package wgdevice
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -463,7 +464,10 @@ func TestDeltaNodeAddresses(t *testing.T) {
 			asked := func(p mesh.Peer) *suspect {
 				return &suspect{node: p.Node, key: p.PublicKey, at: claimed, asked: podcidr.NodeAddress(p.AllowedIPs[0])}
 			}
-			answered := func(p mesh.Peer) bool { return m.believe(asked(p), clock) }
+			var unread error
+			answered := func(p mesh.Peer) bool {
+				return m.judge(asked(p), clock, func() (*wgtypes.Device, error) { return device, unread })
+			}
 			has(0, "none found")
 			if !answered(two) {
 				t.Error("the first that is found is not believed")
@@ -486,6 +490,15 @@ func TestDeltaNodeAddresses(t *testing.T) {
 				t.Error("another is believed while the one that was found is heard")
 			}
 			clock = clock.Add(1)
+			if unread = errors.New("the device does not answer"); answered(two) {
+				t.Error("another is believed while nobody knows whether the one that was found is heard")
+			}
+			unread = nil
+			device.Peers[0].ReceiveBytes++
+			if answered(two) {
+				t.Error("another is believed although the one that was found was heard since the last look")
+			}
+			clock = clock.Add(silence)
 			if !answered(two) {
 				t.Error("the one that answers is not believed although the other is silent")
 			}

@@ -130,7 +130,13 @@ type request struct {
 // applyEncrypted makes the mesh through the link.
 func (d *Device) applyEncrypted(ctx context.Context, k *kernel, want request, changes *Changes) error {
 	// The net below comes first, so that no step after it can send anything in clear.
-	errNet := k.putRoutes(unreachableRoutes(want.Unreachable), changes)
+	stand, err := k.routes()
+	if err != nil {
+		return err
+	}
+	nets := slices.Concat(unreachableRoutes(want.Unreachable), heldRoutes(want.Peers, stand))
+	add, replace, _ := routeDelta(nets, stand)
+	errNet := k.writeRoutes(add, replace, nil, changes)
 	mode, err := d.resolve(k)
 	if err != nil {
 		return errors.Join(errNet, err)
@@ -146,7 +152,8 @@ func (d *Device) applyEncrypted(ctx context.Context, k *kernel, want request, ch
 	errUp := k.raise(link, changes)
 	m := &d.memory
 	m.encrypted, m.link = true, link.Attrs().Index
-	wanted := slices.Concat(unreachableRoutes(want.Unreachable), m.meshRoutes(want.Routes), m.hostRoutes())
+	hosts := m.hostRoutes()
+	wanted := slices.Concat(unreachableRoutes(want.Unreachable), m.meshRoutes(want.Routes), hosts, heldRoutes(want.Peers, append(hosts, nets...)))
 	m.routes = routesByID(wanted)
 	errRoutes := k.syncRoutes(wanted, changes)
 	errRules := k.syncRules(nodeRules(want.Config), changes)

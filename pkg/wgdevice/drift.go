@@ -26,16 +26,17 @@ func (d *Device) RouteDrift(want mesh.Config, peers []PeerStatus) ([]string, err
 		return nil, err
 	}
 	m := memory{encrypted: true, link: link.Attrs().Index}
-	wanted := slices.Concat(unreachableRoutes(want.Unreachable), m.meshRoutes(want.Routes))
+	var hosts []route
 	for _, p := range peers {
 		for _, a := range p.NodeAddresses {
-			wanted = append(wanted, m.hostRoute(netip.PrefixFrom(a, a.BitLen())))
+			hosts = append(hosts, m.hostRoute(netip.PrefixFrom(a, a.BitLen())))
 		}
 	}
 	actual, err := k.routes()
 	if err != nil {
 		return nil, err
 	}
+	wanted := slices.Concat(unreachableRoutes(want.Unreachable), m.meshRoutes(want.Routes), hosts, heldRoutes(want.Peers, append(hosts, actual...)))
 	rules, err := k.rules()
 	if err != nil {
 		return nil, err
@@ -96,6 +97,8 @@ func (k *kernel) astray(want mesh.Config, link int) (drift []string) {
 // String names the route for an operator.
 func (r route) String() string {
 	switch {
+	case r.metric == metricUnreachable && r.table == nodeTable:
+		return fmt.Sprintf("the unreachable route to %s in table %d", r.destination, nodeTable)
 	case r.metric == metricUnreachable:
 		return fmt.Sprintf("the unreachable route to %s", r.destination)
 	case r.table == nodeTable:

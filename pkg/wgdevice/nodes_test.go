@@ -15,6 +15,8 @@ import (
 	"github.com/containernetworking/plugins/pkg/netlinksafe"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/wgctrl"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/warren-cni/warren/pkg/mesh"
 	"github.com/warren-cni/warren/pkg/wgdevice"
@@ -58,7 +60,7 @@ func TestNodeAddresses(t *testing.T) {
 			if !a.challenge(t, want) || a.challenge(t, want) {
 				t.Error("the node that is there is to be found, once")
 			}
-			if changes := a.apply(t, want); changes != (wgdevice.Changes{Peers: 1, Routes: 1}) {
+			if changes := a.apply(t, want); changes != (wgdevice.Changes{Peers: 1, Routes: 2}) {
 				t.Errorf("after the challenge the apply wrote %+v", changes)
 			}
 			if again := a.apply(t, want); again.Any() {
@@ -114,7 +116,7 @@ func TestNodeAddresses(t *testing.T) {
 			if used := peerOf(t, a, b).NodeAddresses; len(used) != 1 {
 				t.Errorf("after another change of the peer: %v", used)
 			}
-			if changes := a.patch(t, mesh.Change{Peers: plain.Peers[:1]}); changes != (wgdevice.Changes{Peers: 1, Routes: 1}) {
+			if changes := a.patch(t, mesh.Change{Peers: plain.Peers[:1]}); changes != (wgdevice.Changes{Peers: 1, Routes: 2}) {
 				t.Errorf("a change that takes the address away wrote %+v", changes)
 			}
 			a.apply(t, want)
@@ -123,7 +125,7 @@ func TestNodeAddresses(t *testing.T) {
 			}
 			a.apply(t, want)
 			wire.count(t)
-			if changes := a.apply(t, plain); changes != (wgdevice.Changes{Peers: 1, Routes: 3}) {
+			if changes := a.apply(t, plain); changes != (wgdevice.Changes{Peers: 1, Routes: 4}) {
 				t.Errorf("without node addresses the apply wrote %+v", changes)
 			}
 			if got := a.nodeRoutes(t); got != "" {
@@ -135,6 +137,93 @@ func TestNodeAddresses(t *testing.T) {
 			if got := wire.count(t); !inClear(got) {
 				t.Errorf("without node addresses: %v, want packets in clear", got)
 			}
+		})
+	}
+}
+
+// TestNodeAddressIsHeld takes away what leads to a node's own address through the tunnel: what pods send there does not leave in clear then,
+// whoever begins anew, until no Node claims the address any more.
+func TestNodeAddressIsHeld(t *testing.T) {
+	for i, family := range []string{"IPv4", "IPv6"} {
+		t.Run(family, func(t *testing.T) {
+			l := newLab(t, 2)
+			a, b := l.nodes[0], l.nodes[1]
+			pod := a.addPod(t)
+			v4, v6 := uplink(b.number)
+			address := []netip.Addr{v4, v6}[i]
+			plain, want := a.plan(t, a, b), a.plan(t, a, b)
+			want.Peers[0].NodeAddresses = []netip.Addr{address}
+			want.Peers[0].Endpoint = netip.AddrPortFrom(address, wireGuardPort)
+			marker := newMarker()
+			b.apply(t, b.plan(t, a, b))
+			find := func() {
+				t.Helper()
+				a.apply(t, want)
+				a.reach(t, b, marker)
+				if !a.challenge(t, want) {
+					t.Fatal("the node is not found where it is")
+				}
+				a.apply(t, want)
+			}
+			linkDown := func() error {
+				link, err := netlinksafe.LinkByName(mesh.Link)
+				return errors.Join(err, netlink.LinkSetDown(link))
+			}
+			find()
+			wire := l.listen(t, marker)
+			probe := func(what string, clear bool) {
+				t.Helper()
+				_, err := pod.ask(address, marker, 2)
+				if got := wire.count(t); inClear(got) != clear || err == nil && !clear {
+					t.Errorf("%s: %v, error %v; want packets in clear: %t", what, got, err, clear)
+				}
+			}
+			through := func(what string) {
+				t.Helper()
+				wire.count(t)
+				pod.transfer(t, address, []byte(marker))
+				if got := wire.count(t); inClear(got) || got.WireGuard == 0 {
+					t.Errorf("%s: %v, want all in the tunnel", what, got)
+				}
+			}
+			through("found")
+
+			a.do(t, linkDown)
+			probe("with the link down", false)
+			a.apply(t, want)
+			through("after the repair")
+
+			// Daemon and tunnel begin anew, and know nothing of what was found.
+			a.device = newDevice(t, testMode())
+			a.do(t, func() error {
+				client, err := wgctrl.New()
+				if err != nil {
+					return err
+				}
+				return errors.Join(linkDown(), client.ConfigureDevice(mesh.Link, wgtypes.Config{ReplacePeers: true}), client.Close())
+			})
+			a.apply(t, want)
+			probe("not found again yet", false)
+			find()
+			through("found again")
+
+			if a.patch(t, mesh.Change{Peers: plain.Peers}); a.nodeRoutes(t) != "rule 10.244.1.0/24\nrule fd00:0:0:1::/64\n" {
+				t.Errorf("with no claim left:\n%s", a.nodeRoutes(t))
+			}
+			find()
+			if a.apply(t, plain); a.nodeRoutes(t) != "" {
+				t.Errorf("without a claim:\n%s", a.nodeRoutes(t))
+			}
+
+			// The positive control: without the net the same probe leaves in clear.
+			find()
+			a.do(t, func() error {
+				net := &netlink.Route{
+					Dst: &net.IPNet{IP: address.AsSlice(), Mask: net.CIDRMask(address.BitLen(), address.BitLen())}, Table: 87, Type: unix.RTN_UNREACHABLE,
+				}
+				return errors.Join(linkDown(), netlink.RouteDel(net))
+			})
+			probe("without the net", true)
 		})
 	}
 }
@@ -256,7 +345,7 @@ func (n *node) challenge(t *testing.T, c mesh.Config) bool {
 	t.Helper()
 	return in(t, n.host, func() (bool, error) {
 		found := false
-		err := n.device.Challenge(t.Context(), c, func() { found = true })
+		err := n.device.Challenge(t.Context(), c, nil, func() { found = true })
 		return found, err
 	})
 }
@@ -301,7 +390,7 @@ func TestNodeAddressesAreCleanedUp(t *testing.T) {
 	a.reach(t, b, newMarker())
 	a.challenge(t, want)
 	a.apply(t, want)
-	const standing = "192.0.2.2/32\nrule 10.244.1.0/24\nrule fd00:0:0:1::/64\n"
+	const standing = "192.0.2.2/32\nnothing to 192.0.2.2/32\nrule 10.244.1.0/24\nrule fd00:0:0:1::/64\n"
 	if got := a.nodeRoutes(t); got != standing {
 		t.Fatalf("before:\n%s", got)
 	}
@@ -389,7 +478,7 @@ func (n *node) nodeRoutes(t *testing.T) string {
 				return "", err
 			}
 			for _, r := range routes {
-				lines = append(lines, r.Dst.String())
+				lines = append(lines, map[bool]string{true: "nothing to "}[r.Type == unix.RTN_UNREACHABLE]+r.Dst.String())
 			}
 			rules, err := netlinksafe.RuleList(family)
 			if err != nil {

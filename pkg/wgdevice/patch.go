@@ -54,8 +54,10 @@ func (d *Device) patch(ctx context.Context, k *kernel, change mesh.Change, chang
 		}
 		defer closeQuietly(client)
 		var had []wgtypes.Key
+		var before []mesh.Peer
 		for _, p := range slices.Concat(change.Peers, change.RemovedPeers) {
 			had = append(had, keysOf(m.planned[p.Node])...)
+			before = append(before, m.planned[p.Node])
 		}
 		steps := m.delta(change.Peers, had, d.clock())
 		come, leave := m.hostChange(steps)
@@ -69,6 +71,7 @@ func (d *Device) patch(ctx context.Context, k *kernel, change mesh.Change, chang
 		for _, p := range change.Peers {
 			m.plan(p)
 		}
+		remove = append(remove, m.released(before)...)
 	}
 	return m.patchRoutes(k, add, remove, changes)
 }
@@ -148,13 +151,13 @@ func (m *memory) waiting(peers []mesh.Peer) []mesh.Peer {
 	return waiting
 }
 
-// hostChange returns the routes to nodes' own addresses that come and go with a change of peers that is not written yet.
+// hostChange returns the routes to nodes' own addresses that come and go with a change of peers that is not written yet, and the nets that come.
 func (m *memory) hostChange(steps []step) (come, leave []route) {
 	stays := map[netip.Prefix]bool{}
 	for _, s := range steps {
 		for _, host := range s.after.hosts() {
 			stays[host] = true
-			come = append(come, m.hostRoute(host))
+			come = append(come, m.hostRoute(host), unreachableRoute(host, nodeTable))
 		}
 	}
 	for _, s := range steps {

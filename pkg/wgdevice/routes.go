@@ -3,6 +3,8 @@ package wgdevice
 import (
 	"errors"
 	"fmt"
+	"iter"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -48,9 +50,39 @@ type routeID struct {
 func unreachableRoutes(prefixes []netip.Prefix) []route {
 	var routes []route
 	for _, p := range prefixes {
-		routes = append(routes, route{routeID: routeID{p.Masked(), metricUnreachable, unix.RT_TABLE_MAIN}})
+		routes = append(routes, unreachableRoute(p, unix.RT_TABLE_MAIN))
 	}
 	return routes
+}
+
+func unreachableRoute(destination netip.Prefix, table int) route {
+	return route{routeID: routeID{destination.Masked(), metricUnreachable, table}}
+}
+
+// heldRoutes are the nets below the routes to nodes' own addresses: what pods send to such an address goes nowhere else once it went into the
+// tunnel, whatever takes the link away, for as long as a Node claims it. The routes that stand tell which those are, so that it also holds where
+// daemon and tunnel begin anew.
+func heldRoutes(peers []mesh.Peer, stand []route) []route {
+	claimed := claims(slices.Values(peers))
+	held := map[routeID]route{}
+	for _, r := range stand {
+		if r.table == nodeTable && claimed[r.destination.Addr()] {
+			net := unreachableRoute(r.destination, nodeTable)
+			held[net.routeID] = net
+		}
+	}
+	return slices.Collect(maps.Values(held))
+}
+
+// claims returns the nodes' own addresses that peers claim.
+func claims(peers iter.Seq[mesh.Peer]) map[netip.Addr]bool {
+	claimed := map[netip.Addr]bool{}
+	for p := range peers {
+		for _, a := range p.NodeAddresses {
+			claimed[a] = true
+		}
+	}
+	return claimed
 }
 
 // meshRoutes are the routes to other nodes' pods: through the link, or by the nodes' addresses where the mesh has none.
@@ -83,6 +115,26 @@ func (m *memory) hostRoutes() []route {
 // hostRoute leads pods to a node's own address.
 func (m *memory) hostRoute(host netip.Prefix) route {
 	return route{routeID: unicastID(host, nodeTable), link: m.link}
+}
+
+// released returns the nets of the addresses that Nodes claimed before a change, and none does any more.
+func (m *memory) released(before []mesh.Peer) []route {
+	var routes []route
+	var claimed map[netip.Addr]bool
+	for _, p := range before {
+		for _, a := range p.NodeAddresses {
+			if slices.Contains(m.planned[p.Node].NodeAddresses, a) {
+				continue
+			}
+			if claimed == nil {
+				claimed = claims(maps.Values(m.planned))
+			}
+			if !claimed[a] {
+				routes = append(routes, unreachableRoute(netip.PrefixFrom(a, a.BitLen()), nodeTable))
+			}
+		}
+	}
+	return routes
 }
 
 func unicastID(destination netip.Prefix, table int) routeID {
