@@ -78,6 +78,17 @@ func TestEncryptNodeTraffic(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantClear("without a daemon", probes["TCP"], false)
+	if _, err = s.Nodes[0].Run(t.Context(), "ip", "link", "set", "warren0", "down"); err != nil {
+		t.Fatal(err)
+	}
+	capture, err := s.Capture(marker)
+	if err != nil {
+		t.Fatal(err)
+	}
+	errProbe := probes["TCP"]()
+	if counts, errStop := capture.Stop(); errStop != nil || errProbe == nil || counts.Marked > 0 {
+		t.Errorf("without a daemon and with the link down: %v, probe %v, error %v; want nothing in clear", counts, errProbe, errStop)
+	}
 	if _, err = s.Nodes[0].Command(t.Context(), "cleanup"); err != nil {
 		t.Fatal(err)
 	}

@@ -171,11 +171,11 @@ func TestNodeAddressIsHeld(t *testing.T) {
 			}
 			find()
 			wire := l.listen(t, marker)
-			probe := func(what string, clear bool) {
+			probe := func(what string, plainly bool) {
 				t.Helper()
 				_, err := pod.ask(address, marker, 2)
-				if got := wire.count(t); inClear(got) != clear || err == nil && !clear {
-					t.Errorf("%s: %v, error %v; want packets in clear: %t", what, got, err, clear)
+				if got := wire.count(t); inClear(got) != plainly || err == nil && !plainly {
+					t.Errorf("%s: %v, error %v; want packets in clear: %t", what, got, err, plainly)
 				}
 			}
 			through := func(what string) {
