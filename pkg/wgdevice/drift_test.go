@@ -214,6 +214,8 @@ func TestRouteDrift(t *testing.T) {
 		{"ip route del unreachable ALL4", "", []string{"the unreachable route to ALL4 is missing"}},
 		{"ip route add 198.51.100.0/24 dev eth0 proto 87", "", []string{"the route to 198.51.100.0/24 is not planned"}},
 		{"ip route del NODE4 table 87", "", []string{"the route to NODE4/32 in table 87 is missing"}},
+		{"ip route del unreachable NODE4 table 87", "", []string{"the unreachable route to NODE4/32 in table 87 is missing"}},
+		{"ip route add unreachable 198.51.100.9 table 87 proto 87 metric 4278198272", "", []string{"the unreachable route to 198.51.100.9/32 in table 87 is not planned"}},
 		{"ip rule del from FROM4 table 87", "", []string{"the rule from FROM4 to table 87 is missing"}},
 		{"ip rule add from FROM4 lookup 98 priority 9 proto 87", "", []string{"the rule from FROM4 to table 98 is not planned"}},
 		{"ip route add 198.51.100.0/24 dev eth0; ip rule add from 198.51.100.1 lookup 99", "", nil},
