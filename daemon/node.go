@@ -54,6 +54,7 @@ type tunnel interface {
 	Status(ctx context.Context) (wgdevice.Status, error)
 	Empty(ctx context.Context) (bool, error)
 	RouteDrift(want mesh.Config, peers []wgdevice.PeerStatus) ([]string, error)
+	Held() ([]netip.Addr, error)
 }
 
 // node is the daemon: what it reads from, what it applies to, and what the last step came to.

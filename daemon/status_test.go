@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/warren-cni/warren/pkg/agentapi"
+	"github.com/warren-cni/warren/pkg/mesh"
 )
 
 // sample is a status with something in every part.
@@ -143,5 +145,35 @@ func TestVerdictIsTheExitStatus(t *testing.T) {
 	s.Ready = false
 	if err := verdict(s); err == nil || !strings.Contains(err.Error(), "not ready") {
 		t.Errorf("a node that is not ready: %v", err)
+	}
+}
+
+// holding is a tunnel that leads to none of some nodes' addresses any more.
+type holding struct {
+	noTunnel
+	held []netip.Addr
+}
+
+func (h holding) Held() ([]netip.Addr, error) { return h.held, nil }
+
+// Addresses that pods do not reach are named with their nodes, and those of a large cluster counted.
+func TestHeldAddresses(t *testing.T) {
+	var held []netip.Addr
+	var peers []mesh.Peer
+	for i := range 8 {
+		a := netip.AddrFrom4([4]byte{192, 0, 2, byte(i)})
+		held, peers = append(held, a), append(peers, mesh.Peer{Node: fmt.Sprintf("worker-%d", i), NodeAddresses: []netip.Addr{a}})
+	}
+	for count, want := range map[int]string{
+		0: "",
+		1: ": 192.0.2.0 of node worker-0",
+		5: ": 192.0.2.0 of node worker-0, 192.0.2.1 of node worker-1, 192.0.2.2 of node worker-2, 192.0.2.3 of node worker-3, 192.0.2.4 of node worker-4",
+		8: "192.0.2.4 of node worker-4, 3 more",
+	} {
+		n := &node{tunnel: holding{held: held[:count]}}
+		got := n.heldAddresses(outcome{mesh: mesh.Config{Peers: peers}})
+		if count == 0 && len(got) > 0 || count > 0 && (len(got) != 1 || !strings.HasSuffix(got[0].Message, want)) {
+			t.Errorf("%d: %v, want %q", count, got, want)
+		}
 	}
 }

@@ -71,6 +71,28 @@ func (d *Device) Status(ctx context.Context) (Status, error) {
 	return status, nil
 }
 
+// Held returns the nodes' own addresses that pods do not reach: they were in the tunnel, and it does not lead there now.
+func (d *Device) Held() ([]netip.Addr, error) {
+	k, err := openKernel()
+	if err != nil {
+		return nil, err
+	}
+	defer k.Close()
+	stand, err := k.routes()
+	if err != nil {
+		return nil, err
+	}
+	byID := routesByID(stand)
+	var held []netip.Addr
+	for _, r := range stand {
+		if _, leads := byID[unicastID(r.destination, nodeTable)]; !leads && r.table == nodeTable {
+			held = append(held, r.destination.Addr())
+		}
+	}
+	slices.SortFunc(held, netip.Addr.Compare)
+	return held, nil
+}
+
 // Empty says whether the tunnel is as it begins: without a key and peers, or, where the kernel runs WireGuard, not there.
 func (d *Device) Empty(ctx context.Context) (bool, error) {
 	k, err := openKernel()
