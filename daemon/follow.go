@@ -148,7 +148,7 @@ func (f *follower) challenge(ctx context.Context) {
 		}
 		err := f.device.Challenge(ctx, want, f.claimed, f.again)
 		if err != nil && !failed && ctx.Err() == nil {
-			f.log.Warn("asking nodes whether they receive at their InternalIPs; what pods send there stays in clear", "error", err)
+			f.log.Warn("asking nodes whether they receive at their InternalIPs; what pods send there stays in clear, or unreachable where one was found before", "error", err)
 		}
 		failed = err != nil
 	}

@@ -7,6 +7,7 @@ import (
 	"math"
 	"net"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -83,7 +84,7 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 		gauge(m.lastApply, float64(o.applied.UnixMilli())/1000)
 	}
 	byCode := map[string]int{}
-	for _, p := range o.problems {
+	for _, p := range slices.Concat(o.problems, m.node.heldAddresses(o)) {
 		byCode[p.Code]++
 	}
 	for code, count := range byCode {

@@ -73,10 +73,10 @@ func TestEncryptNodeTraffic(t *testing.T) {
 		return lab.Probe(t.Context(), node.Netns(), netip.AddrPortFrom(client.Addresses[0], port), marker)
 	}, false)
 
-	if _, err = s.Nodes[0].Run(t.Context(), "ip", "link", "set", "warren0", "down"); err != nil {
-		t.Fatal(err)
-	}
 	s.eventually(func() error {
+		if _, errDown := s.Nodes[0].Run(t.Context(), "ip", "link", "set", "warren0", "down"); errDown != nil {
+			return errDown
+		}
 		report, _ := s.Nodes[0].Command(t.Context(), "status") // its exit status is that of a node with problems
 		if !strings.Contains(report, "NodeAddressesHeld") || !strings.Contains(report, fmt.Sprintf("%s of node %s", host.Addr(), node.Name)) {
 			return fmt.Errorf("status says, with the link down: %s", report)

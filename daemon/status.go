@@ -53,9 +53,7 @@ func (n *node) status(ctx context.Context) agentapi.Status {
 		var meshProblems []cluster.Problem
 		s.Peers, meshProblems = n.peers(ctx, o, &s.Encryption)
 		problems = slices.Concat(problems, meshProblems)
-		if n.options.nodeTraffic {
-			problems = append(problems, n.heldAddresses(o)...)
-		}
+		problems = append(problems, n.heldAddresses(o)...)
 	}
 	for _, p := range cluster.SortProblems(problems) {
 		s.Problems = append(s.Problems, agentapi.Problem(p))
@@ -111,15 +109,16 @@ func (n *node) peers(ctx context.Context, o outcome, e *agentapi.Encryption) ([]
 
 // heldAddresses reports InternalIPs of other nodes that pods do not reach because the tunnel does not lead there any more.
 func (n *node) heldAddresses(o outcome) []cluster.Problem {
+	if len(o.mesh.Hosts) == 0 {
+		return nil
+	}
 	held, err := n.tunnel.Held()
 	if err != nil || len(held) == 0 {
 		return nil // what cannot be read is reported with the mesh
 	}
 	owner := map[netip.Addr]string{}
-	for _, p := range o.mesh.Peers {
-		for _, a := range p.NodeAddresses {
-			owner[a] = p.Node
-		}
+	for _, h := range o.mesh.Hosts {
+		owner[h.Address] = h.Node
 	}
 	names := make([]string, 0, len(held))
 	for _, a := range held {
@@ -133,7 +132,7 @@ func (n *node) heldAddresses(o outcome) []cluster.Problem {
 		Code: "NodeAddressesHeld", Object: "Node " + n.options.nodeName,
 		Message: "pods do not reach InternalIPs that were in the tunnel, because it does not lead there now and nothing for them goes in clear: " + strings.Join(names, ", "),
 		Remedy: fmt.Sprintf("see whether the tunnel runs here and there, and whether that node is reached at the address; to have what pods send to %s in clear: "+
-			"ip route del unreachable %s table 87", held[0], held[0]),
+			"ip route del unreachable %s table 87 metric 4278198272", held[0], held[0]),
 	}}
 }
 

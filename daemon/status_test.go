@@ -159,10 +159,10 @@ func (h holding) Held() ([]netip.Addr, error) { return h.held, nil }
 // Addresses that pods do not reach are named with their nodes, and those of a large cluster counted.
 func TestHeldAddresses(t *testing.T) {
 	var held []netip.Addr
-	var peers []mesh.Peer
+	var hosts []mesh.Host
 	for i := range 8 {
 		a := netip.AddrFrom4([4]byte{192, 0, 2, byte(i)})
-		held, peers = append(held, a), append(peers, mesh.Peer{Node: fmt.Sprintf("worker-%d", i), NodeAddresses: []netip.Addr{a}})
+		held, hosts = append(held, a), append(hosts, mesh.Host{Address: a, Node: fmt.Sprintf("worker-%d", i)})
 	}
 	for count, want := range map[int]string{
 		0: "",
@@ -171,7 +171,7 @@ func TestHeldAddresses(t *testing.T) {
 		8: "192.0.2.4 of node worker-4, 3 more",
 	} {
 		n := &node{tunnel: holding{held: held[:count]}}
-		got := n.heldAddresses(outcome{mesh: mesh.Config{Peers: peers}})
+		got := n.heldAddresses(outcome{mesh: mesh.Config{Hosts: hosts}})
 		if count == 0 && len(got) > 0 || count > 0 && (len(got) != 1 || !strings.HasSuffix(got[0].Message, want)) {
 			t.Errorf("%d: %v, want %q", count, got, want)
 		}

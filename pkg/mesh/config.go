@@ -21,6 +21,9 @@ type Config struct {
 	Addresses []netip.Prefix
 	Peers     []Peer
 	Routes    []Route
+	// Hosts are other nodes' own addresses that may be in the tunnel, as their Nodes claim them, whatever becomes of the peers: what went into
+	// the tunnel must not fall to the default route because a key or a podCIDR counts no more.
+	Hosts []Host
 	// Unreachable are the prefixes that must never fall to the default route: a route of type unreachable with a high metric.
 	Unreachable []netip.Prefix
 }
@@ -53,9 +56,15 @@ type Route struct {
 	MTU int
 }
 
-// Change is what differs between two Configs.
+// Host is a node's own address, as its Node claims it.
+type Host struct {
+	Address netip.Addr
+	Node    string
+}
+
+// Change is what differs between two Configs, but for the Hosts: those are for a Config that is applied as a whole.
 type Change struct {
-	// Link is true where anything but Peers, Routes and KnownPodCIDRs differs: then the Config has to be applied as a whole.
+	// Link is true where anything but Peers, Routes, Hosts and KnownPodCIDRs differs: then the Config has to be applied as a whole.
 	Link bool
 	// Peers are new or differ, as they are now; RemovedPeers are as they were. No peer is in both. Both are sorted by node.
 	Peers, RemovedPeers []Peer

@@ -183,7 +183,7 @@ func (p *planned) agrees(before mesh.Config, u mesh.Update) {
 		p.t.Fatalf("the changes come to other podCIDRs (-mesh +changes):\n%s", diff)
 	}
 	rest := func(c mesh.Config) mesh.Config {
-		c.Peers, c.Routes, c.KnownPodCIDRs = nil, nil, nil
+		c.Peers, c.Routes, c.Hosts, c.KnownPodCIDRs = nil, nil, nil, nil
 		return c
 	}
 	if differs := cmp.Diff(rest(before), rest(got), byValue) != ""; differs && !u.Change.Link {

@@ -179,9 +179,9 @@ func (p *Planner) Config() Config {
 	c := p.link
 	switch {
 	case p.config != nil && len(p.since) <= fewViews:
-		c.Peers, c.Routes, c.KnownPodCIDRs = p.config.Peers, p.config.Routes, p.config.KnownPodCIDRs
+		c.Peers, c.Routes, c.Hosts, c.KnownPodCIDRs = p.config.Peers, p.config.Routes, p.config.Hosts, p.config.KnownPodCIDRs
 		if len(p.since) > 0 {
-			c.Peers, c.Routes, c.KnownPodCIDRs = slices.Clone(c.Peers), slices.Clone(c.Routes), slices.Clone(c.KnownPodCIDRs)
+			c.Peers, c.Routes, c.Hosts, c.KnownPodCIDRs = slices.Clone(c.Peers), slices.Clone(c.Routes), slices.Clone(c.Hosts), slices.Clone(c.KnownPodCIDRs)
 		}
 		for _, was := range p.since {
 			c.drop(was)
@@ -195,6 +195,7 @@ func (p *Planner) Config() Config {
 		}
 		slices.SortFunc(c.Peers, comparePeers)
 		slices.SortFunc(c.Routes, compareRoutes)
+		slices.SortFunc(c.Hosts, compareHosts)
 		slices.SortFunc(c.KnownPodCIDRs, comparePrefixes)
 	}
 	p.config = &c
@@ -206,6 +207,7 @@ func (p *Planner) Config() Config {
 func (c *Config) append(v *view) {
 	c.KnownPodCIDRs = append(c.KnownPodCIDRs, v.podCIDRs...)
 	c.Routes = append(c.Routes, v.routes...)
+	c.Hosts = append(c.Hosts, v.hosts...)
 	if v.peer != nil {
 		c.Peers = append(c.Peers, *v.peer)
 	}
@@ -222,6 +224,9 @@ func (c *Config) add(v *view) {
 	for _, r := range v.routes {
 		c.Routes = insert(c.Routes, r, compareRoutes)
 	}
+	for _, h := range v.hosts {
+		c.Hosts = insert(c.Hosts, h, compareHosts)
+	}
 	if v.peer != nil {
 		c.Peers = insert(c.Peers, *v.peer, comparePeers)
 	}
@@ -234,6 +239,9 @@ func (c *Config) drop(v *view) {
 	}
 	for _, r := range v.routes {
 		c.Routes = remove(c.Routes, r, compareRoutes)
+	}
+	for _, h := range v.hosts {
+		c.Hosts = remove(c.Hosts, h, compareHosts)
 	}
 	if v.peer != nil {
 		c.Peers = remove(c.Peers, *v.peer, comparePeers)
@@ -268,7 +276,7 @@ func (p *Planner) Problems() []cluster.Problem {
 	return cluster.SortProblems(problems)
 }
 
-// newLink returns the Config without peers and routes. It looks at all podCIDRs only where they changed and have to be kept from
+// newLink returns the Config without peers, routes and hosts. It looks at all podCIDRs only where they changed and have to be kept from
 // the default route one by one.
 func (p *Planner) newLink(podCIDRsChanged bool) Config {
 	c := Config{Encrypted: p.options.Encrypted, MTU: p.base.mtu}
@@ -309,6 +317,10 @@ func comparePrefixes(a, b netip.Prefix) int {
 }
 
 func comparePeers(a, b Peer) int { return cmp.Compare(a.Node, b.Node) }
+
+func compareHosts(a, b Host) int {
+	return cmp.Or(a.Address.Compare(b.Address), cmp.Compare(a.Node, b.Node))
+}
 
 func compareRoutes(a, b Route) int { return comparePrefixes(a.Destination, b.Destination) }
 

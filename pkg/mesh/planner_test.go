@@ -214,6 +214,14 @@ func TestPlannerNodeAddresses(t *testing.T) {
 	if got := p.Config().Peers[0].NodeAddresses; len(got) != 1 || got[0] != netip.MustParseAddr("192.0.2.2") {
 		t.Errorf("another node says that it has an own address: it gets %v", got)
 	}
+	keyless := func(n *cluster.Node) { n.WireGuard, n.PodCIDRs = nil, nil }
+	p = newPlanned(t, options(tunnelledNodes), node(1), node(2, addresses("192.0.2.1", "192.0.2.2"), keyless))
+	if got, want := p.Config(), []mesh.Host{{Address: netip.MustParseAddr("192.0.2.2"), Node: "node-2"}}; len(got.Peers) > 0 || !slices.Equal(got.Hosts, want) {
+		t.Errorf("a node that is no peer: %v, and claims %v, want %v", got.Peers, got.Hosts, want)
+	}
+	if got := newPlanned(t, options(), node(1), node(2)).Config().Hosts; len(got) > 0 {
+		t.Errorf("claims that nobody asks for: %v", got)
+	}
 }
 
 // honestClusters are of three nodes each that are reached in different ways.
@@ -351,6 +359,7 @@ func without(c mesh.Config, name string) mesh.Config {
 		return p.Node == name
 	})
 	c.Routes = slices.DeleteFunc(slices.Clone(c.Routes), func(r mesh.Route) bool { return slices.Contains(lost, r.Destination) })
+	c.Hosts = slices.DeleteFunc(slices.Clone(c.Hosts), func(h mesh.Host) bool { return h.Node == name })
 	c.KnownPodCIDRs = nil // of which the honest nodes' are checked by the update
 	return c
 }

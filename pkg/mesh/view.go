@@ -16,6 +16,7 @@ type view struct {
 	// peer is nil for the own node, and for one that cannot be a peer.
 	peer     *Peer
 	routes   []Route
+	hosts    []Host
 	problems []cluster.Problem
 }
 
@@ -83,6 +84,9 @@ func (p *Planner) newView(m *member) *view {
 		if !c.counts() {
 			v.problems = append(v.problems, c.refusal)
 		}
+	}
+	if p.options.Encrypted && !m.own {
+		v.hosts = p.hosts(m)
 	}
 	switch {
 	case len(m.podCIDRs) == 0:
@@ -213,13 +217,33 @@ func (p *Planner) rival(c *claim) *member {
 func (p *Planner) nodeAddresses(m *member) []netip.Addr {
 	var addresses []netip.Addr
 	for _, a := range countingAddresses(m.addresses) {
-		inside := slices.ContainsFunc(p.options.NodeCIDRs, func(c netip.Prefix) bool { return c.Contains(a) })
-		if inside && (m.own || !p.index.addresses[a][0].own) {
+		if p.inNodeCIDRs(a) && (m.own || !p.isOwn(a)) {
 			addresses = append(addresses, a)
 		}
 	}
 	slices.SortFunc(addresses, netip.Addr.Compare)
 	return slices.Compact(addresses)
+}
+
+// hosts returns what a node claims to be, also where that does not count.
+func (p *Planner) hosts(m *member) []Host {
+	var hosts []Host
+	for _, c := range m.addresses {
+		if a := c.prefix.Addr(); p.inNodeCIDRs(a) && !p.isOwn(a) {
+			hosts = append(hosts, Host{a, m.node.Name})
+		}
+	}
+	return hosts
+}
+
+func (p *Planner) inNodeCIDRs(a netip.Addr) bool {
+	return slices.ContainsFunc(p.options.NodeCIDRs, func(c netip.Prefix) bool { return c.Contains(a) })
+}
+
+// isOwn says whether the own node has an address.
+func (p *Planner) isOwn(a netip.Addr) bool {
+	claimants := p.index.addresses[a]
+	return len(claimants) > 0 && claimants[0].own // it comes first
 }
 
 // peerMTU returns the MTU of a node's uplink, 0 where it is not known.

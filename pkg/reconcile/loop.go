@@ -102,6 +102,15 @@ func (l *Loop) Run(ctx context.Context) {
 		pause(ctx, min(max(took, minPause), maxPause))
 
 		full, waiting = false, nil
+		select { // before all signals, which may come without an end
+		case <-audit.C:
+			full = true
+			continue
+		case <-retry.C:
+			full = true
+			continue
+		default:
+		}
 		select {
 		case <-ctx.Done():
 		case <-audit.C:

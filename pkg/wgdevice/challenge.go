@@ -75,23 +75,30 @@ func (d *Device) Challenge(ctx context.Context, want mesh.Config, later <-chan m
 		defer d.writing.Unlock()
 		return d.memory.suspects(want)
 	}
-	list := suspects(want)
-	if len(list) == 0 {
-		return nil
-	}
-	way, err := d.openTunnel(ctx, want.Addresses)
-	if err != nil {
-		return err
-	}
-	defer way.close()
-	r := round{way: way, clock: d.clock, later: later, suspects: suspects, found: func(s *suspect) {
-		d.writing.Lock()
-		defer d.writing.Unlock()
-		if d.memory.judge(s, d.clock(), func() (*wgtypes.Device, error) { return readDevice(way.client) }) {
-			found()
+	next := &want
+	for next != nil {
+		list := suspects(*next)
+		if len(list) == 0 {
+			return nil
 		}
-	}}
-	return r.interrogate(ctx, list)
+		way, err := d.openTunnel(ctx, next.Addresses)
+		if err != nil {
+			return err
+		}
+		r := round{way: way, clock: d.clock, own: next.Addresses, later: later, suspects: suspects, found: func(s *suspect) {
+			d.writing.Lock()
+			defer d.writing.Unlock()
+			if d.memory.judge(s, d.clock(), func() (*wgtypes.Device, error) { return readDevice(way.client) }) {
+				found()
+			}
+		}}
+		next, err = r.interrogate(ctx, list)
+		way.close()
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // suspects returns the peers that are to be asked.
@@ -167,6 +174,8 @@ type way interface {
 type round struct {
 	way
 	clock func() time.Time
+	// own are the node's addresses in the tunnel, from which it asks.
+	own []netip.Prefix
 	// later are meshes that were applied meanwhile, and suspects returns those of one that are to be asked.
 	later    <-chan mesh.Config
 	suspects func(mesh.Config) []*suspect
@@ -174,8 +183,9 @@ type round struct {
 	found func(*suspect)
 }
 
-// interrogate asks the suspects, and those that come while it asks.
-func (r round) interrogate(ctx context.Context, suspects []*suspect) error {
+// interrogate asks the suspects, and those that come while it asks. It returns a mesh for which all begins anew: the node has other addresses
+// there.
+func (r round) interrogate(ctx context.Context, suspects []*suspect) (next *mesh.Config, err error) {
 	every := lookEvery
 	looks := r.clock()
 	timer := time.NewTimer(0)
@@ -183,8 +193,11 @@ func (r round) interrogate(ctx context.Context, suspects []*suspect) error {
 	for len(suspects) > 0 {
 		select {
 		case <-ctx.Done():
-			return nil
+			return nil, nil
 		case want := <-r.later:
+			if !slices.Equal(want.Addresses, r.own) {
+				return &want, nil
+			}
 			for _, s := range r.suspects(want) {
 				if !slices.ContainsFunc(suspects, func(asked *suspect) bool { return asked.key == s.key }) {
 					suspects = append(suspects, s)
@@ -201,7 +214,7 @@ func (r round) interrogate(ctx context.Context, suspects []*suspect) error {
 		if now := r.clock(); !now.Before(looks) {
 			where, err := r.look()
 			if err != nil {
-				return err
+				return nil, err
 			}
 			every = max(lookEvery, lookShare*r.clock().Sub(now))
 			looks = r.clock().Add(random(2 * every))
@@ -225,7 +238,7 @@ func (r round) interrogate(ctx context.Context, suspects []*suspect) error {
 		}
 		timer.Reset(next.Sub(r.clock()))
 	}
-	return nil
+	return nil, nil
 }
 
 // seen takes in where a suspect is, and says whether it is convicted by that. The next question follows within the span.

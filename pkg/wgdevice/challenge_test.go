@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -79,7 +80,7 @@ func (p *peerAt) interrogate(t *testing.T) bool {
 			t.Errorf("believed at %v", s.at)
 		}
 	}}
-	err := r.interrogate(t.Context(), []*suspect{asked})
+	_, err := r.interrogate(t.Context(), []*suspect{asked})
 	if !errors.Is(err, p.err) || believed > 1 {
 		t.Errorf("error %v, want %v; believed %d times", err, p.err, believed)
 	}
@@ -190,14 +191,14 @@ func TestInterrogateTogether(t *testing.T) {
 			}
 			took = append(took, time.Since(began))
 		}}
-		err := r.interrogate(t.Context(), list())
+		_, err := r.interrogate(t.Context(), list())
 		if err != nil || len(took) != 1 || took[0] > answers*(spread+2)*lookEvery {
 			t.Errorf("believed after %v, error %v", took, err)
 		}
 		ended, cancel := context.WithCancel(t.Context())
 		cancel()
 		r.found = func(*suspect) { t.Error("believed after the end") }
-		if err = r.interrogate(ended, list()); err != nil {
+		if _, err = r.interrogate(ended, list()); err != nil {
 			t.Error(err)
 		}
 	})
@@ -217,7 +218,7 @@ func TestInterrogateNewcomer(t *testing.T) {
 		began, later, found := bubble(), make(chan mesh.Config), time.Duration(0)
 		time.AfterFunc(time.Second, func() { later <- mesh.Config{} })
 		r := round{way: both, clock: bubble, later: later, suspects: suspects, found: func(*suspect) { found = time.Since(began) }}
-		if err := r.interrogate(t.Context(), suspects(mesh.Config{})[:1]); err != nil {
+		if _, err := r.interrogate(t.Context(), suspects(mesh.Config{})[:1]); err != nil {
 			t.Fatal(err)
 		}
 		if found < time.Second || found > time.Second+answers*(spread+2)*lookEvery {
@@ -225,6 +226,14 @@ func TestInterrogateNewcomer(t *testing.T) {
 		}
 		if took := time.Since(began); took > (misses+1)*(answerPatience+2*spread*lookEvery) {
 			t.Errorf("it took %v: the silent one is asked anew", took)
+		}
+
+		// With other addresses of the node in the tunnel nobody is asked from the old ones any more.
+		began, moved := bubble(), mesh.Config{Addresses: []netip.Prefix{netip.MustParsePrefix("10.9.0.1/32")}}
+		time.AfterFunc(time.Second, func() { later <- moved })
+		next, err := r.interrogate(t.Context(), suspects(mesh.Config{})[:1])
+		if took := time.Since(began); err != nil || next == nil || !slices.Equal(next.Addresses, moved.Addresses) || took != time.Second {
+			t.Errorf("after %v the next mesh is %+v, error %v", took, next, err)
 		}
 	})
 }
@@ -265,7 +274,7 @@ func TestInterrogateSeesTheHolder(t *testing.T) {
 			s := &suspect{key: wgtypes.Key{1}, claimed: []netip.Addr{claimed}, asked: inside, holders: map[netip.Addr]wgtypes.Key{claimed: {2}}}
 			found := false
 			r := round{way: &twoAt{peerAt: p, second: test.second}, clock: bubble, found: func(*suspect) { found = true }}
-			if err := r.interrogate(t.Context(), []*suspect{s}); err != nil {
+			if _, err := r.interrogate(t.Context(), []*suspect{s}); err != nil {
 				t.Fatal(err)
 			}
 			if !found || s.away != test.away {

@@ -134,9 +134,11 @@ func (d *Device) applyEncrypted(ctx context.Context, k *kernel, want request, ch
 	if err != nil {
 		return err
 	}
-	nets := slices.Concat(unreachableRoutes(want.Unreachable), heldRoutes(want.Peers, stand))
+	held, loose := heldRoutes(want.Hosts, stand)
+	nets := slices.Concat(unreachableRoutes(want.Unreachable), held)
 	add, replace, _ := routeDelta(nets, stand)
-	errNet := k.writeRoutes(add, replace, nil, changes)
+	// And what pods send to nodes goes as it is to go also where there is no tunnel.
+	errNet := errors.Join(k.writeRoutes(add, replace, loose, changes), k.syncRules(nodeRules(want.Config), changes))
 	mode, err := d.resolve(k)
 	if err != nil {
 		return errors.Join(errNet, err)
@@ -153,13 +155,13 @@ func (d *Device) applyEncrypted(ctx context.Context, k *kernel, want request, ch
 	m := &d.memory
 	m.encrypted, m.link = true, link.Attrs().Index
 	hosts := m.hostRoutes()
-	wanted := slices.Concat(unreachableRoutes(want.Unreachable), m.meshRoutes(want.Routes), hosts, heldRoutes(want.Peers, append(hosts, nets...)))
+	held, _ = heldRoutes(want.Hosts, append(hosts, nets...))
+	wanted := slices.Concat(unreachableRoutes(want.Unreachable), m.meshRoutes(want.Routes), hosts, held)
 	m.routes = routesByID(wanted)
 	errRoutes := k.syncRoutes(wanted, changes)
-	errRules := k.syncRules(nodeRules(want.Config), changes)
 	// Last, because a route whose source address goes away goes with it.
 	errDelete := k.deleteAddresses(link, stale, changes)
-	return errors.Join(errNet, errAdd, errUp, errRoutes, errRules, errDelete)
+	return errors.Join(errNet, errAdd, errUp, errRoutes, errDelete)
 }
 
 // applyPlain makes the mesh of a cluster without encryption: routes by the nodes' addresses. A link of the kernel's goes. The

@@ -36,7 +36,8 @@ func (d *Device) RouteDrift(want mesh.Config, peers []PeerStatus) ([]string, err
 	if err != nil {
 		return nil, err
 	}
-	wanted := slices.Concat(unreachableRoutes(want.Unreachable), m.meshRoutes(want.Routes), hosts, heldRoutes(want.Peers, append(hosts, actual...)))
+	held, _ := heldRoutes(want.Hosts, append(hosts, actual...))
+	wanted := slices.Concat(unreachableRoutes(want.Unreachable), m.meshRoutes(want.Routes), hosts, held)
 	rules, err := k.rules()
 	if err != nil {
 		return nil, err

@@ -170,7 +170,8 @@ func TestRouteDrift(t *testing.T) {
 	a, b := l.nodes[0], l.nodes[1]
 	v4, v6 := uplink(b.number)
 	want := a.plan(t, a, b)
-	want.Peers[0].NodeAddresses, want.Peers[0].Endpoint = []netip.Addr{v4, v6}, netip.AddrPortFrom(v4, wireGuardPort)
+	claim(&want, 0, v4, v6)
+	want.Peers[0].Endpoint = netip.AddrPortFrom(v4, wireGuardPort)
 	b.apply(t, b.plan(t, a, b))
 	a.apply(t, want)
 	a.reach(t, b, newMarker())

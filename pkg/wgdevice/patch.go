@@ -15,7 +15,7 @@ import (
 var ErrUnknown = errors.New("the kernel's state is not known")
 
 // Patch makes one change to the mesh that stands, without a look at what does not change. It is what an Apply of the mesh as it is
-// then would write. It returns ErrUnknown, having written nothing, before the first Apply, after an error, with another
+// then would write, but for the nets below nodes' own addresses that no Node claims any more: they go with the next Apply. It returns ErrUnknown, having written nothing, before the first Apply, after an error, with another
 // key, and where the link itself changes.
 func (d *Device) Patch(ctx context.Context, change mesh.Change, key Key) (Changes, error) {
 	d.writing.Lock()
@@ -54,10 +54,8 @@ func (d *Device) patch(ctx context.Context, k *kernel, change mesh.Change, chang
 		}
 		defer closeQuietly(client)
 		var had []wgtypes.Key
-		var before []mesh.Peer
 		for _, p := range slices.Concat(change.Peers, change.RemovedPeers) {
 			had = append(had, keysOf(m.planned[p.Node])...)
-			before = append(before, m.planned[p.Node])
 		}
 		steps := m.delta(change.Peers, had, d.clock())
 		come, leave := m.hostChange(steps)
@@ -71,7 +69,6 @@ func (d *Device) patch(ctx context.Context, k *kernel, change mesh.Change, chang
 		for _, p := range change.Peers {
 			m.plan(p)
 		}
-		remove = append(remove, m.released(before)...)
 	}
 	return m.patchRoutes(k, add, remove, changes)
 }

@@ -3,7 +3,6 @@ package wgdevice
 import (
 	"errors"
 	"fmt"
-	"iter"
 	"maps"
 	"net/netip"
 	"slices"
@@ -60,29 +59,25 @@ func unreachableRoute(destination netip.Prefix, table int) route {
 }
 
 // heldRoutes are the nets below the routes to nodes' own addresses: what pods send to such an address goes nowhere else once it went into the
-// tunnel, whatever takes the link away, for as long as a Node claims it. The routes that stand tell which those are, so that it also holds where
-// daemon and tunnel begin anew.
-func heldRoutes(peers []mesh.Peer, stand []route) []route {
-	claimed := claims(slices.Values(peers))
-	held := map[routeID]route{}
+// tunnel, whatever takes link, peer or key away, for as long as a Node claims it. The routes that stand tell which those are, so that it also
+// holds where daemon and tunnel begin anew. loose are routes to addresses that no Node claims.
+func heldRoutes(hosts []mesh.Host, stand []route) (held, loose []route) {
+	claimed := make(map[netip.Addr]bool, len(hosts))
+	for _, h := range hosts {
+		claimed[h.Address] = true
+	}
+	nets := map[routeID]route{}
 	for _, r := range stand {
-		if r.table == nodeTable && claimed[r.destination.Addr()] {
+		switch {
+		case r.table != nodeTable:
+		case claimed[r.destination.Addr()]:
 			net := unreachableRoute(r.destination, nodeTable)
-			held[net.routeID] = net
+			nets[net.routeID] = net
+		default:
+			loose = append(loose, r)
 		}
 	}
-	return slices.Collect(maps.Values(held))
-}
-
-// claims returns the nodes' own addresses that peers claim.
-func claims(peers iter.Seq[mesh.Peer]) map[netip.Addr]bool {
-	claimed := map[netip.Addr]bool{}
-	for p := range peers {
-		for _, a := range p.NodeAddresses {
-			claimed[a] = true
-		}
-	}
-	return claimed
+	return slices.Collect(maps.Values(nets)), loose
 }
 
 // meshRoutes are the routes to other nodes' pods: through the link, or by the nodes' addresses where the mesh has none.
@@ -115,26 +110,6 @@ func (m *memory) hostRoutes() []route {
 // hostRoute leads pods to a node's own address.
 func (m *memory) hostRoute(host netip.Prefix) route {
 	return route{routeID: unicastID(host, nodeTable), link: m.link}
-}
-
-// released returns the nets of the addresses that Nodes claimed before a change, and none does any more.
-func (m *memory) released(before []mesh.Peer) []route {
-	var routes []route
-	var claimed map[netip.Addr]bool
-	for _, p := range before {
-		for _, a := range p.NodeAddresses {
-			if slices.Contains(m.planned[p.Node].NodeAddresses, a) {
-				continue
-			}
-			if claimed == nil {
-				claimed = claims(maps.Values(m.planned))
-			}
-			if !claimed[a] {
-				routes = append(routes, unreachableRoute(netip.PrefixFrom(a, a.BitLen()), nodeTable))
-			}
-		}
-	}
-	return routes
 }
 
 func unicastID(destination netip.Prefix, table int) routeID {
@@ -221,7 +196,7 @@ func (k *kernel) writeRoutes(add, replace, remove []route, changes *Changes) err
 		case err == nil:
 			changes.Routes++
 		case errors.Is(err, unix.EEXIST):
-			errs = append(errs, fmt.Errorf("%s route to %s: another program has a route there; delete it with: ip route del %s", what, r.destination, r.destination))
+			errs = append(errs, fmt.Errorf("%s route to %s: another program has a route there; delete it with: ip route del %s", what, r.destination, r.place()))
 		default:
 			errs = append(errs, fmt.Errorf("%s route to %s: %w", what, r.destination, err))
 		}
@@ -242,6 +217,18 @@ func (k *kernel) writeRoutes(add, replace, remove []route, changes *Changes) err
 		})
 	}
 	return errors.Join(errs...)
+}
+
+// place is the route as ip names what is in its place.
+func (r route) place() string {
+	place := r.destination.String()
+	if r.metric == metricUnreachable {
+		place = fmt.Sprintf("unreachable %s metric %d", r.destination, r.metric)
+	}
+	if r.table == nodeTable {
+		place += fmt.Sprintf(" table %d", r.table)
+	}
+	return place
 }
 
 // routes lists our routes.

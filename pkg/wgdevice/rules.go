@@ -18,7 +18,7 @@ const rulePriority = 8787
 // nodeRules returns the sources for which the routes to nodes' own addresses are: the node's pods. What the node itself sends has
 // another source, the tunnel's own packets among it, and never goes into the tunnel by these routes.
 func nodeRules(want mesh.Config) []netip.Prefix {
-	if !slices.ContainsFunc(want.Peers, func(p mesh.Peer) bool { return len(p.NodeAddresses) > 0 }) {
+	if len(want.Hosts) == 0 {
 		return nil
 	}
 	return want.PodCIDRs

@@ -152,6 +152,10 @@ status=0
 timeout "${minutes}m" qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m 3072 -nodefaults -no-reboot -display none -serial stdio \
   -kernel "$kernel"/boot/vmlinuz-* -initrd "$work/initramfs" -append "$told" </dev/null |
   sed -u 's/\r//' | tee "$work/log" || status=$?
+if grep -q '^testing: warning: no tests to run' "$work/log"; then
+  echo "vm: a pattern matches no test" >&2
+  exit 1
+fi
 if ! grep -qx 'vm: exit status 0' "$work/log"; then
   echo "vm: the tests failed or did not end within $minutes minutes (status $status); the guest's output is in $work/log" >&2
   exit 1
