@@ -70,7 +70,7 @@ func (f *follower) apply(ctx context.Context, want mesh.Config, change *mesh.Cha
 	case f.applied <- struct{}{}:
 	default: // it will look at this one
 	}
-	defer func() {
+	defer func() { // what is asked follows from what stands
 		select {
 		case <-f.claimed: // nobody came to that one
 		default:

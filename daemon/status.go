@@ -17,6 +17,7 @@ import (
 	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/cluster"
 	"github.com/warren-cni/warren/pkg/netfilter"
+	"github.com/warren-cni/warren/pkg/wgdevice"
 )
 
 // notCovered is what leaves in clear although encryption is on.
@@ -52,8 +53,7 @@ func (n *node) status(ctx context.Context) agentapi.Status {
 	if n.options.encryptionMode {
 		var meshProblems []cluster.Problem
 		s.Peers, meshProblems = n.peers(ctx, o, &s.Encryption)
-		problems = slices.Concat(problems, meshProblems)
-		problems = append(problems, n.heldAddresses(o)...)
+		problems = slices.Concat(problems, meshProblems, n.heldAddresses(o))
 	}
 	for _, p := range cluster.SortProblems(problems) {
 		s.Problems = append(s.Problems, agentapi.Problem(p))
@@ -131,8 +131,8 @@ func (n *node) heldAddresses(o outcome) []cluster.Problem {
 	return []cluster.Problem{{
 		Code: "NodeAddressesHeld", Object: "Node " + n.options.nodeName,
 		Message: "pods do not reach InternalIPs that were in the tunnel, because it does not lead there now and nothing for them goes in clear: " + strings.Join(names, ", "),
-		Remedy: fmt.Sprintf("see whether the tunnel runs here and there, and whether that node is reached at the address; to have what pods send to %s in clear: "+
-			"ip route del unreachable %s table 87 metric 4278198272", held[0], held[0]),
+		Remedy: fmt.Sprintf("see whether the tunnel runs here and there, and whether that node is reached at the address; to have what pods send to %s in clear: %s",
+			held[0], wgdevice.GiveUp(held[0])),
 	}}
 }
 

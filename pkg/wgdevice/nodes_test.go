@@ -220,13 +220,14 @@ func TestNodeAddressIsHeld(t *testing.T) {
 				t.Errorf("without a claim:\n%s", a.nodeRoutes(t))
 			}
 
-			// The positive control: without the net the same probe leaves in clear.
+			// The positive control: given up by the operator, the same probe leaves in clear.
 			find()
 			a.do(t, func() error {
-				net := &netlink.Route{
-					Dst: &net.IPNet{IP: address.AsSlice(), Mask: net.CIDRMask(address.BitLen(), address.BitLen())}, Table: 87, Type: unix.RTN_UNREACHABLE,
+				out, err := exec.Command("sh", "-c", wgdevice.GiveUp(address)).CombinedOutput()
+				if err != nil {
+					err = fmt.Errorf("%w: %s", err, out)
 				}
-				return errors.Join(linkDown(), netlink.RouteDel(net))
+				return errors.Join(linkDown(), err)
 			})
 			probe("without the net", true)
 		})

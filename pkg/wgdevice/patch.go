@@ -15,8 +15,8 @@ import (
 var ErrUnknown = errors.New("the kernel's state is not known")
 
 // Patch makes one change to the mesh that stands, without a look at what does not change. It is what an Apply of the mesh as it is
-// then would write, but for the nets below nodes' own addresses that no Node claims any more: they go with the next Apply. It returns ErrUnknown, having written nothing, before the first Apply, after an error, with another
-// key, and where the link itself changes.
+// then would write, but for the nets below nodes' own addresses that no Node claims any more: they go with the next Apply. It returns
+// ErrUnknown, having written nothing, before the first Apply, after an error, with another key, and where the link itself changes.
 func (d *Device) Patch(ctx context.Context, change mesh.Change, key Key) (Changes, error) {
 	d.writing.Lock()
 	defer d.writing.Unlock()

@@ -93,6 +93,11 @@ func (d *Device) Held() ([]netip.Addr, error) {
 	return held, nil
 }
 
+// GiveUp is the command by which an operator has what pods send to an address that is held go in clear.
+func GiveUp(held netip.Addr) string {
+	return "ip route del " + unreachableRoute(netip.PrefixFrom(held, held.BitLen()), nodeTable).place()
+}
+
 // Empty says whether the tunnel is as it begins: without a key and peers, or, where the kernel runs WireGuard, not there.
 func (d *Device) Empty(ctx context.Context) (bool, error) {
 	k, err := openKernel()
