@@ -66,7 +66,7 @@ func settled(t *testing.T, m *memory, device *wgtypes.Device, now time.Time, wan
 	if again := change(m, device, now, want...); len(again) > 0 {
 		t.Fatalf("not done after one step: %+v", again)
 	}
-	if diff := cmp.Diff(remembered, m.peers, cmp.AllowUnexported(peerState{}), cmpopts.EquateComparable(netip.AddrPort{}, netip.Prefix{}), cmpopts.EquateEmpty()); diff != "" {
+	if diff := cmp.Diff(remembered, m.peers, cmp.AllowUnexported(peerState{}, trial{}), cmpopts.EquateComparable(netip.AddrPort{}, netip.Prefix{}), cmpopts.EquateEmpty()); diff != "" {
 		t.Fatalf("what is remembered is not what is there (-remembered +there):\n%s", diff)
 	}
 }
@@ -324,6 +324,68 @@ func TestCrossed(t *testing.T) {
 	}
 }
 
+// TestDeaf is a peer in user space that has shaken hands and is not heard from then on, though it is sent to: it is made anew, and only once,
+// because it may have nothing to send.
+func TestDeaf(t *testing.T) {
+	const look = 100 * time.Millisecond
+	for name, c := range map[string]struct {
+		kernel, next, known bool
+		received, sent      int64 // at each look after that with the handshake
+		until               int64 // the looks at which something is sent
+		want                []time.Duration
+	}{
+		"is sent to, and silent":              {sent: 32, until: 100, want: []time.Duration{2*look + deafPatience}},
+		"is sent to once":                     {sent: 32, until: 1, want: []time.Duration{2*look + deafPatience}},
+		"has nothing to be sent":              {},
+		"is heard":                            {sent: 32, until: 100, received: 32},
+		"its next key":                        {sent: 32, until: 100, next: true},
+		"the kernel's":                        {sent: 32, until: 100, kernel: true},
+		"had shaken hands before it was seen": {sent: 32, until: 100, known: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			peer := testPeer(1, "10.1.0.0/24")
+			key := wgtypes.Key(peer.PublicKey)
+			if c.next {
+				peer.Next = [32]byte{9}
+				key = peer.Next
+			}
+			m, device := &memory{key: newKey(wgtypes.Key{1})}, &wgtypes.Device{Type: wgtypes.Userspace}
+			if c.kernel {
+				device.Type = wgtypes.LinuxKernel
+			}
+			settle(t, m, device, start(), peer)
+			if c.known {
+				m.peers = nil
+			}
+			var anew []time.Duration
+			for i := range int64(100) {
+				at := time.Duration(i+1) * look
+				p := &device.Peers[slices.IndexFunc(device.Peers, func(p wgtypes.Peer) bool { return p.PublicKey == key })]
+				if i == 0 || p.LastHandshakeTime.IsZero() {
+					p.LastHandshakeTime, p.ReceiveBytes, p.TransmitBytes = start().Add(at), 240, 240
+				} else {
+					p.ReceiveBytes += c.received
+					if i <= c.until {
+						p.TransmitBytes += c.sent
+					}
+				}
+				m.see(device, start().Add(at))
+				steps := m.crossed(start().Add(at))
+				for _, s := range steps {
+					pretend(t, device, s.config)
+				}
+				if m.did(steps); len(steps) > 0 {
+					anew = append(anew, at)
+					settled(t, m, device, start().Add(at), peer)
+				}
+			}
+			if !slices.Equal(anew, c.want) {
+				t.Errorf("made anew after %v, want %v", anew, c.want)
+			}
+		})
+	}
+}
+
 // TestManyCross is a node with which more peers cross than one call makes anew: each is named by one call in whole.
 func TestManyCross(t *testing.T) {
 	var peers []mesh.Peer
@@ -371,6 +433,11 @@ func TestAwaited(t *testing.T) {
 	expect(youth, Awaited{Keys: 1})
 	device.Peers[2].LastHandshakeTime = start()
 	expect(youth, Awaited{})
+	device.Type = wgtypes.Userspace
+	device.Peers[1].LastHandshakeTime = start()
+	expect(youth-1, Awaited{Handshakes: 1})
+	device.Peers[1].ReceiveBytes++
+	expect(youth-1, Awaited{})
 	if got := (&memory{}).awaited(nil, start()); got != (Awaited{}) {
 		t.Errorf("a device that nothing is known of: %+v", got)
 	}

@@ -33,11 +33,13 @@ type peerState struct {
 	// preshared is true where the peer has a preshared key, which none of ours has: no handshake succeeds by a foreign one.
 	preshared bool
 	handshake time.Time
-	received  int64
+	// received and sent are bytes, of handshakes as well.
+	received, sent int64
 	// heard is when something of the peer was last seen to have arrived, and since when it is known.
 	heard, since time.Time
 	// anew is how often the peer was made anew since then.
-	anew int
+	anew  int
+	trial trial
 }
 
 // see takes in the peers of the device.
@@ -47,12 +49,15 @@ func (m *memory) see(device *wgtypes.Device, now time.Time) {
 		p := &device.Peers[i]
 		s := peerState{
 			endpoint: endpointOf(p), allowed: allowedOf(p), keepalive: p.PersistentKeepaliveInterval,
-			preshared: p.PresharedKey != wgtypes.Key{}, handshake: p.LastHandshakeTime, received: p.ReceiveBytes, heard: now, since: now,
+			preshared: p.PresharedKey != wgtypes.Key{}, handshake: p.LastHandshakeTime, received: p.ReceiveBytes, sent: p.TransmitBytes, heard: now, since: now,
 		}
 		if old, seen := m.peers[p.PublicKey]; seen {
 			s.since, s.anew = old.since, old.anew
 			if old.received == s.received {
 				s.heard = old.heard
+			}
+			if device.Type == wgtypes.Userspace {
+				s.trial = old.try(s, now)
 			}
 		} else {
 			m.locate(p.PublicKey, s)
