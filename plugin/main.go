@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
@@ -21,6 +20,7 @@ import (
 	"github.com/warren-cni/warren/pkg/agentapi"
 	"github.com/warren-cni/warren/pkg/gate"
 	"github.com/warren-cni/warren/pkg/ipam"
+	_ "github.com/warren-cni/warren/plugin/single"
 )
 
 // daemonTimeout bounds what the daemon may take for one request. It waits itself for no longer than 5 s for a pod that it does
@@ -31,9 +31,6 @@ const daemonTimeout = 30 * time.Second
 var version = "dev"
 
 func main() {
-	// It hardly ever has two things to do at a time but waiting; to hand them from thread to thread costs more than it gains, most of all on
-	// a busy node.
-	runtime.GOMAXPROCS(1)
 	// Without it skel fails a DEL that is done, and each one after it, where the path of the pod's network namespace leads to the node's by
 	// now: /proc/PID/ns/net of a runtime, once another process has the number. ADD looks at the path itself, before it does anything.
 	_ = os.Setenv("CNI_NETNS_OVERRIDE", "1")
