@@ -321,6 +321,26 @@ func TestPluginIsFreeOfKubernetes(t *testing.T) {
 	}
 }
 
+// TestSingleIsEarly has Go tell in which order it initializes packages: single comes before those that make something.
+func TestSingleIsEarly(t *testing.T) {
+	cmd := exec.Command(filepath.Join(binaries, "warren"))
+	cmd.Env = []string{"GODEBUG=inittrace=1", "CNI_COMMAND=VERSION"}
+	var trace bytes.Buffer
+	cmd.Stdin, cmd.Stderr = strings.NewReader(`{"cniVersion":"1.0.0"}`), &trace
+	if err := cmd.Run(); err != nil {
+		t.Fatalf("%v: %s", err, &trace)
+	}
+	before, after, found := strings.Cut(trace.String(), "init github.com/warren-cni/warren/plugin/single ")
+	if !found || !strings.Contains(after, "init syscall ") {
+		t.Fatalf("these are not the plugin's packages: %s", &trace)
+	}
+	for line := range strings.Lines(before) {
+		if !strings.HasSuffix(line, " 0 bytes, 0 allocs\n") {
+			t.Errorf("before it something is made: %s", line)
+		}
+	}
+}
+
 // TestCnitool drives the plugin with the CNI project's own tool.
 func TestCnitool(t *testing.T) {
 	n := newNode(t)

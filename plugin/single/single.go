@@ -7,4 +7,4 @@ package single
 
 import "runtime"
 
-func init() { runtime.GOMAXPROCS(1) }
+var _ = runtime.GOMAXPROCS(1)
