@@ -52,6 +52,7 @@ func buildAndRun(m *testing.M) (int, error) {
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
 	binaries = dir
+	runtime.SetDefaultGOMAXPROCS() // the tests are many things at a time
 	for name, pkg := range map[string]string{
 		"warren":    ".",
 		"cnitool":   "github.com/containernetworking/cni/cnitool",

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/warren-cni/warren/pkg/mesh"
@@ -18,10 +19,10 @@ import (
 // make its peer anew, too: so one side comes first, and the other one only where that did not see it.
 //
 // wireguard-go can also take the answer in the same instant in which it answers the other side's begin, because it looks at the state of its
-// handshake and changes it under two locks. Then it has shaken hands, but at an index that it has given up: it sends what the peer can
-// read, and drops what the peer sends, for the 15 s after which it begins again because it hears nothing (KEEPALIVE_TIMEOUT and
-// REKEY_TIMEOUT). It shows as a peer that is sent to and was not heard since its first handshake. So is one that rightly only
-// receives: such a one is made anew as well, but once.
+// handshake and changes it under two locks. Then it has shaken hands, but at an index that it has given up: it drops all that the peer
+// sends, until one of the two begins again because it hears nothing (15 s, KEEPALIVE_TIMEOUT and REKEY_TIMEOUT). It shows as a peer of which
+// one begin and one answer have arrived, and nothing else. That can also be a peer that is well and has sent nothing yet; to make it
+// anew costs little then, and happens once: nobody begins but this side, so what comes is an answer alone.
 const (
 	// crossPatience is for how long the node with the smaller key leaves such a peer alone: handshakes end within the time that a packet
 	// takes there and back, also between continents, and to make it anew costs what waits for it. Each time that it was not enough, it
@@ -30,45 +31,21 @@ const (
 	// crossOther is how many times longer the other node's patience is, and crossMost how often it doubles.
 	crossOther = 3
 	crossMost  = 10
-	// deafPatience is for how long a peer may be sent to after its first handshake without being heard.
-	deafPatience = time.Second
 	// crossAtOnce is how many peers are made anew in one call: for more, wgctrl divides the call for the kernel, and then leaves out what it
 	// is told of a peer for the second time.
 	crossAtOnce = 16
-	// youth is for how long a peer's first handshake, and what follows it, is looked for after the peer was made: twice the time after which
-	// WireGuard itself begins again, at which it may cross once more.
+	// youth is for how long a peer's first handshake is looked for after the peer was made: twice the time after which WireGuard itself
+	// begins again, at which it may cross once more.
 	youth = 10 * time.Second
+	// bothMessages are the bytes of one begin and one answer (the first and the second message of WireGuard's protocol).
+	bothMessages = device.MessageInitiationSize + device.MessageResponseSize
 )
-
-// trial is whether a peer's first handshake holds, which is seen by what arrives after it.
-type trial struct {
-	// open is true from the handshake until something arrives.
-	open bool
-	// asked is when the peer was first sent something meanwhile.
-	asked time.Time
-	// failed is true where the peer was made anew because nothing came.
-	failed bool
-}
-
-// try returns what the trial of a peer's first handshake has come to, by what the peer is now.
-func (p peerState) try(now peerState, at time.Time) trial {
-	t := p.trial
-	switch {
-	case p.handshake.IsZero() && !now.handshake.IsZero():
-		t.open = !t.failed
-	case now.received != p.received:
-		t.open = false
-	case t.open && t.asked.IsZero() && now.sent != p.sent:
-		t.asked = at
-	}
-	return t
-}
 
 // Awaited is what a Device has still to see of its peers.
 type Awaited struct {
 	// Keys counts the peers that are about to change their key, and do not use the next one yet.
 	Keys int
-	// Handshakes counts the peers that were made a moment ago, and have not shaken hands yet, or were not heard since.
+	// Handshakes counts the peers that were made a moment ago, and have not shaken hands yet, or maybe in vain.
 	Handshakes int
 }
 
@@ -76,7 +53,7 @@ type Awaited struct {
 func (m *memory) awaited(peers []mesh.Peer, now time.Time) Awaited {
 	a := Awaited{Keys: len(m.waiting(peers))}
 	for _, s := range m.peers {
-		if (s.handshake.IsZero() || s.trial.open) && now.Sub(s.since) < youth {
+		if (s.handshake.IsZero() || s.doubtful) && now.Sub(s.since) < youth {
 			a.Handshakes++
 		}
 	}
@@ -87,8 +64,7 @@ func (m *memory) awaited(peers []mesh.Peer, now time.Time) Awaited {
 func (m *memory) crossed(now time.Time) []step {
 	var steps []step
 	for key, s := range m.peers {
-		deaf := s.isDeaf(now)
-		if !s.endpoint.IsValid() || !deaf && !m.waitsForNothing(key, s, now) {
+		if !s.endpoint.IsValid() || !m.waitsInVain(key, s, now) && !s.isDropped(now) {
 			continue
 		}
 		again := step{
@@ -101,8 +77,11 @@ func (m *memory) crossed(now time.Time) []step {
 		for _, a := range s.allowed {
 			again.config.AllowedIPs = append(again.config.AllowedIPs, *ipNet(a))
 		}
-		again.after.handshake, again.after.received, again.after.sent = time.Time{}, 0, 0
-		again.after.heard, again.after.anew, again.after.trial = now, s.anew+1, trial{failed: s.trial.failed || deaf}
+		again.after.handshake, again.after.received, again.after.heard = time.Time{}, 0, now
+		again.after.preshared, again.after.doubtful = false, false
+		if s.handshake.IsZero() {
+			again.after.anew++
+		}
 		gone := step{config: wgtypes.PeerConfig{PublicKey: key, Remove: true, UpdateOnly: true}}
 		steps = append(steps, gone, again)
 	}
@@ -110,20 +89,26 @@ func (m *memory) crossed(now time.Time) []step {
 	return steps[:min(len(steps), 2*crossAtOnce)] // the others come at the next look
 }
 
-// waitsForNothing says whether each side has dropped the other one's answer: the peer was heard, and has not shaken hands for longer than
-// this side is patient.
-func (m *memory) waitsForNothing(key wgtypes.Key, s peerState, now time.Time) bool {
-	if !s.handshake.IsZero() || s.received == 0 {
+// waitsInVain says whether each side has dropped the other one's answer: the peer was heard, and has not shaken hands for longer than this
+// side is patient.
+func (m *memory) waitsInVain(key wgtypes.Key, p peerState, now time.Time) bool {
+	if !p.handshake.IsZero() || p.received == 0 {
 		return false
 	}
-	patience := crossPatience << min(s.anew, crossMost)
+	patience := crossPatience << min(p.anew, crossMost)
 	if own := m.key.Public(); bytes.Compare(own[:], key[:]) > 0 {
 		patience *= crossOther
 	}
-	return now.Sub(s.heard) >= patience
+	return now.Sub(p.heard) >= patience
 }
 
-// isDeaf says whether what the peer sends seems to be dropped here. That a next key is in use is known by its handshake alone, which stays.
-func (p peerState) isDeaf(now time.Time) bool {
-	return p.trial.open && !p.trial.asked.IsZero() && now.Sub(p.trial.asked) >= deafPatience && p.keepalive != keepaliveNext
+// isDropped says whether what a peer sends seems to be dropped here.
+func (p peerState) isDropped(now time.Time) bool {
+	return p.doubtful && now.Sub(p.heard) >= crossPatience
+}
+
+// isDoubtful says whether a peer in user space may have shaken hands at an index that was given up. That a node uses its next key is known
+// by the handshake alone, so that one stays.
+func (p peerState) isDoubtful() bool {
+	return !p.handshake.IsZero() && p.received == bothMessages && p.keepalive != keepaliveNext
 }

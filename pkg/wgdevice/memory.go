@@ -33,13 +33,13 @@ type peerState struct {
 	// preshared is true where the peer has a preshared key, which none of ours has: no handshake succeeds by a foreign one.
 	preshared bool
 	handshake time.Time
-	// received and sent are bytes, of handshakes as well.
-	received, sent int64
+	received  int64
 	// heard is when something of the peer was last seen to have arrived, and since when it is known.
 	heard, since time.Time
 	// anew is how often the peer was made anew since then.
-	anew  int
-	trial trial
+	anew int
+	// doubtful is true where what the peer sends may be dropped here, although it has shaken hands.
+	doubtful bool
 }
 
 // see takes in the peers of the device.
@@ -49,15 +49,13 @@ func (m *memory) see(device *wgtypes.Device, now time.Time) {
 		p := &device.Peers[i]
 		s := peerState{
 			endpoint: endpointOf(p), allowed: allowedOf(p), keepalive: p.PersistentKeepaliveInterval,
-			preshared: p.PresharedKey != wgtypes.Key{}, handshake: p.LastHandshakeTime, received: p.ReceiveBytes, sent: p.TransmitBytes, heard: now, since: now,
+			preshared: p.PresharedKey != wgtypes.Key{}, handshake: p.LastHandshakeTime, received: p.ReceiveBytes, heard: now, since: now,
 		}
+		s.doubtful = device.Type == wgtypes.Userspace && s.isDoubtful()
 		if old, seen := m.peers[p.PublicKey]; seen {
 			s.since, s.anew = old.since, old.anew
 			if old.received == s.received {
 				s.heard = old.heard
-			}
-			if device.Type == wgtypes.Userspace {
-				s.trial = old.try(s, now)
 			}
 		} else {
 			m.locate(p.PublicKey, s)
