@@ -121,6 +121,7 @@ func (p *planning) tunnelledNodes() []netip.Prefix {
 func (p *planning) guards(m mesh.Config) guard.Config {
 	return guard.Config{
 		PodCIDRs:      m.PodCIDRs,
+		Addresses:     m.Addresses,
 		KnownPodCIDRs: m.KnownPodCIDRs,
 		ClusterCIDRs:  p.parsedCluster,
 		NonMasquerade: p.parsedNonMasq,

@@ -31,8 +31,10 @@ type planner struct {
 	news         mesh.Change
 	meshProblems []cluster.Problem
 	// held are the pods that have an address which is the node's own by its podCIDRs.
-	held  map[netip.Addr]cluster.Key
-	hosts hosts
+	held map[netip.Addr]cluster.Key
+	// strays are the addresses of pods that got them from podCIDRs which the node had before.
+	strays []netip.Addr
+	hosts  hosts
 	// fenced says that both families have a cluster CIDR, so that the guards do not depend on the podCIDRs of other nodes; otherwise
 	// refence says that these are others than when the guards were planned.
 	fenced, refence bool
@@ -153,10 +155,11 @@ func (p *planner) plan(news cluster.Bound, uplink mesh.Uplink) plan {
 	if !meshChange.Empty() || refence {
 		p.config = p.mesh.Config()
 	}
-	if held := p.heldByPods(); !maps.Equal(held, p.held) || len(held) > 0 && !meshChange.Empty() {
-		p.held, meshChange = held, mesh.Change{Link: true}
+	held, strays := p.heldByPods(), p.state.Strays()
+	if !maps.Equal(held, p.held) || len(held) > 0 && !meshChange.Empty() || !slices.Equal(strays, p.strays) {
+		p.held, p.strays, meshChange = held, strays, mesh.Change{Link: true}
 	}
-	result := plan{change: update.Change, affected: update.Affected, mesh: p.withoutHeld(), meshChange: meshChange}
+	result := plan{change: update.Change, affected: update.Affected, mesh: p.adapted(), meshChange: meshChange}
 	if len(news.Opened)+len(news.Closed) > 0 || meshChange.Link || refence || first {
 		result.open, result.openChanged = p.state.Open(), true
 		result.change = netfilter.MergeChanges(result.change, p.guard(result.open, news.Opened))
@@ -178,9 +181,10 @@ func (p *planner) heldByPods() map[netip.Addr]cluster.Key {
 	return held
 }
 
-// withoutHeld returns the mesh without those addresses: on the link they would take the pods' packets.
-func (p *planner) withoutHeld() mesh.Config {
+// adapted returns the mesh with the strays, and without the addresses that pods hold: on the link they would take the pods' packets.
+func (p *planner) adapted() mesh.Config {
 	c := p.config
+	c.Strays = p.strays
 	if len(p.held) == 0 {
 		return c
 	}
@@ -189,7 +193,7 @@ func (p *planner) withoutHeld() mesh.Config {
 	c.Routes = slices.Clone(c.Routes)
 	for i, r := range c.Routes {
 		if isHeld(r.Source) {
-			c.Routes[i].Source = netip.Addr{} // the kernel takes one of the node's; what leaves is translated all the same
+			c.Routes[i].Source = netip.Addr{} // the kernel takes one of the node's, by which no peer takes a packet: as the pod's it would pass the policies of others
 		}
 	}
 	return c
@@ -200,7 +204,7 @@ func (p *planner) heldProblems() (problems []cluster.Problem) {
 	for a, pod := range p.held {
 		problems = append(problems, cluster.Problem{
 			Code: "NodeAddressHeld", Object: "Node " + p.options.nodeName, Field: "spec.podCIDRs",
-			Message: fmt.Sprintf("pod %s has %s, the first address of the podCIDR, from one that the node had before; the node does without it until the pod ends", pod, a),
+			Message: fmt.Sprintf("pod %s has %s, the first address of the podCIDR, from one that the node had before; until the pod ends the node does without it, and reaches no pods of other nodes in that family, neither do those who come by its NodePorts", pod, a),
 			Remedy:  "delete the pod, so that it gets another address",
 		})
 	}
@@ -211,7 +215,7 @@ func (p *planner) heldProblems() (problems []cluster.Problem) {
 // holder was taken out of the gate's set by the plugin, so it has to be put in again.
 func (p *planner) guard(open map[netip.Addr]cluster.Holder, opened []netip.Addr) netfilter.Change {
 	before := without(p.guards, opened)
-	config := p.options.guards(p.config)
+	config := p.options.guards(p.adapted())
 	config.Ready = slices.SortedFunc(maps.Keys(open), netip.Addr.Compare)
 	p.guards = guard.Rules(config)
 	return netfilter.Diff(before, p.guards)

@@ -11,8 +11,8 @@ import (
 // really have, and says which of them the start gate may let pass.
 //
 // The pods of the own node have the addresses of their attachments and no others. Those of another node have what their
-// status says, as far as it lies in that node's podCIDRs: a status is written by the pod's kubelet, and one that is stale
-// or not honest must not give its pod's identity to who has the address. A finished pod has no addresses: its labels
+// status says, as far as it lies in that node's podCIDRs, and nobody here holds it: a status is written by the pod's kubelet, and one that
+// is stale or not honest must not give its pod's identity to who has the address. A finished pod has no addresses: its labels
 // choose it for no policy any more, so what still runs of it must not pass.
 //
 // An attachment counts for a pod only when namespace, name and uid agree: a pod that was deleted and made again under the
@@ -28,6 +28,8 @@ type State struct {
 	byNode      map[string]map[Key]*boundPod
 	attachments map[Key][]Attachment
 	open        map[netip.Addr]Holder
+	// strays are the addresses of attachments that lie outside of the own node's podCIDRs: a pod keeps what it got from those before.
+	strays map[netip.Addr]bool
 }
 
 // boundPod is a pod as its object says, and with the addresses that it can have; of is the object that it was bound from.
@@ -87,6 +89,9 @@ func (s *State) Update(d Delta, a Attachments) Bound {
 		for _, one := range a.List {
 			s.attach(one, again)
 		}
+	}
+	if _, moved := d.Nodes[s.self]; moved || a.All || len(a.List) > 0 {
+		s.stray(again)
 	}
 	b := s.bind(again)
 	b.Nodes, b.Namespaces, b.Policies = d.Nodes, d.Namespaces, d.Policies
@@ -194,6 +199,27 @@ func (s *State) hold(a Attachment) {
 	slices.SortFunc(s.attachments[key], Attachment.Compare)
 }
 
+// stray finds the strays, and notes all pods where they are others than before.
+func (s *State) stray(again map[Key]bool) {
+	strays, own := map[netip.Addr]bool{}, podCIDRs(s.nodes[s.self])
+	for _, of := range s.attachments {
+		for _, attachment := range of {
+			for _, a := range attachment.Addresses {
+				if !holds(own, a) {
+					strays[a] = true
+				}
+			}
+		}
+	}
+	if maps.Equal(strays, s.strays) {
+		return
+	}
+	s.strays = strays
+	for key := range s.pods {
+		again[key] = true
+	}
+}
+
 // bind gives pods their addresses anew and returns what differs.
 func (s *State) bind(again map[Key]bool) Bound {
 	b := Bound{Delta: NewDelta()}
@@ -281,7 +307,7 @@ func (s *State) addresses(key Key, pod *Pod) []netip.Addr {
 		slices.SortFunc(leased, netip.Addr.Compare)
 		return leased
 	default:
-		return inside(pod.Addresses, podCIDRs(s.nodes[pod.Node]), podCIDRs(s.nodes[s.self]))
+		return s.remote(pod)
 	}
 }
 
@@ -303,16 +329,24 @@ func podCIDRs(n *Node) []netip.Prefix {
 	return n.PodCIDRs
 }
 
-// inside returns those of the addresses that lie in the prefixes of a node, and not in the own node's.
-func inside(addresses []netip.Addr, node, own []netip.Prefix) []netip.Addr {
-	holds := func(prefixes []netip.Prefix, a netip.Addr) bool {
-		return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
+// remote returns those of the addresses of another node's pod that lie in its node's podCIDRs, and that nobody on the own node can have.
+func (s *State) remote(pod *Pod) []netip.Addr {
+	node, own := podCIDRs(s.nodes[pod.Node]), podCIDRs(s.nodes[s.self])
+	isForeign := func(a netip.Addr) bool { return !holds(node, a) || holds(own, a) || s.strays[a] }
+	if !slices.ContainsFunc(pod.Addresses, isForeign) {
+		return pod.Addresses
 	}
-	isForeign := func(a netip.Addr) bool { return !holds(node, a) || holds(own, a) }
-	if !slices.ContainsFunc(addresses, isForeign) {
-		return addresses
-	}
-	return slices.DeleteFunc(slices.Clone(addresses), isForeign)
+	return slices.DeleteFunc(slices.Clone(pod.Addresses), isForeign)
+}
+
+// holds says whether one of the prefixes holds an address.
+func holds(prefixes []netip.Prefix, a netip.Addr) bool {
+	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// Strays returns the addresses of attachments that lie outside of the own node's podCIDRs, sorted.
+func (s *State) Strays() []netip.Addr {
+	return slices.SortedFunc(maps.Keys(s.strays), netip.Addr.Compare)
 }
 
 // Open returns the addresses that the start gate may let pass, each with who holds it.

@@ -106,6 +106,28 @@ func TestRemotePodHasOnlyAddressesOfItsNode(t *testing.T) {
 	}
 }
 
+// A pod keeps its address where the node gets other podCIDRs, and another node the old ones: there the address is of a pod of its own.
+func TestStrayIsNoOtherPod(t *testing.T) {
+	s := started(pod("web", "b", "10.2.0.7", "10.2.0.8"))
+	expect := func(what string, strays []netip.Addr, want ...string) {
+		t.Helper()
+		var addresses []netip.Addr
+		for _, a := range want {
+			addresses = append(addresses, addr(a))
+		}
+		if got := addressesOf(t, s, "web"); !slices.Equal(got, addresses) || !slices.Equal(s.Strays(), strays) {
+			t.Errorf("%s: addresses %v, strays %v, want %v and %v", what, got, s.Strays(), addresses, strays)
+		}
+	}
+	expect("at first", nil, "10.2.0.7", "10.2.0.8")
+	attach(s, attachment("c1", "old", "uid-old", "10.2.0.7"))
+	expect("with a pod here that has one of them", []netip.Addr{addr("10.2.0.7")}, "10.2.0.8")
+	attach(s, attachment("c2", "new", "uid-new", "10.1.0.7"))
+	expect("with a pod here that has none of them", []netip.Addr{addr("10.2.0.7")}, "10.2.0.8")
+	attachAll(s, nil)
+	expect("when it has ended", nil, "10.2.0.7", "10.2.0.8")
+}
+
 func TestLocalPodHasItsAttachmentsAddresses(t *testing.T) {
 	s := started(pod("web", "a", "10.1.0.99"))
 	if got := addressesOf(t, s, "web"); len(got) != 0 {

@@ -16,7 +16,6 @@ import (
 
 	"github.com/warren-cni/warren/pkg/mesh"
 	"github.com/warren-cni/warren/pkg/netfilter"
-	"github.com/warren-cni/warren/pkg/podcidr"
 )
 
 // The chains of this package, each behind one hook, but for sourcesChain, which hangs below rawChain, judgedChain below guardChain, and
@@ -37,6 +36,8 @@ const (
 type Config struct {
 	// PodCIDRs are the own node's.
 	PodCIDRs []netip.Prefix
+	// Addresses are those that the node keeps for itself in them, but for what a pod holds: the tunnel carries the node's own packets from there.
+	Addresses []netip.Prefix
 	// KnownPodCIDRs are those of all nodes. They stand in for the cluster CIDR in a family that has none, so they should
 	// be those that the mesh accepts: what is in them leaves this node only through the tunnel. What was known once stays so in
 	// the kernel, because pods may still send to a node that is gone.
@@ -81,6 +82,7 @@ func (c Config) compile(f netfilter.Family) netfilter.Rules {
 	p := plan{
 		family:    f,
 		own:       of(f, c.PodCIDRs),
+		addresses: of(f, c.Addresses),
 		outside:   of(f, c.NonMasquerade),
 		services:  of(f, c.Services),
 		encrypted: c.Encrypted,
@@ -207,17 +209,6 @@ func of(f netfilter.Family, prefixes []netip.Prefix) []netip.Prefix {
 	}
 	slices.SortFunc(own, netip.Prefix.Compare)
 	return slices.Compact(own)
-}
-
-// nodeAddresses are the addresses that the node keeps for itself in its podCIDRs.
-func nodeAddresses(own []netip.Prefix) []netip.Addr {
-	var addresses []netip.Addr
-	for _, p := range own {
-		if a := podcidr.NodeAddress(p); a.IsValid() {
-			addresses = append(addresses, a)
-		}
-	}
-	return addresses
 }
 
 // link is the name of the tunnel's link.

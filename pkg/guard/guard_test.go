@@ -33,6 +33,7 @@ func addresses(list ...string) []netip.Addr {
 func dual() guard.Config {
 	return guard.Config{
 		PodCIDRs:      prefixes("10.244.1.0/24", "fd00:10:244:1::/64"),
+		Addresses:     prefixes("10.244.1.1/32", "fd00:10:244:1::1/128"),
 		KnownPodCIDRs: prefixes("10.244.2.0/24", "10.244.1.0/24", "fd00:10:244:1::/64", "fd00:10:244:2::/64"),
 		ClusterCIDRs:  prefixes("10.244.0.0/16", "fd00:10:244::/48"),
 		NonMasquerade: prefixes("10.64.0.0/10", "fd00:10::/40"),
@@ -54,15 +55,18 @@ func TestGolden(t *testing.T) {
 	for name, config := range map[string]guard.Config{
 		"dual": dual(),
 		"ipv4": {
-			PodCIDRs: prefixes("10.244.1.0/24"), ClusterCIDRs: prefixes("10.244.0.0/16"), Encrypted: true,
+			PodCIDRs: prefixes("10.244.1.0/24"), Addresses: prefixes("10.244.1.1/32"), ClusterCIDRs: prefixes("10.244.0.0/16"), Encrypted: true,
 			Ready: addresses("10.244.1.7"),
 		},
 		"known-nodes-only": changed(func(c *guard.Config) { c.ClusterCIDRs = nil }),
 		"whole-address-space-claimed": changed(func(c *guard.Config) {
 			c.ClusterCIDRs, c.KnownPodCIDRs = nil, prefixes("0.0.0.0/0", "::/0", "10.244.2.0/24")
 		}),
-		"encryption-off":       changed(func(c *guard.Config) { c.Encrypted = false }),
-		"own-outside-cluster":  changed(func(c *guard.Config) { c.PodCIDRs = prefixes("172.20.0.0/24") }),
+		"encryption-off": changed(func(c *guard.Config) { c.Encrypted = false }),
+		"own-outside-cluster": changed(func(c *guard.Config) {
+			c.PodCIDRs, c.Addresses = prefixes("172.20.0.0/24"), prefixes("172.20.0.1/32")
+		}),
+		"first-address-held":   changed(func(c *guard.Config) { c.Addresses = prefixes("fd00:10:244:1::1/128") }),
 		"node-without-podcidr": {ClusterCIDRs: prefixes("10.244.0.0/16"), Encrypted: true},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -12,6 +12,7 @@ import (
 type plan struct {
 	family    netfilter.Family
 	own       []netip.Prefix
+	addresses []netip.Prefix
 	outside   []netip.Prefix
 	services  []netip.Prefix
 	fence     []fence
@@ -218,10 +219,10 @@ func (p plan) nat() []netfilter.Rule {
 		for _, own := range p.own {
 			rules = append(rules, rule("between pods", "-o "+link+" -s "+own.String()+" -j RETURN"))
 		}
-		for _, a := range nodeAddresses(p.own) {
+		for _, own := range p.addresses {
 			// SNAT, because entries of MASQUERADE are flushed when the link goes down. Only the node's own packets and
 			// those of a Service: another host that routes through this node must not look like the node.
-			source := " -j SNAT --to-source " + a.String()
+			source := " -j SNAT --to-source " + own.Addr().String()
 			rules = append(rules,
 				rule("the node to a remote pod", "-o "+link+" -m addrtype --src-type LOCAL"+source),
 				rule("a Service's remote pod", "-o "+link+" -m conntrack --ctstate DNAT"+source))

@@ -15,6 +15,8 @@ type Config struct {
 	// PodCIDRs are the own node's, KnownPodCIDRs those of all nodes: the claims that were accepted.
 	PodCIDRs      []netip.Prefix
 	KnownPodCIDRs []netip.Prefix
+	// Strays are the addresses of the own node's pods that lie outside of PodCIDRs: a pod keeps what it got from those before.
+	Strays []netip.Addr
 	// MTU is that of the link and of the pods.
 	MTU int
 	// Addresses are the node's own: the first address of each of its podCIDRs, as /32 and /128 on the link.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"errors"
 	"maps"
 	"math/big"
 	"net/netip"
@@ -286,7 +287,8 @@ type tunnel struct {
 	closed  chan struct{}
 }
 
-// openTunnel opens the link, and in each family a socket at one of the node's own addresses on it.
+// openTunnel opens the link, and in each family a socket at one of the node's own addresses on it. In a family of which the link could not get
+// the address, nobody is asked.
 func (d *Device) openTunnel(ctx context.Context, own []netip.Prefix) (*tunnel, error) {
 	k, err := openKernel()
 	if err != nil {
@@ -301,17 +303,22 @@ func (d *Device) openTunnel(ctx context.Context, own []netip.Prefix) (*tunnel, e
 	if t.client, err = openWireGuard(ctx, mode); err != nil {
 		return nil, err
 	}
+	var errs []error
 	for _, a := range own {
 		if t.sockets[a.Addr().Is4()] != nil {
 			continue
 		}
 		socket, errListen := echo.Listen(a.Addr())
 		if errListen != nil {
-			t.close()
-			return nil, errListen
+			errs = append(errs, errListen)
+			continue
 		}
 		t.sockets[a.Addr().Is4()] = socket
 		go t.receive(socket)
+	}
+	if len(t.sockets) == 0 {
+		t.close()
+		return nil, errors.Join(errs...)
 	}
 	return t, nil
 }
@@ -352,7 +359,9 @@ func (t *tunnel) look() (map[wgtypes.Key]netip.Addr, error) {
 }
 
 func (t *tunnel) ask(to netip.Addr, text []byte) {
-	_ = t.sockets[to.Is4()].Send(to, 0, text) // what cannot be sent is not answered
+	if socket := t.sockets[to.Is4()]; socket != nil {
+		_ = socket.Send(to, 0, text) // what cannot be sent is not answered
+	}
 }
 
 func (t *tunnel) answers() <-chan echo.Reply { return t.replies }

@@ -216,6 +216,18 @@ func TestNodeAddressIsHeld(t *testing.T) {
 			probe("no peer any more", false)
 			find()
 			through("a peer again")
+
+			// A pod that keeps its address where the node gets other podCIDRs; without the stray the same probe leaves in clear.
+			own4, own6 := a.addresses()
+			moved := want
+			moved.PodCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.99.0/24"), netip.MustParsePrefix("fd00:0:0:99::/64")}
+			a.apply(t, moved)
+			probe("not known for a pod", true)
+			moved.Strays = []netip.Addr{own4.Next(), own6.Next()}
+			a.apply(t, moved)
+			through("from an address of the podCIDR before")
+			a.apply(t, want)
+			through("in its podCIDR again")
 			if a.apply(t, plain); a.nodeRoutes(t) != "" {
 				t.Errorf("without a claim:\n%s", a.nodeRoutes(t))
 			}
@@ -231,6 +243,23 @@ func TestNodeAddressIsHeld(t *testing.T) {
 			})
 			probe("without the net", true)
 		})
+	}
+}
+
+// TestNodeIsFoundInOneFamily is a node whose link could not get its address of the other family.
+func TestNodeIsFoundInOneFamily(t *testing.T) {
+	l := newLab(t, 2)
+	a, b := l.nodes[0], l.nodes[1]
+	v4, _ := uplink(b.number)
+	want := a.plan(t, a, b)
+	claim(&want, 0, v4)
+	b.apply(t, b.plan(t, a, b))
+	a.apply(t, want)
+	a.reach(t, b, newMarker())
+	foreign := netip.MustParsePrefix("fd00:dead::1/128")
+	want.Addresses = []netip.Prefix{want.Addresses[0], foreign}
+	if !a.challenge(t, want) {
+		t.Error("the node that is there is not found")
 	}
 }
 

@@ -21,7 +21,11 @@ func nodeRules(want mesh.Config) []netip.Prefix {
 	if len(want.Hosts) == 0 {
 		return nil
 	}
-	return want.PodCIDRs
+	sources := slices.Clone(want.PodCIDRs)
+	for _, a := range want.Strays {
+		sources = append(sources, netip.PrefixFrom(a, a.BitLen()))
+	}
+	return sources
 }
 
 // ruleDelta compares the sources from which rules are to lead to the table of the nodes' own addresses with our rules that stand: which lack
