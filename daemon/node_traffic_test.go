@@ -50,6 +50,17 @@ func TestEncryptNodeTraffic(t *testing.T) {
 			t.Errorf("%s: %v, error %v; want packets in clear: %t", what, counts, err, want)
 		}
 	}
+	silent := func(what string, probe func() error) {
+		t.Helper()
+		capture, errCapture := s.Capture(marker)
+		if errCapture != nil {
+			t.Fatal(errCapture)
+		}
+		errProbe := probe()
+		if counts, errStop := capture.Stop(); errStop != nil || errProbe == nil || counts.Marked > 0 {
+			t.Errorf("%s: %v, probe %v, error %v; want nothing in clear, and no answer", what, counts, errProbe, errStop)
+		}
+	}
 	for name, probe := range probes {
 		wantClear("by default, "+name, probe, true)
 	}
@@ -88,6 +99,19 @@ func TestEncryptNodeTraffic(t *testing.T) {
 		t.Errorf("status says after the repair: %s", report)
 	}
 
+	// What a pod sends stays in the tunnel, with the node's address, where the node gets other podCIDRs and the pod keeps what it has.
+	s.changePodCIDRs(0, "10.244.91.0/24", "fd00:10:244:91::/64")
+	s.eventually(func() error {
+		if table := s.nodeTable(0); !strings.Contains(table, "from 10.244.91.0/24 ") || !strings.Contains(table, "from "+client.Addresses[0].String()+" ") {
+			return fmt.Errorf("the table of the nodes' addresses has %q", table)
+		}
+		return nil
+	})
+	wantClear("from an address of the podCIDR before", probes["TCP"], false)
+	s.changePodCIDRs(0, "10.244.1.0/24", "fd00:10:244:1::/64")
+	s.encryptsNodes(0, 2)
+	s.eventually(probes["TCP"])
+
 	// What stands when the daemon is gone stays, and cleanup takes it away.
 	if err = s.daemons[0].Stop(); err != nil {
 		t.Fatal(err)
@@ -96,14 +120,7 @@ func TestEncryptNodeTraffic(t *testing.T) {
 	if _, err = s.Nodes[0].Run(t.Context(), "ip", "link", "set", "warren0", "down"); err != nil {
 		t.Fatal(err)
 	}
-	capture, err := s.Capture(marker)
-	if err != nil {
-		t.Fatal(err)
-	}
-	errProbe := probes["TCP"]()
-	if counts, errStop := capture.Stop(); errStop != nil || errProbe == nil || counts.Marked > 0 {
-		t.Errorf("without a daemon and with the link down: %v, probe %v, error %v; want nothing in clear", counts, errProbe, errStop)
-	}
+	silent("without a daemon and with the link down", probes["TCP"])
 	if _, err = s.Nodes[0].Command(t.Context(), "cleanup"); err != nil {
 		t.Fatal(err)
 	}
