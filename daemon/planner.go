@@ -155,9 +155,14 @@ func (p *planner) plan(news cluster.Bound, uplink mesh.Uplink) plan {
 	if !meshChange.Empty() || refence {
 		p.config = p.mesh.Config()
 	}
-	held, strays := p.heldByPods(), p.state.Strays()
-	if !maps.Equal(held, p.held) || len(held) > 0 && !meshChange.Empty() || !slices.Equal(strays, p.strays) {
-		p.held, p.strays, meshChange = held, strays, mesh.Change{Link: true}
+	if held := p.heldByPods(); !maps.Equal(held, p.held) || len(held) > 0 && !meshChange.Empty() {
+		p.held, meshChange = held, mesh.Change{Link: true}
+	}
+	if strays := p.state.Strays(); !slices.Equal(strays, p.strays) {
+		p.strays = strays
+		if len(p.config.Hosts) > 0 { // else nothing of the mesh depends on them
+			meshChange = mesh.Change{Link: true}
+		}
 	}
 	result := plan{change: update.Change, affected: update.Affected, mesh: p.adapted(), meshChange: meshChange}
 	if len(news.Opened)+len(news.Closed) > 0 || meshChange.Link || refence || first {
@@ -170,12 +175,12 @@ func (p *planner) plan(news cluster.Bound, uplink mesh.Uplink) plan {
 }
 
 // heldByPods returns the pods that have an address which is the node's own by its podCIDRs: they got it from a podCIDR that the node had
-// before, and keep it until they end.
+// before, and keep it until DEL.
 func (p *planner) heldByPods() map[netip.Addr]cluster.Key {
 	held := map[netip.Addr]cluster.Key{}
 	for _, own := range p.config.Addresses {
-		if pod, ok := p.compiler.Pod(own.Addr()); ok {
-			held[own.Addr()] = pod.Key()
+		if pod, ok := p.state.Attached(own.Addr()); ok {
+			held[own.Addr()] = pod
 		}
 	}
 	return held
@@ -193,7 +198,7 @@ func (p *planner) adapted() mesh.Config {
 	c.Routes = slices.Clone(c.Routes)
 	for i, r := range c.Routes {
 		if isHeld(r.Source) {
-			c.Routes[i].Source = netip.Addr{} // the kernel takes one of the node's, by which no peer takes a packet: as the pod's it would pass the policies of others
+			c.Routes[i].Source = netip.Addr{} // the kernel takes another of the node's: as the pod's a packet would pass the policies of others
 		}
 	}
 	return c
@@ -204,7 +209,7 @@ func (p *planner) heldProblems() (problems []cluster.Problem) {
 	for a, pod := range p.held {
 		problems = append(problems, cluster.Problem{
 			Code: "NodeAddressHeld", Object: "Node " + p.options.nodeName, Field: "spec.podCIDRs",
-			Message: fmt.Sprintf("pod %s has %s, the first address of the podCIDR, from one that the node had before; until the pod ends the node does without it, and reaches no pods of other nodes in that family, neither do those who come by its NodePorts", pod, a),
+			Message: fmt.Sprintf("pod %s has %s, the first address of the podCIDR, from one that the node had before; until the pod ends the node does without it, and nothing of its own or of its NodePorts' clients is translated to it: other nodes' pods drop that, but for what --encrypt-node-traffic carries with the node's InternalIP", pod, a),
 			Remedy:  "delete the pod, so that it gets another address",
 		})
 	}

@@ -41,11 +41,7 @@ func TestPodCIDRChanges(t *testing.T) {
 		t.Errorf("problem %+v", p)
 	}
 	c.hold()
-	for _, a := range far.Addresses {
-		if err := tryFrom(t, s.Nodes[0].Netns(), netip.Addr{}, netip.AddrPortFrom(a, port), marker); err == nil {
-			t.Errorf("the node reaches %s, though its address there is a pod's", a)
-		}
-	}
+	c.nodeIsCutOff(far)
 	fresh := s.pod(0, "fresh")
 	for i, podCIDR := range []string{"10.244.1.8/29", "fd00:10:244:1::8/125"} {
 		if a := fresh.Addresses[i]; !netip.MustParsePrefix(podCIDR).Contains(a) || a == c.closed.Addresses[i] {
@@ -62,6 +58,7 @@ func TestPodCIDRChanges(t *testing.T) {
 	s.ready(0)
 	s.problem(0, "NodeAddressHeld", "node-1")
 	c.hold()
+	c.nodeIsCutOff(far)
 
 	for _, pod := range []*lab.Pod{c.closed, old} {
 		if err := pod.Delete(t.Context()); err != nil {
@@ -175,6 +172,16 @@ func (c *changedCIDR) nodeReaches(pod *lab.Pod) {
 		c.eventually(func() error {
 			return tryFrom(c.t, c.Nodes[0].Netns(), netip.Addr{}, netip.AddrPortFrom(a, port), marker)
 		})
+	}
+}
+
+// nodeIsCutOff demands that the node does not get through to a pod, for whom its address would be another pod's.
+func (c *changedCIDR) nodeIsCutOff(pod *lab.Pod) {
+	c.t.Helper()
+	for _, a := range pod.Addresses {
+		if err := tryFrom(c.t, c.Nodes[0].Netns(), netip.Addr{}, netip.AddrPortFrom(a, port), marker); err == nil {
+			c.t.Errorf("the node reaches %s, though its address there is a pod's", a)
+		}
 	}
 }
 

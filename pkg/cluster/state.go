@@ -199,7 +199,7 @@ func (s *State) hold(a Attachment) {
 	slices.SortFunc(s.attachments[key], Attachment.Compare)
 }
 
-// stray finds the strays, and notes all pods where they are others than before.
+// stray finds the strays, and notes the pods that say to have one which is one no more, or was none before.
 func (s *State) stray(again map[Key]bool) {
 	strays, own := map[netip.Addr]bool{}, podCIDRs(s.nodes[s.self])
 	for _, of := range s.attachments {
@@ -211,12 +211,14 @@ func (s *State) stray(again map[Key]bool) {
 			}
 		}
 	}
-	if maps.Equal(strays, s.strays) {
+	before := s.strays
+	if s.strays = strays; maps.Equal(strays, before) {
 		return
 	}
-	s.strays = strays
-	for key := range s.pods {
-		again[key] = true
+	for key, p := range s.pods {
+		if p.object != nil && slices.ContainsFunc(p.object.Addresses, func(a netip.Addr) bool { return strays[a] != before[a] }) {
+			again[key] = true
+		}
 	}
 }
 
@@ -342,6 +344,16 @@ func (s *State) remote(pod *Pod) []netip.Addr {
 // holds says whether one of the prefixes holds an address.
 func holds(prefixes []netip.Prefix, a netip.Addr) bool {
 	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// Attached returns the pod whose attachment holds an address.
+func (s *State) Attached(address netip.Addr) (Key, bool) {
+	for key, of := range s.attachments {
+		if slices.ContainsFunc(of, func(a Attachment) bool { return slices.Contains(a.Addresses, address) }) {
+			return key, true
+		}
+	}
+	return Key{}, false
 }
 
 // Strays returns the addresses of attachments that lie outside of the own node's podCIDRs, sorted.

@@ -124,8 +124,18 @@ func TestStrayIsNoOtherPod(t *testing.T) {
 	expect("with a pod here that has one of them", []netip.Addr{addr("10.2.0.7")}, "10.2.0.8")
 	attach(s, attachment("c2", "new", "uid-new", "10.1.0.7"))
 	expect("with a pod here that has none of them", []netip.Addr{addr("10.2.0.7")}, "10.2.0.8")
+	if key, ok := s.Attached(addr("10.1.0.7")); !ok || key.Name != "new" {
+		t.Errorf("10.1.0.7 is attached to %v, %t", key, ok)
+	}
+	update(s, delta(node("a", "10.2.0.0/29")))
+	expect("in podCIDRs that hold it", []netip.Addr{addr("10.1.0.7")}, "10.2.0.8")
+	update(s, delta(node("a", "10.1.0.0/24")))
+	expect("in those before again", []netip.Addr{addr("10.2.0.7")}, "10.2.0.8")
 	attachAll(s, nil)
 	expect("when it has ended", nil, "10.2.0.7", "10.2.0.8")
+	if key, ok := s.Attached(addr("10.1.0.7")); ok {
+		t.Errorf("10.1.0.7 is attached to %v", key)
+	}
 }
 
 func TestLocalPodHasItsAttachmentsAddresses(t *testing.T) {

@@ -24,7 +24,7 @@ func TestKernelTakesRules(t *testing.T) {
 			snapshot, _ := loadCase(t, in)
 			rules, _ := policy.Compile(snapshot)
 			all := netfilter.Merge(guard.Compile(guard.Config{
-				PodCIDRs: prefixes("10.0.1.0/24", "fd00:1::/64"), KnownPodCIDRs: prefixes("10.0.2.0/24", "fd00:2::/64"),
+				PodCIDRs: prefixes("10.0.1.0/24", "fd00:1::/64"), Addresses: prefixes("10.0.1.1/32", "fd00:1::1/128"), KnownPodCIDRs: prefixes("10.0.2.0/24", "fd00:2::/64"),
 				NonMasquerade: prefixes("10.96.0.0/12", "fd00:96::/112"), Encrypted: true,
 			}), rules)
 			for _, f := range netfilter.Families {

@@ -77,29 +77,34 @@ func (d *Device) Challenge(ctx context.Context, want mesh.Config, later <-chan m
 		return d.memory.suspects(want)
 	}
 	next := &want
+	var halfway error
 	for next != nil {
-		list := suspects(*next)
-		if len(list) == 0 {
-			return nil
+		if len(suspects(*next)) == 0 {
+			break
 		}
 		way, err := d.openTunnel(ctx, next.Addresses)
-		if err != nil {
+		if way == nil {
 			return err
 		}
-		r := round{way: way, clock: d.clock, own: next.Addresses, later: later, suspects: suspects, found: func(s *suspect) {
+		halfway = err
+		reached := func(want mesh.Config) []*suspect {
+			want.Addresses = slices.DeleteFunc(slices.Clone(want.Addresses), func(own netip.Prefix) bool { return way.sockets[own.Addr().Is4()] == nil })
+			return suspects(want)
+		}
+		r := round{way: way, clock: d.clock, own: next.Addresses, later: later, suspects: reached, found: func(s *suspect) {
 			d.writing.Lock()
 			defer d.writing.Unlock()
 			if d.memory.judge(s, d.clock(), func() (*wgtypes.Device, error) { return readDevice(way.client) }) {
 				found()
 			}
 		}}
-		next, err = r.interrogate(ctx, list)
+		next, err = r.interrogate(ctx, reached(*next))
 		way.close()
 		if err != nil {
 			return err
 		}
 	}
-	return nil
+	return halfway
 }
 
 // suspects returns the peers that are to be asked.
@@ -287,8 +292,8 @@ type tunnel struct {
 	closed  chan struct{}
 }
 
-// openTunnel opens the link, and in each family a socket at one of the node's own addresses on it. In a family of which the link could not get
-// the address, nobody is asked.
+// openTunnel opens the link, and in each family a socket at one of the node's own addresses on it. With an error it still is open where one of
+// the two could be made.
 func (d *Device) openTunnel(ctx context.Context, own []netip.Prefix) (*tunnel, error) {
 	k, err := openKernel()
 	if err != nil {
@@ -318,9 +323,9 @@ func (d *Device) openTunnel(ctx context.Context, own []netip.Prefix) (*tunnel, e
 	}
 	if len(t.sockets) == 0 {
 		t.close()
-		return nil, errors.Join(errs...)
+		return nil, errors.Join(append(errs, errors.New("the node has no address of its own on "+mesh.Link))...)
 	}
-	return t, nil
+	return t, errors.Join(errs...)
 }
 
 // receive hands on what arrives, until the socket is closed.
@@ -359,9 +364,7 @@ func (t *tunnel) look() (map[wgtypes.Key]netip.Addr, error) {
 }
 
 func (t *tunnel) ask(to netip.Addr, text []byte) {
-	if socket := t.sockets[to.Is4()]; socket != nil {
-		_ = socket.Send(to, 0, text) // what cannot be sent is not answered
-	}
+	_ = t.sockets[to.Is4()].Send(to, 0, text) // what cannot be sent is not answered
 }
 
 func (t *tunnel) answers() <-chan echo.Reply { return t.replies }

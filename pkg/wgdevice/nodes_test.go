@@ -256,10 +256,18 @@ func TestNodeIsFoundInOneFamily(t *testing.T) {
 	b.apply(t, b.plan(t, a, b))
 	a.apply(t, want)
 	a.reach(t, b, newMarker())
-	foreign := netip.MustParsePrefix("fd00:dead::1/128")
-	want.Addresses = []netip.Prefix{want.Addresses[0], foreign}
-	if !a.challenge(t, want) {
-		t.Error("the node that is there is not found")
+	own4, own6 := want.Addresses[0], want.Addresses[1]
+	foreign4, foreign6 := netip.MustParsePrefix("198.51.100.1/32"), netip.MustParsePrefix("fd00:dead::1/128")
+	for name, addresses := range map[string][]netip.Prefix{"IPv4": {own4, foreign6}, "IPv6": {foreign4, own6}, "neither": {foreign4, foreign6}} {
+		a.device = newDevice(t, testMode()) // it knows of nobody who was found
+		a.apply(t, want)
+		half := want
+		half.Addresses = addresses
+		found := false
+		_, err := try(a.host, func() (any, error) { return nil, a.device.Challenge(t.Context(), half, nil, func() { found = true }) })
+		if err == nil || found == (name == "neither") {
+			t.Errorf("%s: the node that is there is found: %t, error %v; want an error for the other family", name, found, err)
+		}
 	}
 }
 

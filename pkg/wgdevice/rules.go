@@ -48,7 +48,8 @@ func ruleDelta(wanted []netip.Prefix, actual []netlink.Rule) (add []netip.Prefix
 	return add, remove
 }
 
-// syncRules makes our rules lead from the wanted sources to the table of the nodes' own addresses.
+// syncRules makes our rules lead from the wanted sources to the table of the nodes' own addresses. Those that come stand before others go,
+// because a pod's address may be led there by the one, and then by the other.
 func (k *kernel) syncRules(wanted []netip.Prefix, changes *Changes) error {
 	actual, err := k.rules()
 	if err != nil {
@@ -56,18 +57,18 @@ func (k *kernel) syncRules(wanted []netip.Prefix, changes *Changes) error {
 	}
 	var errs []error
 	add, remove := ruleDelta(wanted, actual)
-	for i := range remove {
-		if err = k.RuleDel(&remove[i]); err != nil {
-			errs = append(errs, fmt.Errorf("deleting the rule from %s to table %d: %w", prefixOf(remove[i].Src), remove[i].Table, err))
-			continue
-		}
-		changes.Routes++
-	}
 	for _, source := range add {
 		r := netlink.NewRule()
 		r.Src, r.Table, r.Priority, r.Protocol = ipNet(source), nodeTable, rulePriority, RouteProtocol
 		if err = k.RuleAdd(r); err != nil {
 			errs = append(errs, fmt.Errorf("adding a rule from %s to table %d: %w", source, nodeTable, err))
+			continue
+		}
+		changes.Routes++
+	}
+	for i := range remove {
+		if err = k.RuleDel(&remove[i]); err != nil {
+			errs = append(errs, fmt.Errorf("deleting the rule from %s to table %d: %w", prefixOf(remove[i].Src), remove[i].Table, err))
 			continue
 		}
 		changes.Routes++
