@@ -20,9 +20,10 @@ import (
 //
 // wireguard-go can also take the answer in the same instant in which it answers the other side's begin, because it looks at the state of its
 // handshake and changes it under two locks. Then it has shaken hands, but at an index that it has given up: it drops all that the peer
-// sends, until one of the two begins again because it hears nothing (15 s, KEEPALIVE_TIMEOUT and REKEY_TIMEOUT). It shows as a peer of which
-// one begin and one answer have arrived, and nothing else. That can also be a peer that is well and has sent nothing yet; to make it
-// anew costs little then, and happens once: nobody begins but this side, so what comes is an answer alone.
+// sends, until one of the two begins again because it hears nothing (15 s, KEEPALIVE_TIMEOUT and REKEY_TIMEOUT). It shows as a new peer of
+// which one begin and one answer have arrived, and nothing else; of an old one, which hardly ever begins as it is begun with, it does not show.
+// That can also be a peer that is well and has sent nothing yet; to make it anew costs little then, and as a rule happens once: nobody begins
+// but this side, so what comes is an answer alone.
 const (
 	// crossPatience is for how long the node with the smaller key leaves such a peer alone: handshakes end within the time that a packet
 	// takes there and back, also between continents, and to make it anew costs what waits for it. Each time that it was not enough, it
