@@ -49,7 +49,7 @@ func ruleDelta(wanted []netip.Prefix, actual []netlink.Rule) (add []netip.Prefix
 }
 
 // syncRules makes our rules lead from the wanted sources to the table of the nodes' own addresses. Those that come stand before others go,
-// because a pod's address may be led there by the one, and then by the other.
+// because a pod's address may be led there by the one, and then by the other; so where one cannot come, none goes.
 func (k *kernel) syncRules(wanted []netip.Prefix, changes *Changes) error {
 	actual, err := k.rules()
 	if err != nil {
@@ -65,6 +65,9 @@ func (k *kernel) syncRules(wanted []netip.Prefix, changes *Changes) error {
 			continue
 		}
 		changes.Routes++
+	}
+	if len(errs) > 0 {
+		return errors.Join(errs...)
 	}
 	for i := range remove {
 		if err = k.RuleDel(&remove[i]); err != nil {
